@@ -1,0 +1,21 @@
+"""Fixtures every test may use; environment that must be set before torch loads."""
+
+import os
+from pathlib import Path
+
+# A bf16 matmul through oneDNN dies with SIGILL where a CPU advertises AMX but its host does not grant it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real clips, captions and weights beside the checkout (or $SYNPO_TEST_DATA); skips where it is absent."""
+    folder = Path(os.environ.get("SYNPO_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real test data not found at {folder} (set SYNPO_TEST_DATA to use another folder)")
+    return folder
