@@ -1,0 +1,239 @@
+"""Everything a run can be told, as dataclasses: one section a stage, read from YAML, overridden from the command line.
+
+    model:   {path: ./captioner, dtype: auto}
+    frames:  {fps: 0.5, minimum: 8, maximum: 16}
+    pairs:   {candidates: 10, margin: 4.0}
+    train:   {loss_type: synpo, learning_rate: 5.0e-6}
+
+An unknown section or key is an error that names the near ones. Defaults are the paper's (arXiv 2506.00835) unless said.
+The `train` section is validated against `synpo.train.trainer.SynPOConfig`, a transformers.TrainingArguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from synpo.video import FrameSampling
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names section, key and what was expected."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is loaded. `adapter` is a PEFT folder; `device` auto takes CUDA when there is one."""
+
+    path: str = ""
+    revision: str | None = None
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """LoRA on the language model's projections; the regular expression must not reach the vision tower."""
+
+    r: int = 128
+    alpha: int = 64
+    dropout: float = 0.05
+    target_modules: str = r".*\.(q|k|v|o|gate|up|down)_proj"
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 mean no cut-off."""
+
+    temperature: float = 0.9
+    top_k: int = 32
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """Contrastive decoding: mixed = (1 + alpha)·expert − alpha·amateur; plausibility 0 is off, as in the paper's code."""
+
+    alpha: float = 0.5
+    plausibility: float = 0.0
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """From videos to preference pairs.
+
+    `candidates` samples a video, each refined by `refinements` self-retrospective passes; the best and the worst become a
+    pair when their totals differ by `margin` or more. `clip_seconds` and `max_clips` cut a video into clips:
+    n = clamp(⌊duration / clip_seconds⌋ + 1, 2, max_clips).
+    """
+
+    prompt: str = "Describe the video in detail."
+    candidates: int = 10
+    refinements: int = 1
+    margin: float = 4.0
+    clip_seconds: float = 10.0
+    max_clips: int = 16
+    batch_size: int = 8
+    candidate_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    clip_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.5, top_p=0.9))
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Who scores candidates: `offline` (no language model), `openai` (any compatible endpoint) or `local` (a chat model).
+
+    The key of an endpoint is read from the environment variable `key_env` when it is needed; it is never stored.
+    """
+
+    kind: str = "offline"
+    model: str = ""
+    base_url: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    requests_per_minute: float = 60.0
+    max_requests: int | None = None
+    orders: int = 2
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Captioning of held-out videos and its scoring."""
+
+    prompt: str = "Describe the video in detail."
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0, top_k=0, top_p=1.0))
+    batch_size: int = 8
+    bootstrap: int = 1000
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `train` holds keyword arguments of SynPOConfig, checked when the trainer is built."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    frames: FrameSampling = field(default_factory=FrameSampling)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lora: LoraSection = field(default_factory=LoraSection)
+    train: dict[str, Any] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+Section = TypeVar("Section")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+
+
+def build(kind: type[Section], values: Any, where: str = "config") -> Section:
+    """Build the dataclass `kind` from a mapping, section by section. Raises ConfigError with the dotted name of the key."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, got {type(values).__name__} {values!r}")
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown key {name!r}; {suggest(str(name), known)}")
+    try:
+        return kind(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _coerce(annotation: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type; numbers given as text ("5e-6" is text to YAML) are read as numbers."""
+    if dataclasses.is_dataclass(annotation):
+        return build(typing.cast(type, annotation), value, where)
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        if kind is int and not isinstance(value, bool):
+            try:
+                if int(value) == float(value):
+                    return int(value)
+            except (TypeError, ValueError):
+                continue
+        if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if kind in (bool, str, dict, list) and isinstance(value, kind):
+            return value
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise ConfigError(f"{where}: expected {names}, got {value!r}")
+
+
+def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`extra` laid over `base`, mapping by mapping."""
+    merged = dict(base)
+    for name, value in extra.items():
+        old = merged.get(name)
+        merged[name] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`train.learning_rate=1e-5` as a nested mapping; the value is read as YAML. Raises ConfigError when there is no `=`."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"--set takes section.key=value, got {text!r}")
+    parsed: Any = yaml.safe_load(value)
+    for part in reversed(name.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read a YAML file, lay `--set` overrides and then command-line flags over it, and check every key.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key is unknown or of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"config file {path} does not exist") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config file {path} is not YAML: {error}") from error
+        if not isinstance(loaded or {}, Mapping):
+            raise ConfigError(f"config file {path}: expected sections, got {type(loaded).__name__}")
+        values = dict(loaded or {})
+    for text in overrides:
+        values = _merge(values, parse_override(text))
+    return build(Config, _merge(values, flags or {}))

@@ -1,0 +1,169 @@
+"""Video files in, frames out: probing, the sampling rule and decoding through PyAV.
+
+Frames are picked by time, in one streaming pass from the key frame before the first one wanted. Containers that report no
+frame count (WebM) and streams that report no duration are common, so neither is trusted: what counts is what decodes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import av
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from torch import Tensor
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"})
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video is: `duration` in seconds, `fps` in frames a second, `width` and `height` in pixels as stored."""
+
+    duration: float
+    fps: float
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames the model sees: `fps` frames a second of (sub)clip, never fewer than `minimum` nor more than `maximum`."""
+
+    fps: float = 0.5
+    minimum: int = 8
+    maximum: int = 16
+
+    def __post_init__(self) -> None:
+        if not (self.fps > 0 and 1 <= self.minimum <= self.maximum):
+            raise ValueError(f"frames: expected fps > 0 and 1 <= minimum <= maximum, got {self}")
+
+    def times(self, start: float, end: float) -> list[float]:
+        """Seconds at which to take frames, evenly spaced over [start, end): the middles of equal parts."""
+        if not end > start:
+            raise ValueError(f"frames: expected a clip that ends after it starts, got {start} to {end} s")
+        count = min(max(round((end - start) * self.fps), self.minimum), self.maximum)
+        step = (end - start) / count
+        return [start + (i + 0.5) * step for i in range(count)]
+
+
+def list_videos(root: str | os.PathLike[str]) -> list[str]:
+    """Videos below `root` as sorted POSIX paths relative to it. Raises VideoError if there is no such folder or none in it."""
+    folder = Path(root)
+    if not folder.is_dir():
+        raise VideoError(f"{folder} is not a folder; --videos takes the folder that holds the video files")
+    found = sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*")
+        if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+    if not found:
+        raise VideoError(f"no video below {folder}; looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
+    return found
+
+
+def resolve_video(root: str | os.PathLike[str], relative: str) -> Path:
+    """The file that a record's `video` names. Raises VideoError if it leaves `root` or is not there."""
+    folder = Path(root).resolve()
+    path = folder / PurePosixPath(relative)
+    if not path.resolve().is_relative_to(folder):
+        raise VideoError(f"video path {relative!r} leaves the videos folder {folder}")
+    if not path.is_file():
+        raise VideoError(
+            f"video {relative!r} is not in {folder}; --videos should name the folder its path is relative to"
+        )
+    return path
+
+
+def _open(path: str | os.PathLike[str]) -> av.container.InputContainer:
+    try:
+        container = av.open(os.fspath(path))
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"{path} cannot be opened as a video: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise VideoError(f"{path} has no video stream")
+    return container
+
+
+def _rgb(frame: VideoFrame) -> np.ndarray:
+    """One frame as (H, W, 3) uint8, turned upright if the file says it lies on its side."""
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Duration, rate and size of a video. Raises VideoError for a file that is corrupt or has no frame."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
+        try:
+            first = next(container.decode(stream), None)
+            if first is None:
+                raise VideoError(f"{path} holds no frame")
+            if stream.duration and stream.time_base:
+                duration = float(stream.duration * stream.time_base)
+            elif container.duration:
+                duration = container.duration / av.time_base
+            else:  # neither says: decode to the end
+                last = first.time or 0.0
+                for frame in container.decode(stream):
+                    last = frame.time if frame.time is not None else last + 1 / fps
+                duration = last - (first.time or 0.0) + 1 / fps
+        except av.error.FFmpegError as error:
+            raise VideoError(f"{path} cannot be decoded: {error}") from error
+        return VideoInfo(max(duration, 1 / fps), fps, first.width, first.height)
+
+
+def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor:
+    """Decode the frames shown at `times` (ascending seconds from the start of the video).
+
+    A time past the last frame gives the last frame, so a video shorter than its container says still gives len(times) frames.
+
+    Returns:
+        uint8 RGB, (len(times), 3, H, W).
+
+    Raises:
+        VideoError: the file is corrupt or holds no frame.
+    """
+    if not times or any(b < a for a, b in zip(times, times[1:])):
+        raise ValueError(f"times should be a non-empty ascending sequence of seconds, got {list(times)}")
+    images: list[np.ndarray] = []
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        base = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
+        if times[0] > 1 and stream.time_base:
+            container.seek(int((base + times[0]) / stream.time_base), stream=stream)
+        shown: VideoFrame | None = None  # the last frame that starts at or before the next wanted time
+        try:
+            for frame in container.decode(stream):
+                start = (frame.time or 0.0) - base
+                while shown is not None and len(images) < len(times) and start > times[len(images)]:
+                    images.append(_rgb(shown))
+                if len(images) == len(times):
+                    break
+                shown = frame
+        except av.error.FFmpegError as error:
+            raise VideoError(f"{path} cannot be decoded past frame {len(images)} of {len(times)}: {error}") from error
+        if shown is None:
+            raise VideoError(f"{path} holds no frame at {times[0]:.2f} s or later")
+        if len(images) < len(times):
+            images += [_rgb(shown)] * (len(times) - len(images))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def amateur_frames(frames: Tensor) -> Tensor:
+    """The amateur's view for contrastive decoding: ⌈n/3⌉ evenly spaced frames of (n, 3, H, W)."""
+    count = -(-len(frames) // 3)
+    index = ((torch.arange(count) + 0.5) * len(frames) / count).long()
+    return frames[index]
