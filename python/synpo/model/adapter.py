@@ -1,0 +1,217 @@
+"""One face for every model the system drives: prompts in, hidden states and an output head out.
+
+    lm = load(ModelConfig(path="./captioner"))
+    prompt = lm.prompt("Describe the video.", frames)            # frames uint8 (F, 3, H, W), or None
+    vision = lm.encode_vision([prompt.vision])                   # the tower runs once a video
+    ids, mask = pad_rows([prompt.input_ids], lm.pad_token_id, side="left")
+    out = lm.model(**lm.forward_kwargs(ids, mask, vision))
+
+Decoding (pipeline/decode.py) and training (train/objective.py) both stand on these methods; neither knows a model's family.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from synpo.config import ConfigError, ModelConfig
+from synpo.model.vision import OneVision, Processor, Vision, sequential_positions, vision_for
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One encoded prompt, no batch axis: token ids (P,) int64 with visual placeholders expanded, and its visual part."""
+
+    input_ids: Tensor
+    vision: Vision
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: z = cap(scale · (h Wᵀ + b)); weight (V, D), bias (V,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+def pad_rows(rows: Sequence[Tensor], pad: int, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
+    """Rows of ids (L_i,) as one batch: ids (B, L) filled with `pad`, and a mask (B, L) int64 that is 1 on the tokens."""
+    length = max(len(r) for r in rows)
+    ids = rows[0].new_full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.long, device=ids.device)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+        ids[i, place] = row
+        mask[i, place] = 1
+    return ids, mask
+
+
+class CaptionModel:
+    """A causal language model that may see videos.
+
+    Attributes:
+        model: the Hugging Face model (wrapped by PEFT or not).
+        tokenizer: its tokenizer, with a chat template.
+        vision: how it takes video, or None.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, vision: OneVision | Processor | None) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.vision = vision
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+            ends.insert(0, tokenizer.eos_token_id)
+        if not ends:
+            raise ValueError("neither the tokenizer nor the generation config names an end-of-sequence token")
+        self.eos_token_ids: tuple[int, ...] = tuple(ends)
+        self.pad_token_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def sees_video(self) -> bool:
+        return self.vision is not None
+
+    def prompt(self, text: str, frames: Tensor | None = None) -> Prompt:
+        """Encode one user turn through the chat template. Raises ValueError if the model cannot see and frames are given."""
+        content: list[dict[str, str]] = [{"type": "text", "text": text}]
+        if frames is not None:
+            if self.vision is None:
+                raise ValueError(
+                    f"{type(self.model).__name__} takes no video; use a video model or pairs without videos"
+                )
+            content.insert(0, {"type": "video"})
+        elif self.vision is None:
+            content = text  # type: ignore[assignment]  # templates of text models take a plain string
+        messages = [{"role": "user", "content": content}]
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if frames is not None and self.vision is not None:
+            ids, vision = self.vision.prepare(rendered, frames)
+            return Prompt(ids, vision)
+        return Prompt(self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids[0].long(), {})
+
+    def completion(self, text: str) -> Tensor:
+        """Token ids (T,) of an answer with its end-of-sequence token. Raises ValueError for an empty answer."""
+        ids = self.tokenizer(text.strip(), add_special_tokens=False).input_ids
+        if not ids:
+            raise ValueError(f"the completion {text!r} has no token")
+        return torch.tensor([*ids, self.eos_token_ids[0]])
+
+    def text(self, ids: Tensor | Sequence[int]) -> str:
+        """The words of generated ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def encode_vision(self, visions: Sequence[Vision]) -> list[Vision]:
+        """Run the vision tower, without gradients, over every video that has not been through it."""
+        if self.vision is None:
+            return list(visions)
+        with torch.no_grad():
+            return self.vision.encode(visions)
+
+    def forward_kwargs(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> dict[str, Tensor]:
+        """Keyword arguments of the model's top-level forward for ids (B, L), mask (B, L) and one visual part a row.
+
+        Includes explicit `position_ids`, so that padding on either side changes nothing: (B, L), or (3, B, L) for mrope.
+        """
+        if self.vision is None:
+            return {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": sequential_positions(attention_mask),
+            }
+        return {
+            **self.vision.inputs(input_ids, visions),
+            "attention_mask": attention_mask,
+            "position_ids": self.vision.positions(input_ids, attention_mask, visions),
+        }
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model under any PEFT wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def head(self) -> Head:
+        """The output head. Raises ValueError when LoRA sits on it: its low-rank part would be left out silently."""
+        layer = self.base.get_output_embeddings()
+        if hasattr(layer, "lora_A"):
+            raise ValueError(
+                "LoRA on the output head is not supported by the fused loss; take lm_head out of target_modules, or train "
+                "it whole with modules_to_save"
+            )
+        if hasattr(layer, "modules_to_save"):
+            layer = layer.modules_to_save[layer.active_adapter]
+        config = self.base.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return Head(
+            weight=layer.weight,
+            bias=getattr(layer, "bias", None),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            logit_scale=scale / divisor,
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _attention(name: str, device: torch.device) -> str:
+    """What `auto` means: flash-attn where it is installed and the device is CUDA, else torch's own kernels."""
+    if name != "auto":
+        return name
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+
+
+def load(config: ModelConfig) -> CaptionModel:
+    """Load a checkpoint folder or hub id for captioning or training.
+
+    Raises:
+        ConfigError: no model is named, the folder is missing, or its files cannot be read; says which.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    path = config.path
+    if not path:
+        raise ConfigError("no model: give --model a checkpoint folder or hub id (model.path in the config)")
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"model folder {path} does not exist")
+    path = os.path.expanduser(path)
+    shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    device = _device(config.device)
+    try:
+        settings = AutoConfig.from_pretrained(path, **shared)
+        kind = AutoModelForImageTextToText if getattr(settings, "vision_config", None) else AutoModelForCausalLM
+        model: Any = kind.from_pretrained(
+            path,
+            dtype=config.dtype,
+            attn_implementation=_attention(config.attention, device),
+            use_safetensors=True,
+            **shared,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model {config.path} cannot be loaded: {error}") from error
+    vision = vision_for(model, tokenizer, path, config.revision, config.trust_remote_code)
+    if config.adapter:
+        from peft import PeftModel
+
+        if not Path(config.adapter).is_dir():
+            raise ConfigError(f"adapter folder {config.adapter} does not exist")
+        model = PeftModel.from_pretrained(model, config.adapter)
+    return CaptionModel(model.to(device).eval(), tokenizer, vision)

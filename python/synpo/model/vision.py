@@ -1,0 +1,176 @@
+"""From video frames to what a model reads: pixels for the vision tower, placeholder tokens, and visual features.
+
+One class a way of doing it; `vision_for(model)` picks, and says why when it cannot:
+
+    OneVision   LLaVA-OneVision, in plain torch (its Hugging Face video processor needs torchvision, which CPU builds lack)
+    Processor   any other video model, through its own AutoProcessor (needs torchvision)
+    None        a text model
+
+Shape legend: F frames, S input side in pixels, n visual tokens of one video, D hidden size, L row length, B rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Vision = Mapping[str, Tensor]
+"""The visual part of one prompt; empty for text alone."""
+
+VIDEO_TOKEN_HINT = "the chat template must place exactly one video placeholder for a message that shows a video"
+
+
+class OneVision:
+    """LLaVA-OneVision: square frames → SigLIP → projector → 2×2 pooling → n = F·⌈S/2p⌉² + 1 tokens (the last a newline).
+
+    A prompt's vision is {"pixels": (F, 3, S, S)} until `encode` turns it into {"features": (n, D)}, which any number of
+    rows may share: the tower runs once a video.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+        config = model.config
+        self.core = model.model
+        self.tokenizer = tokenizer
+        self.token_id: int = config.video_token_id
+        self.token: str = tokenizer.convert_ids_to_tokens(self.token_id)
+        self.side: int = config.vision_config.image_size
+        self.per_frame = math.ceil(self.side // config.vision_config.patch_size / 2) ** 2
+        self.mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self.std = torch.tensor(std).view(1, 3, 1, 1)
+
+    def prepare(self, text: str, frames: Tensor) -> tuple[Tensor, Vision]:
+        """Token ids (P,) of `text` with its placeholder expanded, and normalised pixels of uint8 frames (F, 3, H, W)."""
+        if text.count(self.token) != 1:
+            raise ValueError(f"found {text.count(self.token)} {self.token} in the prompt; {VIDEO_TOKEN_HINT}")
+        pixels = frames.float()
+        if pixels.shape[-2:] != (self.side, self.side):
+            pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp_(0, 255)
+        pixels = (pixels / 255 - self.mean) / self.std
+        text = text.replace(self.token, self.token * (len(frames) * self.per_frame + 1))
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        return ids, {"pixels": pixels}
+
+    def encode(self, visions: Sequence[Vision]) -> list[Vision]:
+        """Run the tower once over all videos that still are pixels, equal frame counts together."""
+        done = list(visions)
+        lengths = {len(v["pixels"]) for v in visions if "pixels" in v}
+        weight = next(self.core.vision_tower.parameters())
+        for length in sorted(lengths):
+            rows = [i for i, v in enumerate(visions) if "pixels" in v and len(v["pixels"]) == length]
+            pixels = torch.stack([visions[i]["pixels"] for i in rows]).to(weight.device, weight.dtype)
+            features = self.core.get_video_features(pixels, return_dict=True).pooler_output  # (rows, n, D)
+            for i, feature in zip(rows, features):
+                done[i] = {"features": feature}
+        return done
+
+    def inputs(self, input_ids: Tensor, visions: Sequence[Vision]) -> dict[str, Tensor]:
+        """Embeddings (B, L, D) of token ids (B, L) with every video's features in its placeholders' places."""
+        embeds = self.core.get_input_embeddings()(input_ids)
+        features = [v["features"] for v in self.encode(visions) if v]
+        if not features:
+            return {"inputs_embeds": embeds}
+        places = input_ids == self.token_id
+        flat = torch.cat(features).to(embeds.dtype)
+        if int(places.sum()) != len(flat):
+            raise ValueError(
+                f"{int(places.sum())} video placeholders in the batch but {len(flat)} visual features; "
+                "a prompt was cut, or frames and text do not belong together"
+            )
+        return {"inputs_embeds": embeds.masked_scatter(places[..., None], flat)}
+
+    def positions(self, input_ids: Tensor, mask: Tensor, visions: Sequence[Vision]) -> Tensor:
+        return sequential_positions(mask)
+
+
+class Processor:
+    """Any other video model, through its Hugging Face processor: pixels travel with every forward pass."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.core = model.model
+        self.processor = processor
+
+    def prepare(self, text: str, frames: Tensor) -> tuple[Tensor, Vision]:
+        batch = self.processor(
+            text=[text], videos=[frames], return_tensors="pt", do_sample_frames=False, add_special_tokens=False
+        )
+        rows = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+        ids = rows.pop("input_ids")[0]
+        rows.pop("attention_mask", None)
+        rows.pop("mm_token_type_ids", None)  # follows from the ids, row by row
+        return ids, rows
+
+    def encode(self, visions: Sequence[Vision]) -> list[Vision]:
+        return list(visions)
+
+    def _stack(self, visions: Sequence[Vision]) -> dict[str, Tensor]:
+        keys = {k for v in visions for k in v}
+        return {k: torch.cat([v[k] for v in visions if k in v]) for k in sorted(keys)}
+
+    def _types(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Qwen-VL marks the modality of every token: 0 text, 2 video."""
+        if "mm_token_type_ids" not in self.processor.model_input_names:
+            return {}
+        return {"mm_token_type_ids": 2 * (input_ids == self.core.config.video_token_id).int()}
+
+    def inputs(self, input_ids: Tensor, visions: Sequence[Vision]) -> dict[str, Tensor]:
+        return {"input_ids": input_ids, **self._types(input_ids), **self._stack(visions)}
+
+    def positions(self, input_ids: Tensor, mask: Tensor, visions: Sequence[Vision]) -> Tensor:
+        """Qwen-VL numbers its visual tokens in three dimensions: (3, B, L). Everyone else counts: (B, L)."""
+        if not hasattr(self.core, "get_rope_index"):
+            return sequential_positions(mask)
+        grids = {k: v for k, v in self._stack(visions).items() if "grid" in k or k == "second_per_grid_ts"}
+        return self.core.get_rope_index(input_ids, attention_mask=mask, **self._types(input_ids), **grids)[0]
+
+
+def sequential_positions(mask: Tensor) -> Tensor:
+    """Positions (B, L) that count the tokens a mask (B, L) keeps: padding on either side does not shift them."""
+    return (mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def _normalisation(path: str, revision: str | None) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation a checkpoint's preprocessing states (SigLIP's 0.5 where it states none)."""
+    from transformers.utils import cached_file
+
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"):
+        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            continue
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read()
+        if re.search(r'"image_mean"', text):
+            found = json.loads(text)
+            section = next(
+                (s for s in (found, *(v for v in found.values() if isinstance(v, dict))) if "image_mean" in s), found
+            )
+            return section["image_mean"], section["image_std"]
+    return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def vision_for(
+    model: Any, tokenizer: Any, path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> OneVision | Processor | None:
+    """How `model` takes video; None if it takes none. Raises ValueError when its processor cannot be loaded."""
+    config = model.config
+    if getattr(config, "vision_config", None) is None:
+        return None
+    if config.model_type == "llava_onevision":
+        return OneVision(model, tokenizer, *_normalisation(path, revision))
+    from transformers import AutoProcessor
+
+    try:
+        return Processor(
+            model, AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"the video processor of a {config.model_type} model cannot be loaded: {error}. Install torchvision for your "
+            "torch build, or use a LLaVA-OneVision model, which needs none"
+        ) from error
