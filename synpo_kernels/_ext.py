@@ -1,0 +1,50 @@
+"""The C++ extension `_C`, and the reason in words when it is not there.
+
+Loading `_C` registers the tensor ops `torch.ops.synpo_kernels.*`. Its absence never breaks an import: `contrast.py` then
+takes the torch path and says so once.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from types import ModuleType
+
+import torch  # noqa: F401  (the extension resolves its symbols in the libraries torch loads)
+
+logger = logging.getLogger("synpo_kernels")
+
+_C: ModuleType | None = None
+reason = ""
+try:
+    from . import _C  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    reason = f"the C++ extension is not available ({error}); build it with `pip install --no-build-isolation -e .`"
+
+
+def available() -> bool:
+    """Whether the extension is loaded; `reason` says why not."""
+    return _C is not None
+
+
+def build_info() -> dict[str, str]:
+    """Version, compile flags, torch the extension was built beside, and the instruction set chosen for this CPU.
+
+    Raises RuntimeError where the extension is not loaded.
+    """
+    if _C is None:
+        raise RuntimeError(reason)
+    return dict(_C.build_info())
+
+
+@cache
+def say_once() -> None:
+    """Log, the first time only, that the torch path does the work of the missing extension."""
+    logger.warning("%s; the torch path is used: same results, slower", reason)
+
+
+def describe() -> str:
+    """One line for people: what was loaded, or why nothing was."""
+    if not available():
+        return f"synpo: {reason}"
+    return "synpo: C++ extension " + ", ".join(f"{key} {value}" for key, value in build_info().items())
