@@ -1,0 +1,146 @@
+"""The `synpo` command: one subcommand a stage. Heavy packages load inside the subcommands, so --help is quick.
+
+synpo demo     the whole system on a small video world, from rendering to report
+synpo pairs    videos → clips → captions → scores → preference pairs
+synpo train    preference pairs → LoRA adapter
+synpo eval     held-out videos → captions → CIDEr and the rest
+synpo doctor   what this machine has, and which backends will be used
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from synpo import __version__
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that loads a model; each overrides the key of the config file it names."""
+    parser.add_argument("--config", metavar="YAML", type=Path, help="configuration file; flags override it")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. pairs.candidates=4"
+    )
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or hub id (model.path)")
+    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to put on the model (model.adapter)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (model.device; default: CUDA if there is one)")
+    parser.add_argument("--seed", type=int, help="seed of everything random (seed; default 0)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="synpo",
+        description="Preference-tune video-language and text models with SynPO: pairs, training, evaluation.",
+        epilog="Errors name the setting to change. SYNPO_DEBUG=1 adds the traceback.",
+    )
+    parser.add_argument("--version", action="version", version=f"synpo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="run the whole system on a small rendered video world")
+    demo.add_argument("--output", type=Path, default=Path("demo-out"), help="folder of everything the run makes")
+    demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    demo.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies the numbers of videos and of steps (default 1)"
+    )
+    demo.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from what the output folder holds (default), or start over",
+    )
+
+    pairs = commands.add_parser("pairs", help="build preference pairs from a folder of videos")
+    _common(pairs)
+    pairs.add_argument("--videos", metavar="DIR", type=Path, required=True, help="folder of videos")
+    pairs.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file to write")
+    pairs.add_argument("--work", metavar="DIR", type=Path, help="where stages keep their records (default FILE.work)")
+
+    train = commands.add_parser("train", help="train a LoRA adapter on preference pairs")
+    _common(train)
+    train.add_argument("--videos", metavar="DIR", type=Path, help="folder the pairs' video paths are relative to")
+    train.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file of pairs")
+    train.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of adapter, logs and plots")
+    train.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the last checkpoint in the output folder (default), or start over",
+    )
+
+    evaluate = commands.add_parser("eval", help="caption videos and score the captions")
+    _common(evaluate)
+    evaluate.add_argument("--videos", metavar="DIR", type=Path, required=True, help="folder of held-out videos")
+    evaluate.add_argument(
+        "--references", metavar="FILE", type=Path, help="reference captions (VATEX, MSR-VTT or JSONL)"
+    )
+    evaluate.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of captions and scores")
+
+    commands.add_parser("doctor", help="report versions, devices, extension and backends")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> Any:
+    """The run's Config: file, then --set, then flags."""
+    from synpo.config import load_config
+
+    flags: dict[str, Any] = {}
+    model = {"path": args.model, "adapter": args.adapter, "device": args.device}
+    if given := {k: v for k, v in model.items() if v is not None}:
+        flags["model"] = given
+    if args.seed is not None:
+        flags["seed"] = args.seed
+    return load_config(args.config, args.set, flags)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from synpo.demo.run import demo
+
+    demo(args.output, seed=args.seed, scale=args.scale, resume=args.resume)
+
+
+def run_pairs(args: argparse.Namespace) -> None:
+    from synpo.pipeline.run import build_pairs
+
+    build_pairs(_config(args), args.videos, args.pairs, args.work)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from synpo.train.run import train
+
+    train(_config(args), args.videos, args.pairs, args.output, resume=args.resume)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from synpo.evaluate.caption import evaluate_model
+
+    evaluate_model(_config(args), args.videos, args.references, args.output)
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    from synpo.doctor import report
+
+    report()
+
+
+COMMANDS = {"demo": run_demo, "pairs": run_pairs, "train": run_train, "eval": run_eval, "doctor": run_doctor}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns 0, or 2 with a one-line message for input that cannot be used."""
+    args = build_parser().parse_args(argv)
+    # A bf16 matmul through oneDNN dies with SIGILL where a CPU advertises AMX but its host does not grant it.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+    try:
+        COMMANDS[args.command](args)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        if os.environ.get("SYNPO_DEBUG"):
+            raise
+        print(f"synpo {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"synpo {args.command}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,65 @@
+"""`synpo doctor`: what this machine has and what will be used, in one table to paste into a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "flash-attn",
+    "av",
+    "openai",
+    "pycocoevalcap",
+    "torchvision",
+)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def facts() -> dict[str, str]:
+    """Name → finding, in reading order."""
+    import torch
+
+    import synpo_kernels
+    from synpo import __version__
+    from synpo_kernels._ext import describe
+
+    found = {
+        "synpo": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        **{name: _version(name) for name in PACKAGES},
+    }
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(i)
+            found[f"cuda:{i}"] = (
+                f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+            )
+    else:
+        found["cuda"] = "no device"
+    found["C++ extension"] = describe()
+    for name, (usable, reason) in synpo_kernels.backends().items():
+        found[f"loss backend {name}"] = f"{'yes' if usable else 'no'}: {reason}"
+    return found
+
+
+def report() -> None:
+    table = Table("what", "found", title="synpo doctor")
+    for name, value in facts().items():
+        table.add_row(name, value)
+    Console().print(table)
