@@ -19,3 +19,12 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real test data not found at {folder} (set SYNPO_TEST_DATA to use another folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_captioner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a random video captioner (LLaVA-OneVision, byte-level tokenizer): read it, never write to it."""
+    from synpo.model.tiny import byte_tokenizer, save, tiny_captioner
+
+    tokenizer = byte_tokenizer(["A small red circle moves from left to right.", "Describe the video in detail."])
+    return save(tiny_captioner(tokenizer), tokenizer, tmp_path_factory.mktemp("tiny") / "captioner")

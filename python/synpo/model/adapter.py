@@ -69,8 +69,8 @@ class CaptionModel:
         self.vision = vision
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = [ends] if isinstance(ends, int) else list(ends or [])
-        if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-            ends.insert(0, tokenizer.eos_token_id)
+        if tokenizer.eos_token_id is not None:  # first: it is the one that closes a turn of this chat template
+            ends = [tokenizer.eos_token_id, *(e for e in ends if e != tokenizer.eos_token_id)]
         if not ends:
             raise ValueError("neither the tokenizer nor the generation config names an end-of-sequence token")
         self.eos_token_ids: tuple[int, ...] = tuple(ends)
