@@ -1,0 +1,245 @@
+"""The public functions and modules: checks, layouts and documentation; the arithmetic is elsewhere.
+
+linear_logprobs       hidden states and a head → per-token log-probabilities, any objective on top (`losses`)
+FusedLinearSynPOLoss  the same, carried through to the SynPO loss and the statistics worth logging
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .autograd import FrozenHead, TrainedHead
+from .dispatch import choose
+from .head import Head
+from .losses import IGNORE_INDEX
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = IGNORE_INDEX,
+    backend: str = "auto",
+) -> Tensor:
+    """log softmax(z)[label] of each row, z = cap(logit_scale · (hidden @ weight.T + bias)), without holding z.
+
+    Differentiable in hidden, weight and bias for any upstream gradient (once, not twice). Where neither weight nor bias
+    requires a gradient, one pass over the vocabulary yields the result and its gradient. Only rows that are not ignored
+    are computed.
+
+    Args:
+        hidden: (..., D) float32, bfloat16, float16, or float64 (all arithmetic is then float64).
+        weight: (V, D), dtype and device of hidden. Under autocast both are cast to the autocast dtype, as in a linear layer
+            (give a weight of that dtype already: the cast is a copy of V·D numbers).
+        labels: (...) int64, aligned: labels[t] is the token that hidden[t] predicts. `ignore_index` marks rows to skip.
+        bias: (V,) dtype and device of weight.
+        softcap: cap(r) = softcap · tanh(r / softcap), Gemma's final-logit soft cap; None: none.
+        logit_scale: factor on the logits before the cap.
+        ignore_index: None says that no label is ignored. On a CUDA device that also avoids the one read-back to the host
+            that finding the kept rows costs.
+        backend: "auto", "chunked" (any device) or "triton" (CUDA).
+
+    Returns:
+        (...) float32 (float64 for float64 inputs), 0 at ignored rows and connected to the graph even if all are ignored.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; a label is outside [0, V) (checked on CPU; on a CUDA device the
+            gather of the label's row fails with a device-side assertion); the backend is unknown or cannot serve.
+    """
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_head(hidden, weight, labels, bias, softcap, ignore_index)
+    chosen = choose(backend, hidden)
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows = None
+    if ignore_index is not None:
+        rows = (flat_labels != ignore_index).nonzero().squeeze(1)
+        flat, flat_labels = flat.index_select(0, rows), flat_labels.index_select(0, rows)
+    with torch.autocast(device_type, enabled=False):
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if torch.is_grad_enabled() and trained:
+            logps = TrainedHead.apply(flat, weight, bias, softcap, logit_scale, flat_labels, chosen)
+        elif torch.is_grad_enabled() and flat.requires_grad:
+            logps = FrozenHead.apply(flat, Head(weight, bias, softcap, logit_scale), flat_labels, chosen)
+        else:
+            head = Head(weight, bias, softcap, logit_scale)
+            logps = chosen.forward(flat, head, flat_labels, want_direction=False).logps
+    if rows is not None:
+        logps = logps.new_zeros(labels.numel()).index_copy(0, rows, logps)
+    return logps.view(labels.shape)
+
+
+def _check_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int | None
+) -> None:
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden (..., D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
+            "the head must belong to the model that made the hidden states (a sharded weight must be gathered first)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight (V, D) needs at least one vocabulary entry, got {tuple(weight.shape)}")
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} of {tuple(labels.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them or use autocast"
+            )
+    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    if hidden.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if labels.device.type == "cpu" and labels.numel():
+        kept = labels if ignore_index is None else labels[labels != ignore_index]
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= weight.shape[0]):
+            raise ValueError(
+                f"labels must lie in [0, {weight.shape[0]}) or equal ignore_index={ignore_index}, "
+                f"got values from {int(kept.min())} to {int(kept.max())}"
+            )
+
+
+@dataclass(frozen=True)
+class SynPOOutput:
+    """Loss and detached statistics of one batch of B pairs. A pair with an empty completion has 0 in every (B,) field.
+
+    A hidden state that is not finite makes its pair's statistics and the loss NaN: check `nonfinite_pairs`.
+    """
+
+    loss: Tensor  # () differentiable
+    chosen_logps: Tensor  # (B,) m+, mean log-probability of the chosen tokens
+    rejected_logps: Tensor  # (B,) m-
+    chosen_prob: Tensor  # (B,) P+ = exp(m+), geometric-mean token probability
+    rejected_prob: Tensor  # (B,) P-
+    language_reward: Tensor  # (B,) a+, arithmetic mean of the chosen tokens' probabilities
+    margin: Tensor  # (B,) P+ - P-
+    chosen_grad_norm: Tensor  # (B,) ‖g‖₂ over the chosen tokens, g_t = ∂loss/∂logp_t
+    rejected_grad_norm: Tensor  # (B,) ‖g‖₂ over the rejected tokens
+    empty_pairs: Tensor  # () int64, pairs that contributed nothing
+    nonfinite_pairs: Tensor  # (B,) bool, pairs in which a log-probability is NaN or infinite
+
+
+class FusedLinearSynPOLoss(nn.Module):
+    """SynPO from hidden states and the head, https://arxiv.org/abs/2506.00835:
+
+        L = -mean over pairs [ σ(α (P+ - P-)) + β a+ ]
+
+    Args:
+        alpha: sharpness of the preference term. beta: weight of the language reward.
+        reduction: "mean" over the pairs that have tokens on both sides, or "sum".
+        softcap, logit_scale, ignore_index, backend: as `linear_logprobs`.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 30.0,
+        beta: float = 0.2,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int | None = IGNORE_INDEX,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not alpha > 0 or beta < 0:
+            raise ValueError(f"alpha must be positive and beta must not be negative, got alpha={alpha}, beta={beta}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        self.alpha, self.beta, self.reduction, self.backend = alpha, beta, reduction, backend
+        self.softcap, self.logit_scale, self.ignore_index = softcap, logit_scale, ignore_index
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}, backend={self.backend!r}"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> SynPOOutput:
+        """Loss of B pairs.
+
+        Args:
+            hidden: (2B, T, D), chosen sequences first, then the rejected in the same order; or packed (N, D) with
+                cu_seqlens. weight, bias: the head. labels: (2B, T) or (N,), already aligned to the row that predicts them.
+            cu_seqlens: (2B + 1,) int bounds of the packed sequences, chosen first; equal neighbours: an empty completion.
+
+        Raises:
+            ValueError: as `linear_logprobs`; an odd number of sequences; a layout that is neither of the two.
+        """
+        expected = 3 if cu_seqlens is None else 2
+        if hidden.dim() != expected:
+            raise ValueError(
+                f"hidden must be (2B, T, D), or (N, D) with cu_seqlens; got shape {tuple(hidden.shape)} "
+                f"{'without' if cu_seqlens is None else 'with'} cu_seqlens"
+            )
+        sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        if sequences % 2 or sequences <= 0:
+            raise ValueError(f"pairs need an even number of sequences, chosen first then rejected; got {sequences}")
+        logps = linear_logprobs(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+        stats = losses.sequence_stats(logps, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index)
+        loss = losses.synpo(stats, alpha=self.alpha, beta=self.beta, reduction=self.reduction)
+        return self._output(loss, stats.detach(), logps.detach(), labels, cu_seqlens)
+
+    @torch.no_grad()
+    def _output(
+        self, loss: Tensor, stats: losses.SequenceStats, logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None
+    ) -> SynPOOutput:
+        coefficients = losses.synpo_coefficients(
+            stats,
+            logps,
+            labels,
+            alpha=self.alpha,
+            beta=self.beta,
+            cu_seqlens=cu_seqlens,
+            ignore_index=self.ignore_index,
+        )
+        valid = stats.valid_pairs.to(logps.dtype)
+        if self.reduction == "mean":
+            coefficients = coefficients / valid.sum().clamp(min=1.0)
+        chosen_norm, rejected_norm = losses.token_norms(coefficients, cu_seqlens=cu_seqlens)
+        chosen_prob, rejected_prob = stats.chosen.mean_logps.exp(), stats.rejected.mean_logps.exp()
+        return SynPOOutput(
+            loss=loss,
+            chosen_logps=stats.chosen.mean_logps * valid,
+            rejected_logps=stats.rejected.mean_logps * valid,
+            chosen_prob=chosen_prob * valid,
+            rejected_prob=rejected_prob * valid,
+            language_reward=stats.chosen.mean_probs * valid,
+            margin=(chosen_prob - rejected_prob) * valid,
+            chosen_grad_norm=chosen_norm,
+            rejected_grad_norm=rejected_norm,
+            empty_pairs=stats.empty_pairs,
+            nonfinite_pairs=stats.nonfinite_pairs,
+        )

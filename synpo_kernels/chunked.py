@@ -1,0 +1,109 @@
+"""The portable backend: tiles in plain torch, for any device torch runs on.
+
+Half-precision inputs are widened chunk by chunk so that products are accumulated in fp32 (CPUs would round each product
+to half precision); bf16 on CUDA stays bf16 for the tensor cores. A row whose exponential sum overflowed is found and
+done again around its largest logit, which reads one number back from a CUDA device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import passes
+from .head import Head, compute_dtype, matmul
+from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
+
+
+class TorchTiles:
+    """A slice of exponentials by torch operations; see `passes.Tiles`."""
+
+    def operand(self, matrix: Tensor) -> Tensor:
+        if matrix.dtype == torch.bfloat16 and matrix.is_cuda:
+            return matrix
+        return matrix.to(compute_dtype(matrix.dtype))
+
+    def slice_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return compute_dtype(dtype)
+
+    def logits(self, x: Tensor, part: Head, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(logits, slope) of a slice, (n, w) each, the logits in `out`; see `Head.cap`."""
+        if x.dtype == out.dtype:
+            torch.mm(x, part.weight.T, out=out)
+        else:
+            out.copy_(matmul(x, part.weight.T))
+        if part.bias is not None:
+            out.add_(part.bias)
+        return part.cap(out)
+
+    def __call__(
+        self, x: Tensor, part: Head, labels: Tensor, anchor: Tensor, at_target: Tensor | None, keep: bool, out: Tensor
+    ) -> Tensor:
+        _, slope = self.logits(x, part, out)
+        out.sub_(anchor[:, None]).exp_()
+        column = labels.clamp(0, out.shape[1] - 1)[:, None]
+        elsewhere = (labels != column[:, 0])[:, None]  # the label is not in this chunk
+        found = out.gather(1, column)
+        sums = out.scatter_(1, column, found.where(elsewhere, 0.0)).sum(1)
+        if at_target is not None:
+            out.scatter_(1, column, found.where(elsewhere, at_target[:, None]))
+        if slope is not None and keep:
+            out.mul_(slope)
+        return sums
+
+
+TILES = TorchTiles()
+
+
+def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> Forward:
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
+    target, slope = target_logits(x, head, labels)
+    result, total = _around(x, head, labels, target, target, slope, want_direction)
+    flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
+    if flagged.numel() == 0:
+        return result
+    rows, row_labels = x[flagged], labels[flagged]
+    row_slope = None if slope is None else slope[flagged]
+    largest = _largest_logits(rows, head)
+    again, _ = _around(rows, head, row_labels, target[flagged], largest, row_slope, want_direction)
+    for whole, part in (
+        (result.logps, again.logps),
+        (result.normalizer, again.normalizer),
+        (result.direction, again.direction),
+    ):
+        if whole is not None and part is not None:
+            whole[flagged] = part
+    return result
+
+
+def gradients(
+    x: Tensor, head: Head, labels: Tensor, forward: Forward, upstream: Tensor, *, want: tuple[bool, bool, bool]
+) -> Gradients:
+    """Gradients through a trained head; see `passes.gradients`."""
+    return passes.gradients(x, head, labels, forward, upstream, TILES, want=want)
+
+
+def _around(
+    x: Tensor, head: Head, labels: Tensor, target: Tensor, anchor: Tensor, slope: Tensor | None, want_direction: bool
+) -> tuple[Forward, Tensor]:
+    """One pass with exponents measured from `anchor`; also returns the sum, to see whether it overflowed."""
+    total, pull = passes.accumulate(x, head, labels, anchor, TILES, want_pull=want_direction)
+    excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
+    everything = total + excess.exp()
+    logps = excess - torch.log1p(total + torch.expm1(excess))
+    direction = None
+    if pull is not None:
+        direction = passes.directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
+    return Forward(logps, target - logps, direction), total
+
+
+def _largest_logits(x: Tensor, head: Head) -> Tensor:
+    """(N,) max_v z_v in the compute dtype."""
+    largest = torch.full((x.shape[0],), -torch.inf, dtype=compute_dtype(x.dtype), device=x.device)
+    operand = TILES.operand(x)
+    for columns, part, scratch in vocabulary_chunks(x, head, TILES):
+        for rows in cut(x.shape[0], passes.MAX_ROWS):
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            logits, _ = TILES.logits(operand[rows], part, scratch[: shape[0] * shape[1]].view(shape))
+            largest[rows] = torch.maximum(largest[rows], logits.amax(1))
+    return largest

@@ -1,0 +1,102 @@
+"""Which backend computes the log-probabilities, and the reason in words.
+
+"auto" takes the Triton kernels on a CUDA device and the portable passes elsewhere. A backend is a `Backend` in
+`BACKENDS`; a new one (a compiled CPU kernel, say) is one entry here and one clause in `choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import chunked
+from .head import Head
+from .passes import Forward, Gradients
+
+
+class ForwardPass(Protocol):
+    def __call__(self, x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> Forward: ...
+
+
+class GradientPass(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        head: Head,
+        labels: Tensor,
+        forward: Forward,
+        upstream: Tensor,
+        *,
+        want: tuple[bool, bool, bool],
+    ) -> Gradients: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """x (N, D), labels (N,) without ignored rows → `Forward`; and the gradients of a trained head."""
+
+    name: str
+    forward: ForwardPass
+    gradients: GradientPass
+
+
+def chunked_supports(hidden: Tensor) -> tuple[bool, str]:
+    """Whether the portable backend can serve `hidden`, and why."""
+    return True, "plain torch runs everywhere"
+
+
+def triton_supports(hidden: Tensor) -> tuple[bool, str]:
+    """Whether the Triton kernels can serve `hidden`, and why."""
+    if find_spec("triton") is None:
+        return False, "triton is not installed; pip install triton, or use backend='chunked'"
+    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, f"the kernels take float32, float16 and bfloat16, got {hidden.dtype}; use backend='chunked'"
+    if hidden.is_cuda:
+        major, minor = torch.cuda.get_device_capability(hidden.device)
+        if torch.version.hip is None and major < 8:
+            return False, f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
+        return True, "a CUDA device"
+    import triton
+
+    if hidden.device.type == "cpu" and triton.knobs.runtime.interpret:
+        return True, "the Triton interpreter (TRITON_INTERPRET=1)"
+    return False, f"the kernels need a CUDA device, hidden is on {hidden.device}; use backend='chunked'"
+
+
+def _chunked() -> Backend:
+    return Backend("chunked", chunked.forward, chunked.gradients)
+
+
+def _triton() -> Backend:
+    from . import fused  # imports triton
+
+    return Backend("triton", fused.forward, fused.gradients)
+
+
+BACKENDS: dict[str, tuple[Callable[[Tensor], tuple[bool, str]], Callable[[], Backend]]] = {
+    "chunked": (chunked_supports, _chunked),
+    "triton": (triton_supports, _triton),
+}
+
+
+def choose(name: str, hidden: Tensor) -> Backend:
+    """The backend called `name` ("auto" picks one for the device of `hidden`).
+
+    Raises:
+        ValueError: the name is unknown, or that backend cannot serve `hidden` (the message says why).
+    """
+    if name == "auto":
+        on_gpu = hidden.is_cuda and triton_supports(hidden)[0]
+        return BACKENDS["triton" if on_gpu else "chunked"][1]()
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
+    supports, load = BACKENDS[name]
+    served, reason = supports(hidden)
+    if not served:
+        raise ValueError(f"backend {name!r} cannot serve this input: {reason}")
+    return load()
