@@ -12,7 +12,7 @@ Decoding (pipeline/decode.py) and training (train/objective.py) both stand on th
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,15 +143,16 @@ class CaptionModel:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def head(self) -> Head:
-        """The output head. Raises ValueError when LoRA sits on it: its low-rank part would be left out silently."""
+        """The output head as it is now (PEFT's trained copy, or the original one while adapters are disabled).
+
+        Raises ValueError when LoRA sits on it: its low-rank part would be left out silently.
+        """
         layer = self.base.get_output_embeddings()
         if hasattr(layer, "lora_A"):
             raise ValueError(
                 "LoRA on the output head is not supported by the fused loss; take lm_head out of target_modules, or train "
                 "it whole with modules_to_save"
             )
-        if hasattr(layer, "modules_to_save"):
-            layer = layer.modules_to_save[layer.active_adapter]
         config = self.base.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -161,6 +162,51 @@ class CaptionModel:
             softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=scale / divisor,
         )
+
+    def hidden_states(self, inputs: Mapping[str, Any], model: Any = None) -> Tensor:
+        """Hidden states (B, L, D) that enter the output head, without the logits.
+
+        The call goes through the top-level forward of `model` (the one to train as its trainer wrapped it; `self.model`
+        by default), so that every hook on the way fires. The head itself is given one position, and its result dropped.
+
+        Args:
+            inputs: what `forward_kwargs` made.
+        """
+        found: list[Tensor] = []
+
+        def keep(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            found.append(arguments[0])
+            return (arguments[0][:1, :1], *arguments[1:])
+
+        hook = self.base.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            (self.model if model is None else model)(**inputs, use_cache=False)
+        finally:
+            hook.remove()
+        if len(found) != 1:
+            raise RuntimeError(f"{type(self.base).__name__} called its output head {len(found)} times; expected once")
+        return found[0]
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compare `head()` with the model's own logits on a few tokens.
+
+        Raises ValueError when they differ: the model does something to its logits that `Head` does not know.
+        """
+        ids = torch.arange(4, device=self.device)[None]
+        inputs = self.forward_kwargs(ids, torch.ones_like(ids), [{}])
+        hidden, head = self.hidden_states(inputs)[0], self.head()
+        logits = self.model(**inputs, use_cache=False).logits[0]
+        expected = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
+        expected = expected * head.logit_scale
+        if head.softcap is not None:
+            expected = head.softcap * (expected / head.softcap).tanh()
+        if not torch.allclose(logits.float(), expected.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
+            raise ValueError(
+                f"the logits of {type(self.base).__name__} are not those of its output head (largest difference "
+                f"{(logits - expected).abs().max():.3g}); the fused loss supports a linear head with bias, "
+                "final_logit_softcapping, logit_scale and logits_scaling"
+            )
 
 
 def _device(name: str) -> torch.device:

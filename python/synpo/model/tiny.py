@@ -136,8 +136,8 @@ def tiny_captioner(
     config = LlavaOnevisionConfig(
         vision_config=vision,
         text_config=Qwen2Config(**_text_settings(tokenizer, text_width, text_layers, text_heads)),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO),
+        image_token_index=tokenizer.get_vocab()[IMAGE],
+        video_token_index=tokenizer.get_vocab()[VIDEO],
         image_grid_pinpoints=[[image_side, image_side]],
     )
     return _build(LlavaOnevisionForConditionalGeneration, config, tokenizer, seed)

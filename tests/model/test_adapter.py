@@ -1,0 +1,269 @@
+"""The adapter against Hugging Face's own forward passes: prompts, padding, vision, positions and heads of many families."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from synpo.config import ModelConfig
+from synpo.model.adapter import CaptionModel, load, pad_rows
+from synpo.model.tiny import byte_tokenizer, tiny_text_model
+from synpo.model.vision import Processor
+
+TEXTS = ["A small red circle moves.", "It stops."]
+
+
+@pytest.fixture(scope="module")
+def captioner(tiny_captioner_path: Any) -> CaptionModel:
+    return load(ModelConfig(path=str(tiny_captioner_path)))
+
+
+def clip(frames: int, height: int = 48, width: int = 48, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def rows_of(lm: CaptionModel, clips: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Any]]:
+    prompts = [lm.prompt("Describe the video.", c) for c in clips]
+    rows = [torch.cat([p.input_ids, lm.completion(t)]) for p, t in zip(prompts, TEXTS * 2)]
+    return rows, [p.vision for p in prompts]
+
+
+def logits_of(lm: CaptionModel, rows: list[Tensor], visions: list[Any], side: Any = "right") -> list[Tensor]:
+    ids, mask = pad_rows(rows, lm.pad_token_id, side)
+    with torch.no_grad():
+        logits = lm.model(**lm.forward_kwargs(ids, mask, visions)).logits
+    return [row[m.bool()] for row, m in zip(logits, mask)]
+
+
+def test_captioner_gives_the_logits_of_hugging_faces_own_path(captioner: CaptionModel) -> None:
+    rows, visions = rows_of(captioner, [clip(3), None])
+    logits = logits_of(captioner, rows, visions)
+    with torch.no_grad():
+        with_video = captioner.model(input_ids=rows[0][None], pixel_values_videos=visions[0]["pixels"][None]).logits
+        without = captioner.model(input_ids=rows[1][None]).logits
+    torch.testing.assert_close(logits[0], with_video[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1], without[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_side_and_neighbours_change_nothing(captioner: CaptionModel) -> None:
+    rows, visions = rows_of(captioner, [clip(2), None, clip(5, seed=1), clip(2, 30, 70, seed=2)])
+    alone = [logits_of(captioner, [r], [v])[0] for r, v in zip(rows, visions)]
+    for side in ("left", "right"):
+        for together, expected in zip(logits_of(captioner, rows, visions, side), alone):
+            torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tower_runs_once_for_rows_that_share_a_video(captioner: CaptionModel) -> None:
+    calls = []
+    hook = captioner.model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    rows, visions = rows_of(captioner, [clip(3), clip(3, seed=1)])
+    shared = captioner.encode_vision(visions)
+    together = logits_of(captioner, [*rows, *rows], [*shared, *shared])
+    hook.remove()
+    assert len(calls) == 1
+    assert shared[0]["features"].shape == (3 * 4 + 1, 64)
+    for logits, expected in zip(together, logits_of(captioner, rows, visions) * 2):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_that_lost_visual_tokens_is_refused(captioner: CaptionModel) -> None:
+    prompt = captioner.prompt("Describe the video.", clip(3))
+    ids, mask = pad_rows([prompt.input_ids[4:]], 0)
+    with pytest.raises(ValueError, match="video placeholders in the batch but 13 visual features"):
+        captioner.forward_kwargs(ids, mask, [prompt.vision])
+
+
+def test_a_placeholder_in_the_users_text_is_refused(captioner: CaptionModel) -> None:
+    with pytest.raises(ValueError, match="found 2 <video> in the prompt"):
+        captioner.prompt("Describe the <video>.", clip(2))
+
+
+def test_a_text_model_refuses_frames() -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="takes no video"):
+        CaptionModel(tiny_text_model(tokenizer), tokenizer, None).prompt("Describe.", clip(1))
+
+
+def test_an_answer_ends_with_the_end_of_a_turn_and_is_never_empty() -> None:
+    tokenizer = byte_tokenizer()
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0, tokenizer.eos_token_id]))
+    lm = CaptionModel(model, tokenizer, None)
+    assert lm.eos_token_ids == (tokenizer.eos_token_id, 0)
+    assert lm.completion("Yes")[-1] == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="has no token"):
+        lm.completion("  ")
+
+
+class QwenProcessor:
+    """Stands in for Qwen-VL's processor, whose video part needs torchvision: same keys and shapes."""
+
+    model_input_names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values_videos", "video_grid_thw")
+
+    def __init__(self, tokenizer: Any, numbers: int) -> None:
+        self.tokenizer, self.numbers = tokenizer, numbers
+
+    def __call__(self, text: list[str], videos: list[Tensor], **kwargs: Any) -> dict[str, Any]:
+        assert kwargs == {"return_tensors": "pt", "do_sample_frames": False, "add_special_tokens": False}
+        grid = torch.tensor([[len(videos[0]) // 2, 4, 4]])
+        expanded = text[0].replace("<video>", "<video>" * (int(grid.prod()) // 4))
+        encoded = self.tokenizer(expanded, add_special_tokens=False, return_tensors="pt")
+        patches = int(grid.prod())
+        pixels = videos[0].float().flatten().repeat(2)[: patches * self.numbers].view(patches, self.numbers) / 255
+        types = (encoded.input_ids == self.tokenizer.get_vocab()["<video>"]).int() * 2
+        return {**encoded, "pixel_values_videos": pixels, "video_grid_thw": grid, "mm_token_type_ids": types}
+
+
+def qwen_vl(kind: str) -> CaptionModel:
+    tokenizer = byte_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    places = {"video_token_id": tokenizer.get_vocab()["<video>"], "image_token_id": tokenizer.get_vocab()["<image>"]}
+    torch.manual_seed(0)
+    model: Any
+    if kind == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **places))
+    else:
+        vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4}
+        vision |= {"intermediate_size": 64, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **places))
+    return CaptionModel(model.eval(), tokenizer, Processor(model, QwenProcessor(tokenizer, 3 * 2 * 4 * 4)))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwen_vl_gets_its_three_dimensional_positions(kind: str) -> None:
+    lm = qwen_vl(kind)
+    rows, visions = rows_of(lm, [clip(4), None, clip(2, seed=1)])
+    ids, mask = pad_rows(rows, lm.pad_token_id, "left")
+    inputs = lm.forward_kwargs(ids, mask, visions)
+    assert inputs["position_ids"].shape == (3, *ids.shape)
+    assert inputs["mm_token_type_ids"].unique().tolist() == [0, 2]
+    assert not torch.equal(inputs["position_ids"][0], inputs["position_ids"][1])
+    for side in ("left", "right"):
+        for i, logits in enumerate(logits_of(lm, rows, visions, side)):
+            types = lm.vision._types(rows[i][None])  # type: ignore[union-attr]
+            with torch.no_grad():
+                own = lm.model(input_ids=rows[i][None], **types, **visions[i]).logits[0]
+            torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+
+
+def text_model(family: str) -> CaptionModel:
+    torch.manual_seed(0)
+    models: dict[str, Any] = {
+        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.5)),
+        "cohere": lambda: CohereForCausalLM(CohereConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"})),
+        "granite": lambda: GraniteForCausalLM(
+            GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logits_scaling=8.0)
+        ),
+        "llama": lambda: tiny_text_model(byte_tokenizer()),
+    }
+    return CaptionModel(models[family]().eval(), byte_tokenizer(), None)
+
+
+def logits_from_head(lm: CaptionModel, ids: Tensor) -> Tensor:
+    head = lm.head()
+    logits = lm.hidden_states(lm.forward_kwargs(ids, torch.ones_like(ids), [{}] * len(ids))) @ head.weight.T
+    logits = logits if head.bias is None else logits + head.bias
+    logits = logits * head.logit_scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])
+def test_hidden_states_and_head_are_the_models_own_logits(family: str) -> None:
+    lm = text_model(family)
+    ids = torch.randint(0, 260, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_from_head(lm, ids), lm.model(ids).logits, rtol=1e-5, atol=1e-6)
+    lm.check_head()
+    if family != "llama":  # the setting is not one that does nothing
+        assert lm.head().softcap is not None or lm.head().logit_scale != 1.0
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
+    lm = text_model("llama")
+    lm.model.lm_head.register_forward_hook(lambda layer, inputs, output: output * 2)
+    with pytest.raises(ValueError, match="are not those of its output head"):
+        lm.check_head()
+
+
+def test_hidden_states_never_build_the_logits_and_leave_no_hook() -> None:
+    lm = text_model("llama")
+    shapes = []
+    hook = lm.model.lm_head.register_forward_hook(lambda layer, inputs, output: shapes.append(output.shape))
+    ids = torch.arange(12).view(3, 4)
+    hidden = lm.hidden_states(lm.forward_kwargs(ids, torch.ones_like(ids), [{}] * 3))
+    hook.remove()
+    assert hidden.shape == (3, 4, 64)
+    assert hidden.requires_grad
+    assert shapes == [(1, 1, len(lm.tokenizer))]
+    assert lm.model(ids).logits.shape == (3, 4, len(lm.tokenizer))
+
+
+def test_the_head_of_a_peft_model() -> None:
+    lm = text_model("llama")
+    plain = lm.head().weight
+    lm.model = get_peft_model(lm.model, LoraConfig(r=2, target_modules=r".*\.q_proj"))
+    assert lm.head().weight is plain
+    lm.check_head()
+
+
+def test_the_trained_copy_of_the_head_is_used_and_the_original_while_adapters_are_off() -> None:
+    lm = text_model("llama")
+    plain = lm.head().weight
+    lm.model = get_peft_model(lm.model, LoraConfig(r=2, target_modules=r".*\.q_proj", modules_to_save=["lm_head"]))
+    trained = lm.head().weight
+    assert trained is not plain
+    assert trained.requires_grad
+    with torch.no_grad():
+        trained += 1.0
+    lm.check_head()
+    with lm.model.disable_adapter():
+        assert lm.head().weight is plain
+        lm.check_head()
+
+
+def test_lora_on_the_head_is_refused() -> None:
+    lm = text_model("llama")
+    lm.model = get_peft_model(lm.model, LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="LoRA on the output head"):
+        lm.head()
