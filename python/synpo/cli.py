@@ -77,6 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--references", metavar="FILE", type=Path, help="reference captions (VATEX, MSR-VTT or JSONL)"
     )
     evaluate.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of captions and scores")
+    evaluate.add_argument(
+        "--against",
+        metavar="NAME=FILE",
+        action="append",
+        default=[],
+        help="captions.jsonl of an earlier evaluation to compare with; the first is the baseline",
+    )
 
     commands.add_parser("doctor", help="report versions, devices, extension and backends")
     return parser
@@ -93,6 +100,13 @@ def _config(args: argparse.Namespace) -> Any:
     if args.seed is not None:
         flags["seed"] = args.seed
     return load_config(args.config, args.set, flags)
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    name, sign, path = text.partition("=")
+    if not (name and sign and path):
+        raise ValueError(f"--against takes NAME=FILE, got {text!r}")
+    return name, Path(path)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -116,7 +130,8 @@ def run_train(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     from synpo.evaluate.caption import evaluate_model
 
-    evaluate_model(_config(args), args.videos, args.references, args.output)
+    against = dict(_named_file(text) for text in args.against)
+    evaluate_model(_config(args), args.videos, args.references, args.output, against)
 
 
 def run_doctor(args: argparse.Namespace) -> None:

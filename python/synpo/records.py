@@ -220,13 +220,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Write a whole record file at once: it is there complete, or not at all."""
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
+    """Write a whole JSON Lines file at once: it is there complete, or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
+    """Write a whole record file at once."""
+    write_jsonl(path, (asdict(record) for record in records))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

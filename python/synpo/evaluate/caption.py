@@ -1,0 +1,138 @@
+"""`synpo eval`: caption every video with a model, keep the captions, score them where there are references.
+
+    videos ─ frames ─ generate ─→ captions.work.jsonl ─→ captions.jsonl ─┬→ scores.json, a table
+                                            references (and --against) ──┘
+
+captions.work.jsonl grows as captions are made, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tqdm import tqdm
+
+from synpo.config import Config, ConfigError
+from synpo.evaluate.benchmarks import match_videos, read_references
+from synpo.evaluate.run import EvalResult, evaluate, read_captions
+from synpo.evaluate.table import print_table
+from synpo.model.adapter import CaptionModel, load
+from synpo.model.fingerprint import fingerprint
+from synpo.pipeline.decode import generate
+from synpo.records import RecordStore, record_id, write_json, write_jsonl
+from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video
+
+
+@dataclass(frozen=True)
+class VideoCaption:
+    """What a model said of a video in an evaluation. `logp` is the mean log-probability of its tokens."""
+
+    id: str
+    video: str
+    caption: str
+    logp: float
+
+
+def caption_videos(
+    lm: CaptionModel, config: Config, root: Path, videos: Sequence[str], store: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Caption `videos` (paths relative to `root`), skipping those `store` already holds for this model and these settings.
+
+    Returns:
+        video → caption, and video → reason for those that could not be read.
+    """
+    made_with = record_id(
+        fingerprint(config.model), config.eval.prompt, config.eval.sampling, config.frames, config.seed
+    )
+    records: RecordStore[VideoCaption] = RecordStore(VideoCaption, store)
+    captions: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    waiting: list[tuple[str, str]] = []
+    for video in videos:
+        try:
+            key = record_id(made_with, video, resolve_video(root, video).stat().st_size)
+        except VideoError as error:
+            problems[video] = str(error)
+            continue
+        if key in records:
+            captions[video] = records[key].caption
+        else:
+            waiting.append((key, video))
+    with tqdm(total=len(videos), initial=len(captions), desc="captions", unit="video") as bar:
+        for first in range(0, len(waiting), config.eval.batch_size):
+            keys, names, prompts = [], [], []
+            for key, video in waiting[first : first + config.eval.batch_size]:
+                try:
+                    path = resolve_video(root, video)
+                    frames = read_frames(path, config.frames.times(0.0, probe(path).duration))
+                except VideoError as error:
+                    problems[video] = str(error)
+                    continue
+                keys.append(key)
+                names.append(video)
+                prompts.append(lm.prompt(config.eval.prompt, frames))
+            answers = generate(lm, prompts, config.eval.sampling, keys=keys)
+            records.append(*(VideoCaption(k, v, a.text, a.logp) for k, v, a in zip(keys, names, answers)))
+            captions |= {v: a.text for v, a in zip(names, answers)}
+            bar.update(min(config.eval.batch_size, len(waiting) - first))
+    return captions, problems
+
+
+def evaluate_model(
+    config: Config,
+    videos: Path,
+    references: Path | None,
+    output: Path,
+    against: Mapping[str, Path] | None = None,
+) -> EvalResult | None:
+    """Caption the videos of a folder and score the captions; what `synpo eval` does.
+
+    Args:
+        references: VATEX, MSR-VTT, DREAM-1k or JSON Lines of {"video", "captions"}; None writes captions only.
+        output: folder of captions.jsonl and scores.json.
+        against: name → captions.jsonl of earlier evaluations; the first is the baseline of the paired differences.
+
+    Raises:
+        ConfigError, VideoError, ValueError: input that cannot be used; the message says which.
+    """
+    console = Console()
+    names = list_videos(videos)
+    wanted = {name: name for name in names}
+    reference_captions: dict[str, list[str]] = {}
+    if references is not None:
+        found = read_references(references)
+        matched = match_videos(found.captions, names)
+        if not matched.files:
+            raise ConfigError(f"none of the {len(found.captions)} videos of {references} is in {videos}")
+        wanted = matched.files
+        reference_captions = {video: found.captions[video] for video in wanted}
+        if matched.missing:
+            console.print(f"{len(matched.missing)} of {len(found.captions)} referenced videos are not in {videos}")
+    lm = load(config.model)
+    captions, problems = caption_videos(lm, config, videos, sorted(wanted.values()), output / "captions.work.jsonl")
+    write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
+    for video, reason in problems.items():
+        console.print(f"left out {video}: {reason}", markup=False)
+    console.print(f"{len(captions)} captions in {output / 'captions.jsonl'}", markup=False)
+    if references is None:
+        return None
+    usable = {video: file for video, file in wanted.items() if file in captions}
+    systems = {}
+    for name, path in (against or {}).items():
+        others = read_captions(path, usable.values())
+        systems[name] = {video: others[file] for video, file in usable.items()}
+    systems["this model"] = {video: captions[file] for video, file in usable.items()}
+    result = evaluate(
+        systems,
+        {video: reference_captions[video] for video in usable},
+        seed=config.seed,
+        resamples=config.eval.bootstrap,
+    )
+    write_json(output / "scores.json", result.to_json())
+    print_table(result.to_table())
+    if difference := result.to_difference_table():
+        print_table(difference)
+    return result
