@@ -1,0 +1,249 @@
+"""Decoding against its specification: two models run from scratch over everything so far, one prompt at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from synpo.config import ContrastConfig, SamplingConfig
+from synpo.model.adapter import CaptionModel, Prompt
+from synpo.model.tiny import byte_tokenizer, tiny_text_model
+from synpo.model.vision import Processor
+from synpo.pipeline.decode import Generation, generate, uniforms
+from synpo.pipeline.streams import read
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+GREEDY = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=24)
+SAMPLED = SamplingConfig(temperature=0.8, top_k=16, top_p=0.9, max_new_tokens=24)
+ENDS = tuple(range(60, 84))  # a random model rarely says the one true end: make one token in a dozen an end
+
+
+def with_ends(lm: CaptionModel) -> CaptionModel:
+    copy = CaptionModel(lm.model, lm.tokenizer, lm.vision)
+    copy.eos_token_ids = ENDS
+    return copy
+
+
+def frames(count: int, seed: int) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 48, 48), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+@torch.no_grad()
+def last_logits(lm: CaptionModel, prompt: Prompt, written: list[int]) -> Tensor:
+    """Logits (V,) after the prompt and what is written, with no cache and no padding."""
+    ids = torch.cat([prompt.input_ids, torch.tensor(written, dtype=torch.long)])[None]
+    return lm.model(**lm.forward_kwargs(ids, torch.ones_like(ids), [prompt.vision])).logits[0, -1].float()
+
+
+def naive_greedy(
+    lm: CaptionModel, prompt: Prompt, amateur: Prompt | None, contrast: ContrastConfig | None, limit: int
+) -> tuple[list[int], float]:
+    """What two-stream decoding should say, and the smallest gap between the two best tokens on the way."""
+    written: list[int] = []
+    gap = float("inf")
+    while len(written) < limit:
+        logits = last_logits(lm, prompt, written)
+        if amateur is not None and contrast is not None:
+            mixed = (1 + contrast.alpha) * logits - contrast.alpha * last_logits(lm, amateur, written)
+            if contrast.plausibility > 0:
+                floor = logits.max() + torch.tensor(contrast.plausibility).log()
+                mixed = mixed.masked_fill(logits < floor, -torch.inf)
+            logits = mixed
+        best = logits.topk(2)
+        gap = min(gap, float(best.values[0] - best.values[1]))
+        token = int(best.indices[0])
+        if token in lm.eos_token_ids:
+            break
+        written.append(token)
+    return written, gap
+
+
+def video_prompts(lm: CaptionModel) -> tuple[list[Prompt], list[Prompt]]:
+    """Unequal texts over unequal numbers of frames, and their amateurs."""
+    texts = ["Describe the video.", "What moves? Say it in one short sentence.", "Colours?", "Describe the video."]
+    views = [frames(n, seed=n) for n in (8, 16, 5, 11)]
+    return (
+        [lm.prompt(t, v) for t, v in zip(texts, views)],
+        [lm.prompt(t, v[::3]) for t, v in zip(texts, views)],
+    )
+
+
+def assert_naive(lm: CaptionModel, prompts: list[Prompt], amateurs: list[Prompt] | None, contrast: Any) -> None:
+    answers = generate(
+        lm, prompts, GREEDY, keys=[str(i) for i in range(len(prompts))], amateurs=amateurs, contrast=contrast
+    )
+    for i, answer in enumerate(answers):
+        weak = amateurs[i] if amateurs is not None else None
+        expected, gap = naive_greedy(lm, prompts[i], weak, contrast, GREEDY.max_new_tokens)
+        assert gap > 1e-5, "a tie on the way: the test says nothing, change its seed"
+        assert list(answer.tokens) == expected
+        assert answer.finished == (len(expected) < GREEDY.max_new_tokens)
+        assert answer.text == lm.text(expected)
+
+
+@pytest.mark.parametrize("contrast", [None, ContrastConfig(), ContrastConfig(alpha=1.0, plausibility=0.3)])
+def test_greedy_video_answers_are_those_of_two_plain_models(captioner: CaptionModel, contrast: Any) -> None:
+    lm = with_ends(captioner)
+    prompts, amateurs = video_prompts(lm)
+    assert_naive(lm, prompts, amateurs if contrast else None, contrast)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_greedy_text_answers_are_those_of_two_plain_models(family: str) -> None:
+    tokenizer = byte_tokenizer(["a small red circle"])
+    if family == "mistral":  # attention within a window of twelve tokens, shorter than every prompt
+        settings = MistralConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=12,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        model: Any = MistralForCausalLM(settings).eval()
+    else:
+        model = tiny_text_model(tokenizer, family)
+    lm = with_ends(CaptionModel(model, tokenizer, None))
+    prompts = [lm.prompt(t) for t in ("Tell me a story about a red circle.", "Hello there, you", "What is a long day?")]
+    amateurs = [lm.prompt(t) for t in ("A story, then?", "Hello there, you and everyone else here", "What is a day?")]
+    assert_naive(lm, prompts, amateurs, ContrastConfig())
+    assert_naive(lm, [prompts[0], prompts[0], prompts[1]], None, None)
+
+
+class VideoGrid:
+    """Stands in for the Hugging Face processor of Qwen2-VL, which needs torchvision: flat patches and their grid."""
+
+    model_input_names = ("input_ids", "pixel_values_videos", "video_grid_thw", "mm_token_type_ids")
+
+    def __init__(self, tokenizer: Any, config: Qwen2VLConfig) -> None:
+        self.tokenizer, self.vision = tokenizer, config.vision_config
+
+    def __call__(self, text: list[str], videos: list[Tensor], **_: Any) -> dict[str, Tensor]:
+        times = len(videos[0]) // 2
+        patch = self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
+        pixels = torch.randn(times * 16, patch, generator=torch.Generator().manual_seed(len(videos[0])))
+        placed = text[0].replace("<video>", "<video>" * (times * 4))
+        ids = self.tokenizer(placed, add_special_tokens=False, return_tensors="pt").input_ids
+        return {"input_ids": ids, "pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[times, 4, 4]])}
+
+
+def qwen2_vl() -> CaptionModel:
+    """A random Qwen2-VL, whose positions have three dimensions."""
+    tokenizer = byte_tokenizer(["a small red circle"])
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|user|>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    return with_ends(CaptionModel(model, tokenizer, Processor(model, VideoGrid(tokenizer, config))))
+
+
+def test_positions_in_three_dimensions() -> None:
+    lm = qwen2_vl()
+    texts = ["Describe it.", "What moves, and where does it go?"]
+    prompts = [lm.prompt(t, frames(n, 0)) for t, n in zip(texts, (8, 4))]
+    amateurs = [lm.prompt(t, frames(2, 0)) for t in texts]
+    assert read(lm, prompts)[0].position.shape == (3, 2, 1)
+    assert_naive(lm, prompts, amateurs, ContrastConfig())
+    other = replace(lm.prompt("And now?", frames(8, 0)), vision=prompts[0].vision)
+    assert_naive(lm, [prompts[0], other, prompts[1]], None, None)
+
+
+def test_prompts_about_one_video_share_its_reading(captioner: CaptionModel) -> None:
+    lm = with_ends(captioner)
+    prompts, amateurs = video_prompts(lm)
+    follow_ups = [replace(lm.prompt(f"Describe the video. {t}", frames(8, seed=8)), vision=prompts[0].vision)
+                  for t in ("Again.", "Once more, with all that happens.")]  # fmt: skip
+    rows = [prompts[0], prompts[1], *follow_ups, prompts[0]]
+    seen: list[torch.Size] = []
+    hook = lm.model.model.language_model.register_forward_pre_hook(
+        lambda _module, _args, inputs: seen.append(inputs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    read(lm, rows)
+    hook.remove()
+    assert seen[0][0] == 2, "two videos, two rows in the first pass"
+    assert seen[1][0] == 5 and seen[1][1] < 60, "five rows read only what differs"
+    weak = [amateurs[0], amateurs[1], amateurs[0], amateurs[0], amateurs[0]]
+    assert_naive(lm, rows, weak, ContrastConfig())
+
+
+def by_key(lm: CaptionModel, prompts: list[Prompt], amateurs: list[Prompt], keys: list[str]) -> dict[str, Generation]:
+    answers = generate(lm, prompts, SAMPLED, keys=keys, amateurs=amateurs, contrast=ContrastConfig())
+    return dict(zip(keys, answers))
+
+
+def test_samples_follow_their_key_and_not_their_batch(captioner: CaptionModel) -> None:
+    lm = with_ends(captioner)
+    prompts, amateurs = video_prompts(lm)
+    keys = ["7 a", "7 b", "7 c", "7 d"]
+    together = by_key(lm, prompts, amateurs, keys)
+    assert together == by_key(lm, prompts, amateurs, keys)
+    for i, key in enumerate(keys):
+        alone = by_key(lm, prompts[i : i + 1], amateurs[i : i + 1], [key])[key]
+        assert alone.tokens == together[key].tokens
+        assert alone.logp == pytest.approx(together[key].logp, abs=1e-4)
+    backwards = by_key(lm, prompts[::-1], amateurs[::-1], keys[::-1])
+    assert {k: a.tokens for k, a in backwards.items()} == {k: a.tokens for k, a in together.items()}
+    other = generate(
+        lm, prompts, SAMPLED, keys=[k.replace("7", "8") for k in keys], amateurs=amateurs, contrast=ContrastConfig()
+    )
+    assert [a.tokens for a in other] != [together[k].tokens for k in keys]
+
+
+def test_rarely_looking_for_finished_rows_changes_nothing(captioner: CaptionModel) -> None:
+    lm = with_ends(captioner)
+    prompts, amateurs = video_prompts(lm)
+    keys = list("abcd")
+    options: dict[str, Any] = {"keys": keys, "amateurs": amateurs, "contrast": ContrastConfig()}
+    often = generate(lm, prompts, SAMPLED, check_every=1, **options)
+    never = generate(lm, prompts, SAMPLED, check_every=1000, **options)
+    assert [a.tokens for a in often] == [a.tokens for a in never]
+    assert [a.logp for a in often] == pytest.approx([a.logp for a in never], abs=1e-4)
+    assert any(a.finished for a in often)
+
+
+def test_logp_is_the_mean_over_the_tokens_written(captioner: CaptionModel) -> None:
+    lm = captioner
+    prompt = lm.prompt("Describe.", frames(8, 1))
+    plain = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=12)
+    (answer,) = generate(lm, [prompt], plain, keys=["x"])
+    assert not answer.finished  # its tokens are all there is to average
+    written: list[int] = []
+    logps = []
+    for token in answer.tokens:
+        logps.append(float(last_logits(lm, prompt, written).log_softmax(-1)[token]))
+        written.append(token)
+    assert answer.logp == pytest.approx(sum(logps) / len(logps), abs=1e-4)
+
+
+def test_uniforms_are_even_and_depend_on_the_key_alone() -> None:
+    numbers = uniforms([str(i) for i in range(64)], 256)
+    assert torch.equal(numbers[5:6], uniforms(["5"], 256))
+    assert torch.equal(numbers[5:6, :10], uniforms(["5"], 10))
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.histc(numbers, 16, 0, 1)
+    assert ((counts - 1024).abs() < 5 * 32).all()
+    assert abs(float(torch.corrcoef(numbers[:2])[0, 1])) < 0.3
+
+
+def test_bad_calls_are_refused(captioner: CaptionModel) -> None:
+    prompt = captioner.prompt("Describe.", frames(8, 1))
+    assert generate(captioner, [], GREEDY, keys=[]) == []
+    with pytest.raises(ValueError, match="expected a key"):
+        generate(captioner, [prompt], GREEDY, keys=[])
+    with pytest.raises(ValueError, match="takes both"):
+        generate(captioner, [prompt], GREEDY, keys=["a"], amateurs=[prompt])
+    with pytest.raises(ValueError, match="LinearAttentionLayer"):
+        config = SimpleNamespace(get_text_config=lambda decoder=True: SimpleNamespace(
+            per_layer_config=[SimpleNamespace()], layer_types=["linear_attention"]))  # fmt: skip
+        model = SimpleNamespace(config=config, generation_config=None)
+        read(CaptionModel(model, captioner.tokenizer, None), [prompt])
