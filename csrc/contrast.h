@@ -1,0 +1,135 @@
+// Contrastive decoding on the CPU: types shared by the op, the driver and the vector loops.
+//
+// Shapes: B rows (sequences being decoded), V tokens of the vocabulary. Logits are read once, in their own type, and
+// mixed in fp32; whatever is left after the scan (the candidates) is handled in double.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace synpo {
+
+enum class Type { f32, bf16, f16 };
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(F16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7FFF;
+  if (magnitude >= 0x7C00) return from_bits(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);  // inf, NaN
+  // Shifting the exponent by a multiplication also normalises the subnormals.
+  return from_bits(sign | magnitude << 13) * from_bits(0x77800000);  // 2^112
+}
+
+// One row of logits. `amateur` is null for plain sampling.
+struct Row {
+  const void* expert;
+  const void* amateur;
+  Type type;
+  float expert_scale;   // 1 + alpha
+  float amateur_scale;  // alpha
+};
+
+// The mixed logit of one token: the roundings of the vector loops, one at a time. A token the expert excludes stays excluded.
+template <class T>
+float mixed_as(const Row& row, int64_t v) {
+  const float e = to_float(static_cast<const T*>(row.expert)[v]);
+  if (row.amateur == nullptr || e == -kInf) return e;
+  return e * row.expert_scale - to_float(static_cast<const T*>(row.amateur)[v]) * row.amateur_scale;
+}
+inline float mixed(const Row& row, int64_t v) {
+  switch (row.type) {
+    case Type::bf16:
+      return mixed_as<Bf16>(row, v);
+    case Type::f16:
+      return mixed_as<F16>(row, v);
+    default:
+      return mixed_as<float>(row, v);
+  }
+}
+
+// What a scan keeps of a slice of a row: values and token ids in order of the ids, and what it saw on the way.
+struct Candidates {
+  std::vector<float> x;
+  std::vector<int32_t> id;
+  int64_t n = 0;
+  float max = -kInf;
+  bool nan = false;
+
+  void reserve(int64_t size) {
+    if (static_cast<int64_t>(x.size()) < size) {
+      x.resize(size);
+      id.resize(size);
+    }
+  }
+  void clear() {
+    n = 0;
+    max = -kInf;
+    nan = false;
+  }
+};
+
+// The loops that touch all V logits, one table per instruction set.
+struct Kernels {
+  const char* name;
+  // The k largest mixed logits of tokens [begin, end) (a superset of at most a few k); tokens with a bit in `skip` are left out.
+  void (*top)(const Row&, int64_t begin, int64_t end, int64_t k, const uint64_t* skip, Candidates&);
+  // All mixed logits x >= max + offset, also sets max; a superset: the maximum is the running one.
+  void (*near)(const Row&, int64_t begin, int64_t end, float offset, Candidates&);
+  // out[v] = mixed logit, or -inf where the expert's logit is below `threshold`.
+  void (*mix)(const Row&, int64_t begin, int64_t end, float threshold, float* out);
+  // x[i] = exp(x[i]) for x <= 0, within 2 ulp.
+  void (*exp)(double* x, int64_t n);
+};
+
+// The table in use: the best this CPU has, or the one last asked for by name ("avx512", "avx2", "portable").
+const Kernels& kernels();
+void use_kernels(const char* name);  // throws std::invalid_argument for an unknown or unsupported name
+
+// Keep the k best of the candidates (larger value first, then lower id), in any order; the k-th value.
+float keep_best(Candidates& c, int64_t k);
+
+// The smallest value within `offset` (<= 0) of the maximum; -inf switches the limit off, also beside a maximum of +inf.
+inline float near_threshold(float max, float offset) { return offset == -kInf ? -kInf : max + offset; }
+
+// Everything about how a token is drawn; see synpo_kernels/contrast.py for the meaning of each.
+struct Sampling {
+  float plausibility_offset;  // log(plausibility), -inf when off
+  double temperature;         // 0: greedy
+  int64_t top_k;              // 0: off
+  double top_p;
+  double min_p;
+  float penalty;  // 1: off
+};
+
+// Draw one token per row. History: ids (rows, history_length) seen so far, null when the penalty is off.
+struct Batch {
+  int64_t rows, vocab;
+  const void* expert;
+  const void* amateur;  // null: plain sampling
+  int64_t expert_stride, amateur_stride;  // elements from one row to the next
+  Type type;
+  double alpha;
+};
+void sample(const Batch& batch, const Sampling& sampling, const double* uniform, const int64_t* history, int64_t history_length,
+            int64_t* tokens, float* logps);
+void mix(const Batch& batch, float plausibility_offset, float* out);
+
+}  // namespace synpo

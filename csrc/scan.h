@@ -1,0 +1,324 @@
+// The loops over all V logits, written once on a small vector type and compiled once per instruction set:
+// contrast_cpu.cpp includes this file with SYNPO_ISA naming the namespace and SYNPO_LEVEL the set (2 AVX-512, 1 AVX2, 0 any).
+// No include guard, and no header may be included here: the code below is compiled for the chosen instruction set.
+
+namespace synpo {
+namespace SYNPO_ISA {
+
+#if SYNPO_LEVEL == 2
+
+struct Vec {
+  static constexpr int64_t kWidth = 16;
+  __m512 v;
+  static Vec fill(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const Bf16* p) {
+    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+  }
+  static Vec load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  Vec operator*(Vec o) const { return {_mm512_mul_ps(v, o.v)}; }
+  Vec operator-(Vec o) const { return {_mm512_sub_ps(v, o.v)}; }
+  uint32_t eq(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_EQ_OQ); }
+  uint32_t lt(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_LT_OQ); }
+  uint32_t ge(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_GE_OQ); }
+  uint32_t not_le(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_NLE_UQ); }
+  uint32_t nan() const { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+  Vec max_number(Vec acc) const { return {_mm512_max_ps(v, acc.v)}; }  // acc where this is NaN
+  Vec where(uint32_t mask, Vec o) const { return {_mm512_mask_mov_ps(v, static_cast<__mmask16>(mask), o.v)}; }
+  float reduce_max() const { return _mm512_reduce_max_ps(v); }
+  // Write the lanes in `mask`, in order, with their ids; up to kWidth entries beyond the count are scribbled on.
+  int64_t compress(uint32_t mask, int32_t first, float* x, int32_t* id) const {
+    __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(first),
+                                   _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    _mm512_storeu_ps(x, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
+    _mm512_storeu_si512(id, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), ids));
+    return __builtin_popcount(mask);
+  }
+};
+
+#elif SYNPO_LEVEL == 1
+
+struct Vec {
+  static constexpr int64_t kWidth = 8;
+  __m256 v;
+  static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const Bf16* p) {
+    __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
+  }
+  static Vec load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  Vec operator*(Vec o) const { return {_mm256_mul_ps(v, o.v)}; }
+  Vec operator-(Vec o) const { return {_mm256_sub_ps(v, o.v)}; }
+  static uint32_t bits(__m256 m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+  uint32_t eq(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_EQ_OQ)); }
+  uint32_t lt(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_LT_OQ)); }
+  uint32_t ge(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_GE_OQ)); }
+  uint32_t not_le(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_NLE_UQ)); }
+  uint32_t nan() const { return bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
+  Vec max_number(Vec acc) const { return {_mm256_max_ps(v, acc.v)}; }
+  Vec where(uint32_t mask, Vec o) const {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane), lane);
+    return {_mm256_blendv_ps(v, o.v, _mm256_castsi256_ps(on))};
+  }
+  float reduce_max() const {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+  }
+  int64_t compress(uint32_t mask, int32_t first, float* x, int32_t* id) const {
+    // The lanes in `mask` as packed byte indices, widened to a permutation.
+    uint64_t bytes = _pdep_u64(mask, 0x0101010101010101ULL) * 0xFF;
+    uint64_t order = _pext_u64(0x0706050403020100ULL, bytes);
+    __m256i permutation = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(order)));
+    _mm256_storeu_ps(x, _mm256_permutevar8x32_ps(v, permutation));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(id), _mm256_add_epi32(permutation, _mm256_set1_epi32(first)));
+    return __builtin_popcount(mask);
+  }
+};
+
+#else
+
+struct Vec {
+  static constexpr int64_t kWidth = 8;
+  float v[8];
+  static Vec fill(float x) { return map([&](int) { return x; }); }
+  template <class T>
+  static Vec load(const T* p) {
+    return map([&](int i) { return to_float(p[i]); });
+  }
+  void store(float* p) const { std::memcpy(p, v, sizeof(v)); }
+  Vec operator*(Vec o) const { return map([&](int i) { return v[i] * o.v[i]; }); }
+  Vec operator-(Vec o) const { return map([&](int i) { return v[i] - o.v[i]; }); }
+  uint32_t eq(Vec o) const { return test([&](int i) { return v[i] == o.v[i]; }); }
+  uint32_t lt(Vec o) const { return test([&](int i) { return v[i] < o.v[i]; }); }
+  uint32_t ge(Vec o) const { return test([&](int i) { return v[i] >= o.v[i]; }); }
+  uint32_t not_le(Vec o) const { return test([&](int i) { return !(v[i] <= o.v[i]); }); }
+  uint32_t nan() const { return test([&](int i) { return v[i] != v[i]; }); }
+  Vec max_number(Vec acc) const { return map([&](int i) { return v[i] > acc.v[i] ? v[i] : acc.v[i]; }); }
+  Vec where(uint32_t mask, Vec o) const { return map([&](int i) { return mask >> i & 1 ? o.v[i] : v[i]; }); }
+  float reduce_max() const { return *std::max_element(v, v + kWidth); }
+  int64_t compress(uint32_t mask, int32_t first, float* x, int32_t* id) const {
+    int64_t n = 0;
+    for (int i = 0; i < kWidth; ++i) {
+      x[n] = v[i];
+      id[n] = first + i;
+      n += mask >> i & 1;
+    }
+    return n;
+  }
+
+ private:
+  template <class F>
+  static Vec map(F f) {
+    Vec r;
+    for (int i = 0; i < kWidth; ++i) r.v[i] = f(i);
+    return r;
+  }
+  template <class F>
+  static uint32_t test(F f) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(f(i)) << i;
+    return bits;
+  }
+};
+
+#endif
+
+// Mixed logits of kWidth tokens from v on. A token the expert excludes (-inf) stays excluded: -inf - -inf would be NaN.
+template <class T, bool kMix>
+struct Mixer {
+  const T* expert;
+  const T* amateur;
+  Vec expert_scale, amateur_scale;
+
+  explicit Mixer(const Row& row)
+      : expert(static_cast<const T*>(row.expert)),
+        amateur(static_cast<const T*>(row.amateur)),
+        expert_scale(Vec::fill(row.expert_scale)),
+        amateur_scale(Vec::fill(row.amateur_scale)) {}
+
+  Vec raw(int64_t v) const {  // NaN instead of -inf where both are -inf
+    Vec e = Vec::load(expert + v);
+    if constexpr (kMix) return e * expert_scale - Vec::load(amateur + v) * amateur_scale;
+    return e;
+  }
+  Vec exact(int64_t v) const {
+    if constexpr (!kMix) return raw(v);
+    return raw(v).where(Vec::load(expert + v).eq(Vec::fill(-kInf)), Vec::fill(-kInf));
+  }
+};
+
+// Run body(v) for the whole vectors of [begin, end), then for a copy of the rest padded with -inf: body(mixer, v, valid lanes).
+template <class T, bool kMix, class Body>
+inline void tail(const Row& row, int64_t v, int64_t end, Body body) {
+  if (v >= end) return;
+  T expert[Vec::kWidth], amateur[Vec::kWidth];
+  for (int64_t i = 0; i < Vec::kWidth; ++i) {
+    expert[i] = v + i < end ? static_cast<const T*>(row.expert)[v + i] : minus_inf<T>();
+    amateur[i] = kMix && v + i < end ? static_cast<const T*>(row.amateur)[v + i] : minus_inf<T>();
+  }
+  Row padded = row;
+  padded.expert = expert;
+  padded.amateur = amateur;
+  body(Mixer<T, kMix>(padded), v);
+}
+
+template <class T, bool kMix>
+void top(const Row& row, int64_t begin, int64_t end, int64_t k, const uint64_t* skip, Candidates& c) {
+  const int64_t limit = 4 * k + 64;
+  c.reserve(limit + Vec::kWidth);
+  float threshold = -kInf;  // the k-th best so far: a later token must beat it
+  // Append the tokens of one vector that beat the threshold; `at` is where the mixer reads, `v` the id of its first token.
+  auto take = [&](const Mixer<T, kMix>& mixer, int64_t at, int64_t v) {
+    Vec x = mixer.exact(at);
+    uint32_t nan = x.nan();
+    c.nan |= nan != 0;
+    uint32_t hits = x.not_le(Vec::fill(threshold)) & ~nan;
+    int64_t added = x.compress(hits, static_cast<int32_t>(v), c.x.data() + c.n, c.id.data() + c.n);
+    if (skip == nullptr) {
+      c.n += added;
+    } else {
+      for (int64_t i = c.n, stop = c.n + added; i < stop; ++i) {
+        c.x[c.n] = c.x[i];
+        c.id[c.n] = c.id[i];
+        c.n += !(skip[c.id[i] >> 6] >> (c.id[i] & 63) & 1);
+      }
+    }
+    if (c.n >= limit) threshold = keep_best(c, k);
+  };
+
+  constexpr int64_t kUnroll = 4;
+  const Mixer<T, kMix> mixer(row);
+  int64_t v = begin;
+  for (; v + kUnroll * Vec::kWidth <= end; v += kUnroll * Vec::kWidth) {
+    const Vec t = Vec::fill(threshold);
+    uint32_t hits[kUnroll];
+    for (int64_t i = 0; i < kUnroll; ++i) hits[i] = mixer.raw(v + i * Vec::kWidth).not_le(t);
+    if ((hits[0] | hits[1] | hits[2] | hits[3]) == 0) continue;
+    for (int64_t i = 0; i < kUnroll; ++i) {
+      if (hits[i]) take(mixer, v + i * Vec::kWidth, v + i * Vec::kWidth);
+    }
+  }
+  for (; v + Vec::kWidth <= end; v += Vec::kWidth) take(mixer, v, v);
+  tail<T, kMix>(row, v, end, [&](const Mixer<T, kMix>& padded, int64_t first) { take(padded, 0, first); });
+}
+
+template <class T, bool kMix>
+void near(const Row& row, int64_t begin, int64_t end, float offset, Candidates& c) {
+  constexpr int64_t kBlock = 1024;  // read for its maximum, then again from the L1 cache for the tokens near it
+  auto take = [&](Vec x, float threshold, int64_t v) {
+    c.n += x.compress(x.ge(Vec::fill(threshold)) & ~x.eq(Vec::fill(-kInf)), static_cast<int32_t>(v), c.x.data() + c.n,
+                      c.id.data() + c.n);
+  };
+  const Mixer<T, kMix> mixer(row);
+  int64_t v = begin;
+  while (v + Vec::kWidth <= end) {
+    const int64_t stop = std::min(v + kBlock, v + (end - v) / Vec::kWidth * Vec::kWidth);
+    Vec max0 = Vec::fill(-kInf), max1 = max0;
+    uint32_t nan = 0;
+    int64_t i = v;
+    for (; i + 2 * Vec::kWidth <= stop; i += 2 * Vec::kWidth) {
+      Vec x0 = mixer.exact(i), x1 = mixer.exact(i + Vec::kWidth);
+      nan |= x0.nan() | x1.nan();
+      max0 = x0.max_number(max0);
+      max1 = x1.max_number(max1);
+    }
+    for (; i < stop; i += Vec::kWidth) {
+      Vec x = mixer.exact(i);
+      nan |= x.nan();
+      max0 = x.max_number(max0);
+    }
+    const float block_max = max0.max_number(max1).reduce_max();
+    c.nan |= nan != 0;
+    c.max = std::max(c.max, block_max);
+    const float threshold = near_threshold(c.max, offset);
+    if (block_max >= threshold) {
+      c.reserve(c.n + kBlock + Vec::kWidth);
+      for (int64_t j = v; j < stop; j += Vec::kWidth) take(mixer.exact(j), threshold, j);
+    }
+    v = stop;
+  }
+  tail<T, kMix>(row, v, end, [&](const Mixer<T, kMix>& padded, int64_t first) {
+    Vec x = padded.exact(0);
+    c.nan |= x.nan() != 0;
+    c.max = std::max(c.max, x.max_number(Vec::fill(-kInf)).reduce_max());
+    c.reserve(c.n + Vec::kWidth);
+    take(x, near_threshold(c.max, offset), first);
+  });
+}
+
+template <class T, bool kMix>
+void mix(const Row& row, int64_t begin, int64_t end, float threshold, float* out) {
+  auto one = [&](const Mixer<T, kMix>& mixer, int64_t at) {
+    return mixer.exact(at).where(Vec::load(mixer.expert + at).lt(Vec::fill(threshold)), Vec::fill(-kInf));
+  };
+  const Mixer<T, kMix> mixer(row);
+  int64_t v = begin;
+  for (; v + Vec::kWidth <= end; v += Vec::kWidth) one(mixer, v).store(out + v);
+  tail<T, kMix>(row, v, end, [&](const Mixer<T, kMix>& padded, int64_t first) {
+    float rest[Vec::kWidth];
+    one(padded, 0).store(rest);
+    std::copy(rest, rest + (end - first), out + first);
+  });
+}
+
+// Cody-Waite reduction and a Taylor polynomial of degree 13 on [-ln2/2, ln2/2]; plain loops the compiler vectorises.
+void exp(double* x, int64_t n) {
+  constexpr double kLog2e = 1.4426950408889634074, kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
+  for (int64_t i = 0; i < n; ++i) {
+    const double y = x[i] < -708.0 ? -708.0 : x[i];
+    const double shifted = y * kLog2e + kRound;
+    const double m = shifted - kRound;
+    const double r = (y - m * kLn2Hi) - m * kLn2Lo;
+    double p = 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r * r + r + 1.0;
+    int64_t bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    bits = static_cast<int64_t>(static_cast<uint64_t>(bits) << 52) + (int64_t{1023} << 52);
+    double scale;
+    std::memcpy(&scale, &bits, sizeof(scale));
+    x[i] = x[i] < -708.0 ? 0.0 : p * scale;
+  }
+}
+
+// Pick the instantiation for a row's type and for plain or mixed logits.
+#define SYNPO_DISPATCH(function, row, ...)                                                         \
+  switch ((row).type) {                                                                            \
+    case Type::f32:                                                                                \
+      return (row).amateur ? function<float, true>(row, __VA_ARGS__) : function<float, false>(row, __VA_ARGS__); \
+    case Type::bf16:                                                                               \
+      return (row).amateur ? function<Bf16, true>(row, __VA_ARGS__) : function<Bf16, false>(row, __VA_ARGS__);   \
+    case Type::f16:                                                                                \
+      return (row).amateur ? function<F16, true>(row, __VA_ARGS__) : function<F16, false>(row, __VA_ARGS__);     \
+  }
+
+void top_any(const Row& row, int64_t begin, int64_t end, int64_t k, const uint64_t* skip, Candidates& c) {
+  SYNPO_DISPATCH(top, row, begin, end, k, skip, c)
+}
+void near_any(const Row& row, int64_t begin, int64_t end, float offset, Candidates& c) {
+  SYNPO_DISPATCH(near, row, begin, end, offset, c)
+}
+void mix_any(const Row& row, int64_t begin, int64_t end, float threshold, float* out) {
+  SYNPO_DISPATCH(mix, row, begin, end, threshold, out)
+}
+#undef SYNPO_DISPATCH
+
+}  // namespace SYNPO_ISA
+}  // namespace synpo

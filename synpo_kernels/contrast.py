@@ -1,0 +1,282 @@
+"""Contrastive decoding: from the logits of an expert and an amateur straight to the next token.
+
+What: `contrastive_sample` mixes, filters and samples in one op; `contrastive_mix` gives the mixed logits alone, for
+      frameworks that want to do the rest themselves.
+Why:  the usual chain of torch ops reads and writes the full vocabulary a dozen times a token. The C++ op reads each input
+      once and writes nothing; with a plausibility cut-off it reads the amateur only where the expert finds a token plausible.
+How:  `cpp` (csrc/, CPU tensors) and `torch` (any device, also where the extension is not built) follow one definition and
+      agree token for token: logits are mixed in fp32 without fused multiply-add, everything after top-k is done in float64,
+      and candidates are ordered by value, descending, ties by token id. Both are in `_sample_torch` below, which is the
+      definition to read.
+
+Shape legend: B rows (sequences), V tokens, L past tokens, K tokens left after top-k.
+Sources: contrastive decoding with a cut-off as in Leng et al. 2023 (arXiv 2311.16922), eq. 3 to 6; nucleus sampling, Holtzman et
+al. 2019 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.01082); repetition penalty, Keskar et al. 2019 (arXiv 1909.05858).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _ext
+
+BACKENDS = ("auto", "cpp", "torch")
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def contrastive_sample(
+    expert: Tensor,
+    amateur: Tensor | None,
+    *,
+    alpha: float = 0.5,
+    plausibility: float = 0.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    history: Tensor | None = None,
+    uniform: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Draw the next token of every row from the contrast of two sets of logits.
+
+    In this order: mix `(1 + alpha) * expert - alpha * amateur`; drop tokens with
+    `expert < max(expert) + log(plausibility)`; repetition penalty; divide by the temperature; keep the `top_k` largest; of
+    those, renormalised, the fewest that reach mass `top_p`; drop tokens below `min_p` times the largest probability; draw by
+    inverse CDF in descending order of probability, ties by token id. Not differentiable.
+
+    Args:
+        expert: (B, V) fp32, bf16 or fp16 logits. Rows may be strided, as in `logits[:, -1]`; nothing is copied.
+        amateur: (B, V), dtype and device of `expert`; None samples from `expert` alone.
+        alpha: strength of the contrast, >= 0. At 0 the amateur is not read.
+        plausibility: 0 (off) to 1.
+        temperature: 0 is greedy: the largest logit, ties to the lower id, and every other setting as at temperature 1.
+        top_k: 0 is off; more than V is the same as V.
+        top_p: in (0, 1]; 1 is off.
+        min_p: 0 (off) to 1.
+        repetition_penalty: > 0; logits of tokens in `history` are divided by it where positive, multiplied where not.
+        history: (B, L) int64 ids; ids outside [0, V), such as -1, are padding.
+        uniform: (B,) numbers in [0, 1), one a row: the same numbers give the same tokens on every backend.
+            None draws them in float64 from `generator` (or torch's default one); greedy draws none.
+        backend: "auto", "cpp" or "torch".
+
+    Returns:
+        tokens (B,) int64, and logps (B,) fp32: log-probability of each token under the distribution it was drawn from
+        (filtered, renormalised, tempered); for greedy at temperature 1.
+
+    Special values: a token with expert logit -inf is never drawn, whatever the amateur says. Tokens mixed to +inf share all
+    the mass. NaN is never drawn. A row is no distribution if it holds a NaN or if no token is left: then its logp is NaN and
+    its token is drawn from what is left, or 0. With a cut-off the amateur's values at implausible tokens do not matter.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or settings outside the above, or a backend that cannot take these tensors.
+    """
+    _check_logits(expert, amateur, alpha, plausibility)
+    rows = expert.size(0)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be finite and >= 0 (0 is greedy), got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be >= 0 (0 is off), got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] (1 is off), got {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be in [0, 1] (0 is off), got {min_p}")
+    if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+        raise ValueError(f"repetition_penalty must be finite and > 0 (1 is off), got {repetition_penalty}")
+    if repetition_penalty == 1:
+        history = None
+    elif history is None:
+        raise ValueError("repetition_penalty needs history=, the (B, L) ids it applies to")
+    else:
+        if (
+            history.dim() != 2
+            or history.size(0) != rows
+            or history.dtype != torch.int64
+            or history.device != expert.device
+        ):
+            raise ValueError(
+                f"history must be ({rows}, L) int64 on {expert.device}, got {tuple(history.shape)} {history.dtype} on {history.device}"
+            )
+        history = history.contiguous()
+    if uniform is None:
+        if temperature == 0:
+            uniform = torch.zeros(rows, dtype=torch.float64, device=expert.device)
+        else:
+            uniform = torch.rand(rows, dtype=torch.float64, device=expert.device, generator=generator)
+    else:
+        if generator is not None:
+            raise ValueError("give uniform= or generator=, not both: uniform replaces the random numbers")
+        if uniform.shape != (rows,) or not uniform.is_floating_point() or uniform.device != expert.device:
+            raise ValueError(
+                f"uniform must be ({rows},) floating point on {expert.device}, got {tuple(uniform.shape)} {uniform.dtype} on {uniform.device}"
+            )
+        uniform = uniform.to(torch.float64).contiguous()
+    if alpha == 0:
+        amateur = None
+    sample = torch.ops.synpo_kernels.contrastive_sample if _use_cpp(expert, backend) else _sample_torch
+    return sample(
+        _row_major(expert),
+        _row_major(amateur),
+        uniform,
+        alpha,
+        plausibility,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        history,
+        repetition_penalty,
+    )
+
+
+@torch.no_grad()
+def contrastive_mix(
+    expert: Tensor, amateur: Tensor | None, *, alpha: float = 0.5, plausibility: float = 0.0, backend: str = "auto"
+) -> Tensor:
+    """Mixed logits `(1 + alpha) * expert - alpha * amateur`, -inf at tokens the expert finds implausible. Not differentiable.
+
+    Args: as for `contrastive_sample`.
+
+    Returns:
+        (B, V) fp32. -inf where `expert` is -inf or below `max(expert) + log(plausibility)`; a NaN stays a NaN.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or settings out of range, or a backend that cannot take these tensors.
+    """
+    _check_logits(expert, amateur, alpha, plausibility)
+    if alpha == 0:
+        amateur = None
+    mix = torch.ops.synpo_kernels.contrastive_mix if _use_cpp(expert, backend) else _mix_torch
+    return mix(_row_major(expert), _row_major(amateur), alpha, plausibility)
+
+
+def _check_logits(expert: Tensor, amateur: Tensor | None, alpha: float, plausibility: float) -> None:
+    if expert.dim() != 2 or not 0 < expert.size(1) < 2**31:
+        raise ValueError(f"expert must be (B, V) logits with 0 < V < 2^31, got {tuple(expert.shape)}")
+    if expert.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"expert must be float32, bfloat16 or float16, got {expert.dtype}")
+    if amateur is not None:
+        if amateur.shape != expert.shape:
+            raise ValueError(f"amateur must have expert's shape {tuple(expert.shape)}, got {tuple(amateur.shape)}")
+        if amateur.dtype != expert.dtype or amateur.device != expert.device:
+            raise ValueError(
+                f"amateur must be {expert.dtype} on {expert.device} as expert is, got {amateur.dtype} on {amateur.device}"
+            )
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be finite and >= 0 (0 is plain sampling), got {alpha}")
+    if not 0 <= plausibility <= 1:
+        raise ValueError(f"plausibility must be in [0, 1] (0 is off), got {plausibility}")
+
+
+def _use_cpp(expert: Tensor, backend: str) -> bool:
+    """Whether the C++ op takes this call: by wish, or because the tensors are on the CPU and the extension is there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and expert.device.type != "cpu"):
+        return False
+    if backend == "cpp" and expert.device.type != "cpu":
+        raise ValueError(f"backend 'cpp' takes CPU tensors, got {expert.device}; use backend='auto'")
+    if _ext.available():
+        return True
+    if backend == "cpp":
+        raise ValueError(f"backend 'cpp': {_ext.reason}")
+    _ext.say_once()
+    return False
+
+
+def _row_major(logits: Tensor | None) -> Tensor | None:
+    return logits if logits is None or logits.stride(1) == 1 else logits.contiguous()
+
+
+def _mix_torch(expert: Tensor, amateur: Tensor | None, alpha: float, plausibility: float) -> Tensor:
+    """`contrastive_mix` in torch ops, (B, V) fp32; a NaN in the expert does not move the cut-off and stays visible."""
+    e = expert.float()
+    x = e
+    if amateur is not None:
+        # -inf - -inf is NaN, but a token masked out of both streams is simply masked out.
+        x = torch.where(e == -math.inf, -math.inf, e * (1 + alpha) - amateur.float() * alpha)
+    if plausibility > 0:
+        peak = torch.where(e.isnan(), -math.inf, e).amax(-1, keepdim=True)  # (B, 1)
+        x = torch.where(e < peak + math.log(plausibility), -math.inf, x)
+    return x
+
+
+def _sample_torch(
+    expert: Tensor,
+    amateur: Tensor | None,
+    uniform: Tensor,
+    alpha: float,
+    plausibility: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    history: Tensor | None,
+    repetition_penalty: float,
+) -> tuple[Tensor, Tensor]:
+    """The op in torch: the definition the C++ op is tested against. No host synchronisation, on any device."""
+    x = _mix_torch(expert, amateur, alpha, plausibility)
+    if history is not None:
+        rows, vocab = x.shape
+        seen = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=x.device)
+        seen.scatter_(1, torch.where((history >= 0) & (history < vocab), history, vocab), True)
+        penalised = torch.where(x > 0, x * (1 / repetition_penalty), x * repetition_penalty)
+        x = torch.where(seen[:, :vocab], penalised, x)
+    broken = x.isnan().any(-1)  # (B,)
+    x, ids = _largest(
+        torch.where(x.isnan(), -math.inf, x) + 0.0, top_k
+    )  # (B, K), descending; + 0.0 makes -0 and 0 a tie
+
+    x = x.double()
+    scale = 1.0 if temperature == 0 else min(1 / temperature, 1e300)
+    log_weight = torch.where(x == x[:, :1], 0.0, (x - x[:, :1]) * scale)  # a largest logit of +inf takes all
+    weight = torch.where(x == -math.inf, 0.0, log_weight.exp())
+    position = torch.arange(x.size(1), device=x.device)
+    if top_p < 1:
+        mass = weight.cumsum(-1)
+        last = (mass >= top_p * mass[:, -1:]).int().argmax(-1, keepdim=True)
+        weight = torch.where(position <= last, weight, 0.0)
+    if min_p > 0:
+        weight = torch.where(weight >= min_p, weight, 0.0)
+
+    mass = weight.cumsum(-1)
+    total = mass[:, -1]
+    u = torch.where(uniform > 0, uniform, 0.0) * (temperature != 0)
+    passed = mass > (u * total)[:, None]
+    last = torch.where(weight > 0, position, 0).amax(-1)  # rounding may leave u * total out of reach
+    drawn = torch.where(passed.any(-1), passed.int().argmax(-1), last)[:, None]  # (B, 1)
+    logps = log_weight.gather(1, drawn)[:, 0] - total.log()
+    empty = total == 0
+    tokens = torch.where(empty, 0, ids.gather(1, drawn)[:, 0])
+    return tokens, torch.where(broken | empty, math.nan, logps).float()
+
+
+def _largest(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Values (B, K) and ids of the `top_k` largest (0: all) in descending order, ties by lower id, which `topk` leaves open."""
+    vocab = x.size(1)
+    if not 0 < top_k < vocab:
+        return torch.sort(x, dim=-1, descending=True, stable=True)
+    bits = x.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
+    key = (ordered << 32) + torch.arange(vocab - 1, -1, -1, device=x.device)
+    ids = vocab - 1 - (key.topk(top_k, dim=-1).values & 0xFFFFFFFF)
+    return x.gather(1, ids), ids
+
+
+if _ext.available():
+
+    @torch.library.register_fake("synpo_kernels::contrastive_sample")
+    def _sample_fake(expert: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return expert.new_empty(expert.size(0), dtype=torch.int64), expert.new_empty(
+            expert.size(0), dtype=torch.float32
+        )
+
+    @torch.library.register_fake("synpo_kernels::contrastive_mix")
+    def _mix_fake(expert: Tensor, *_: object) -> Tensor:
+        return expert.new_empty(expert.shape, dtype=torch.float32)
