@@ -61,6 +61,7 @@ def linear_logprobs(
         bias = None if bias is None else bias.to(dtype)
     _check_head(hidden, weight, labels, bias, softcap, ignore_index)
     chosen = choose(backend, hidden)
+    bias = None if bias is None else bias.contiguous()
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     rows = None
     if ignore_index is not None:

@@ -86,7 +86,8 @@ def vocabulary_chunks(x: Tensor, head: Head, tiles: Tiles) -> Iterator[tuple[sli
     rows = min(x.shape[0], MAX_ROWS)
     widest = rows if kept == head.weight.dtype else max(rows, head.weight.shape[1])
     budget = SLICE_BYTES.get(x.device.type, SLICE_BYTES["cpu"]) // kept.itemsize
-    width = max(1, min(head.weight.shape[0], budget // max(1, widest)))
+    width = max(1, budget // max(1, widest))
+    width = min(head.weight.shape[0], max(width - width % 256, width % 256))  # whole tiles, unless a tile is too wide
     scratch = torch.empty(rows * width, dtype=kept, device=x.device)
     for columns in cut(head.weight.shape[0], width):
         part = head.columns(columns)

@@ -1,0 +1,136 @@
+"""One vocabulary chunk of exponentials: a GEMM whose epilogue is exp(z - anchor), never writing logits.
+
+    out[t, v] = slope · exp(cap(logit_scale · (x_t·W_v + b_v)) - anchor_t)      fp32 accumulators, rounded once
+    sums[j, t] = Σ over the columns of tile j of exp(z - anchor_t), the label's column left out
+
+Anchored at the target logit this is P̂; anchored at the log-sum-exp, with p_y - 1 in the label's column, it is
+softmax(z) - onehot(y). Each program owns one tile, each number is written once: no atomics, the same bits every run.
+"""
+
+# A kernel takes pointers and scalars typed at launch.
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from .configs import TileConfig
+from .tiles import cap, grouped, product
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def exp_tile_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    label_ptr,
+    anchor_ptr,
+    at_target_ptr,
+    out_ptr,
+    sum_ptr,
+    N,
+    V,
+    logit_scale,
+    softcap,
+    stride_xn,
+    stride_xd,
+    stride_wv,
+    stride_wd,
+    stride_on,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    WRITE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: cdiv(N, BLOCK_N) · cdiv(V, BLOCK_V) programs in one dimension; a program owns one tile.
+
+    Pointers: x (N, D), w (V, D), bias (V,), label (N,) int64 counted from the chunk's first column, anchor (N,) fp32,
+    at_target (N,) fp32 put in the label's column, out (N, V), sum (cdiv(V, BLOCK_V), N) fp32. bias, at_target and out
+    are touched only with HAS_BIAS, HAS_TARGET, WRITE.
+    """
+    tile_n, tile_v = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    v = tile_v.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row, column = tl.minimum(n, N - 1), tl.minimum(v, V - 1)  # past the edge: a real row, masked below
+    raw = product(
+        x_ptr, w_ptr, row, column, stride_xn, stride_xd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+    )
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + column).to(tl.float32)[None, :]
+    z, slope = cap(raw, logit_scale, softcap, HAS_SOFTCAP)
+    weights = tl.exp(z - tl.load(anchor_ptr + row)[:, None])
+    is_label = v[None, :] == tl.load(label_ptr + row)[:, None]
+    weights = tl.where(is_label | (v >= V)[None, :], 0.0, weights)
+    tl.store(sum_ptr + tile_v.to(tl.int64) * N + n, tl.sum(weights, 1), mask=n < N)
+    if WRITE:
+        if HAS_TARGET:
+            weights = tl.where(is_label, tl.load(at_target_ptr + row)[:, None], weights)
+        if HAS_SOFTCAP:
+            weights *= slope
+        tl.store(
+            out_ptr + n[:, None] * stride_on + v[None, :],
+            weights.to(out_ptr.dtype.element_ty),
+            mask=(n < N)[:, None] & (v < V)[None, :],
+        )
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    anchor: Tensor,
+    at_target: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    write: bool,
+    precision: str,
+    config: TileConfig,
+) -> None:
+    """Run the kernel on (N, D) x (V, D); `sums` is (cdiv(V, config.block_v), N) fp32. See the kernel for the rest."""
+    assert out.stride(1) == 1 and labels.is_contiguous() and anchor.is_contiguous() and sums.is_contiguous()
+    n, v = x.shape[0], weight.shape[0]
+    exp_tile_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(v, config.block_v),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        labels,
+        anchor,
+        anchor if at_target is None else at_target,
+        out,
+        sums,
+        n,
+        v,
+        logit_scale,
+        0.0 if softcap is None else softcap,
+        *x.stride(),
+        *weight.stride(),
+        out.stride(0),
+        D=x.shape[1],
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        BLOCK_D=config.block_d,
+        GROUP_N=config.group_n,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_TARGET=at_target is not None,
+        WRITE=write,
+        PRECISION=precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
