@@ -10,8 +10,8 @@ How:  `cpp` (csrc/, CPU tensors) and `torch` (any device, also where the extensi
       definition to read.
 
 Shape legend: B rows (sequences), V tokens, L past tokens, K tokens left after top-k.
-Sources: contrastive decoding with a cut-off as in Leng et al. 2023 (arXiv 2311.16922), eq. 3 to 6; nucleus sampling, Holtzman et
-al. 2019 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.01082); repetition penalty, Keskar et al. 2019 (arXiv 1909.05858).
+Sources: contrastive decoding with a cut-off, Leng et al. 2023 (arXiv 2311.16922), eq. 3 to 6; nucleus sampling, Holtzman et al.
+2019 (arXiv 1904.09751); min-p, Nguyen et al. 2024 (arXiv 2407.01082); repetition penalty, Keskar et al. 2019 (arXiv 1909.05858).
 """
 
 from __future__ import annotations
@@ -94,15 +94,9 @@ def contrastive_sample(
     elif history is None:
         raise ValueError("repetition_penalty needs history=, the (B, L) ids it applies to")
     else:
-        if (
-            history.dim() != 2
-            or history.size(0) != rows
-            or history.dtype != torch.int64
-            or history.device != expert.device
-        ):
-            raise ValueError(
-                f"history must be ({rows}, L) int64 on {expert.device}, got {tuple(history.shape)} {history.dtype} on {history.device}"
-            )
+        if history.dim() != 2 or history.size(0) != rows:
+            raise ValueError(f"history must be (B, L) with B = {rows}, got {tuple(history.shape)}")
+        _check_like("history", history, torch.int64, expert)
         history = history.contiguous()
     if uniform is None:
         if temperature == 0:
@@ -112,17 +106,15 @@ def contrastive_sample(
     else:
         if generator is not None:
             raise ValueError("give uniform= or generator=, not both: uniform replaces the random numbers")
-        if uniform.shape != (rows,) or not uniform.is_floating_point() or uniform.device != expert.device:
-            raise ValueError(
-                f"uniform must be ({rows},) floating point on {expert.device}, got {tuple(uniform.shape)} {uniform.dtype} on {uniform.device}"
-            )
+        if uniform.shape != (rows,) or not uniform.is_floating_point():
+            raise ValueError(f"uniform must be ({rows},) floating point, got {tuple(uniform.shape)} {uniform.dtype}")
+        _check_like("uniform", uniform, uniform.dtype, expert)
         uniform = uniform.to(torch.float64).contiguous()
-    if alpha == 0:
-        amateur = None
+    amateur = None if amateur is None or alpha == 0 else _row_major(amateur)
     sample = torch.ops.synpo_kernels.contrastive_sample if _use_cpp(expert, backend) else _sample_torch
     return sample(
         _row_major(expert),
-        _row_major(amateur),
+        amateur,
         uniform,
         alpha,
         plausibility,
@@ -150,10 +142,9 @@ def contrastive_mix(
         ValueError: shapes, dtypes, devices or settings out of range, or a backend that cannot take these tensors.
     """
     _check_logits(expert, amateur, alpha, plausibility)
-    if alpha == 0:
-        amateur = None
+    amateur = None if amateur is None or alpha == 0 else _row_major(amateur)
     mix = torch.ops.synpo_kernels.contrastive_mix if _use_cpp(expert, backend) else _mix_torch
-    return mix(_row_major(expert), _row_major(amateur), alpha, plausibility)
+    return mix(_row_major(expert), amateur, alpha, plausibility)
 
 
 def _check_logits(expert: Tensor, amateur: Tensor | None, alpha: float, plausibility: float) -> None:
@@ -164,14 +155,16 @@ def _check_logits(expert: Tensor, amateur: Tensor | None, alpha: float, plausibi
     if amateur is not None:
         if amateur.shape != expert.shape:
             raise ValueError(f"amateur must have expert's shape {tuple(expert.shape)}, got {tuple(amateur.shape)}")
-        if amateur.dtype != expert.dtype or amateur.device != expert.device:
-            raise ValueError(
-                f"amateur must be {expert.dtype} on {expert.device} as expert is, got {amateur.dtype} on {amateur.device}"
-            )
+        _check_like("amateur", amateur, expert.dtype, expert)
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be finite and >= 0 (0 is plain sampling), got {alpha}")
     if not 0 <= plausibility <= 1:
         raise ValueError(f"plausibility must be in [0, 1] (0 is off), got {plausibility}")
+
+
+def _check_like(name: str, tensor: Tensor, dtype: torch.dtype, expert: Tensor) -> None:
+    if tensor.dtype != dtype or tensor.device != expert.device:
+        raise ValueError(f"{name} must be {dtype} on {expert.device}, got {tensor.dtype} on {tensor.device}")
 
 
 def _use_cpp(expert: Tensor, backend: str) -> bool:
@@ -190,8 +183,8 @@ def _use_cpp(expert: Tensor, backend: str) -> bool:
     return False
 
 
-def _row_major(logits: Tensor | None) -> Tensor | None:
-    return logits if logits is None or logits.stride(1) == 1 else logits.contiguous()
+def _row_major(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _mix_torch(expert: Tensor, amateur: Tensor | None, alpha: float, plausibility: float) -> Tensor:
