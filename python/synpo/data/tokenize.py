@@ -1,0 +1,212 @@
+"""Pairs → token ids and visual input, checked against the limits before training starts.
+
+    pair + frames → EncodedPair(prompt ids with visual placeholders, vision, chosen ids, rejected ids)
+
+Nothing is ever cut: a pair whose answer, end of sequence or visual tokens do not fit is dropped as a whole, with a reason
+that is counted and shown. `PairDataset` looks at every pair once at the start; what fits in `cache_bytes` it keeps encoded
+in memory, the rest is decoded again each time it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from synpo.config import ConfigError
+from synpo.model.adapter import CaptionModel, Prompt
+from synpo.model.vision import Vision
+from synpo.records import Pair
+from synpo.video import FrameSampling, VideoError, probe, read_frames, resolve_video
+
+
+class PairError(ValueError):
+    """A pair that cannot be trained on. `reason` is one of a few fixed phrases, `detail` says what was found."""
+
+    def __init__(self, pair: str, reason: str, detail: str) -> None:
+        super().__init__(f"pair {pair}: {reason}: {detail}")
+        self.pair, self.reason, self.detail = pair, reason, detail
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair as ids: prompt (P,), chosen (C,), rejected (R,), all int64; the answers end with end-of-sequence."""
+
+    id: str
+    prompt: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    vision: Vision
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.prompt, self.chosen, self.rejected, *self.vision.values()))
+
+
+class PairEncoder:
+    """Encodes pairs for one model.
+
+    Args:
+        lm: the model's tokenizer and vision side; its weights are not used.
+        videos: folder that the pairs' video paths are relative to; None when no pair has a video.
+        sampling: which frames of a video are shown.
+        max_length: most tokens of prompt (visual ones included) plus answer; None: the model's own context.
+        max_completion_length: most tokens of an answer with its end of sequence; None: no limit of its own.
+    """
+
+    def __init__(
+        self,
+        lm: CaptionModel,
+        videos: Path | None = None,
+        sampling: FrameSampling | None = None,
+        max_length: int | None = None,
+        max_completion_length: int | None = None,
+    ) -> None:
+        self.lm, self.videos, self.sampling = lm, videos, sampling or FrameSampling()
+        context = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = max_length or context or 1 << 30
+        self.max_completion_length = max_completion_length
+        self._checked: dict[tuple[str, torch.Size], Prompt] = {}
+
+    def encode(self, pair: Pair) -> EncodedPair:
+        """Decode the video and tokenize. Raises PairError if the pair cannot be used, ConfigError if no video can."""
+        self._check_answers(pair)
+        if pair.video is None:
+            return self._build(pair, self._prompt(pair, None))
+        path, times = self._locate(pair)
+        try:
+            frames = read_frames(path, times)
+        except VideoError as error:
+            raise PairError(pair.id, "video unreadable", str(error)) from error
+        return self._build(pair, self._prompt(pair, frames))
+
+    def check(self, pair: Pair) -> None:
+        """As `encode` without its result, and only the first frame of the video is decoded."""
+        self._check_answers(pair)
+        if pair.video is None:
+            self._build(pair, self._prompt(pair, None))
+            return
+        path, times = self._locate(pair)
+        info = probe(path)
+        blank = torch.zeros(1, dtype=torch.uint8).expand(len(times), 3, info.height, info.width)
+        key = (pair.prompt, blank.shape)
+        if key not in self._checked:
+            self._checked[key] = Prompt(self._prompt(pair, blank).input_ids, {})
+        self._build(pair, self._checked[key])
+
+    def _check_answers(self, pair: Pair) -> None:
+        for side in ("chosen", "rejected"):
+            if not getattr(pair, side).strip():
+                raise PairError(pair.id, f"{side} answer empty", "no text")
+        if pair.chosen.strip() == pair.rejected.strip():
+            raise PairError(pair.id, "chosen equals rejected", pair.chosen.strip()[:80])
+
+    def _locate(self, pair: Pair) -> tuple[Path, list[float]]:
+        """The pair's video file, and the seconds at which frames are taken."""
+        assert pair.video is not None
+        if not self.lm.sees_video:
+            raise ConfigError(
+                f"pair {pair.id} has a video but {type(self.lm.base).__name__} is a text model; use a video model"
+            )
+        if self.videos is None:
+            raise ConfigError(f"pair {pair.id} has the video {pair.video}; --videos should name the folder it is in")
+        try:
+            path = resolve_video(self.videos, pair.video)
+        except VideoError as error:
+            raise PairError(pair.id, "video missing", str(error)) from error
+        try:
+            return path, self.sampling.times(0.0, probe(path).duration)
+        except VideoError as error:
+            raise PairError(pair.id, "video unreadable", str(error)) from error
+
+    def _prompt(self, pair: Pair, frames: Tensor | None) -> Prompt:
+        try:
+            return self.lm.prompt(pair.prompt, frames)
+        except ValueError as error:
+            raise PairError(pair.id, "prompt unusable", str(error)) from error
+
+    def _build(self, pair: Pair, prompt: Prompt) -> EncodedPair:
+        chosen, rejected = self.lm.completion(pair.chosen), self.lm.completion(pair.rejected)
+        answer = max(len(chosen), len(rejected))
+        if self.max_completion_length is not None and answer > self.max_completion_length:
+            raise PairError(
+                pair.id, "answer too long", f"{answer} tokens, max_completion_length is {self.max_completion_length}"
+            )
+        if len(prompt.input_ids) + answer > self.max_length:
+            raise PairError(
+                pair.id,
+                "prompt and answer too long",
+                f"{len(prompt.input_ids)} + {answer} tokens, max_length is {self.max_length}; "
+                "raise it or show fewer frames",
+            )
+        return EncodedPair(pair.id, prompt.input_ids, chosen, rejected, prompt.vision)
+
+
+class PairDataset(Dataset[EncodedPair]):
+    """The usable ones of `pairs`, encoded on demand; all are looked at once when it is built.
+
+    Attributes:
+        pairs: the pairs kept, in their order.
+        dropped: why each of the others was not.
+
+    Raises ValueError when no pair is left.
+    """
+
+    def __init__(
+        self, encoder: PairEncoder, pairs: Sequence[Pair], *, cache_bytes: int = 1 << 30, progress: bool = True
+    ) -> None:
+        self.encoder = encoder
+        self.pairs: list[Pair] = []
+        self.dropped: list[PairError] = []
+        self._cache: dict[int, EncodedPair] = {}
+        room = cache_bytes
+        seen: set[str] = set()
+        for pair in tqdm(pairs, desc="reading pairs", unit="pair", disable=not progress):
+            try:
+                if pair.id in seen:
+                    raise PairError(pair.id, "id twice", "an earlier pair has the same id")
+                seen.add(pair.id)
+                if room > 0:
+                    encoded = encoder.encode(pair)
+                    room -= encoded.nbytes
+                    self._cache[len(self.pairs)] = encoded
+                else:
+                    encoder.check(pair)
+            except PairError as error:
+                self.dropped.append(error)
+            else:
+                self.pairs.append(pair)
+        if not self.pairs:
+            reasons = "; ".join(f"{count} {reason} (e.g. {example})" for reason, count, example in self.reasons())
+            raise ValueError(f"none of the {len(pairs)} pairs can be used: {reasons}")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[EncodedPair]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> EncodedPair:
+        """The encoded pair. Raises PairError when a video that could be opened at the start cannot be decoded now."""
+        return self._cache[index] if index in self._cache else self.encoder.encode(self.pairs[index])
+
+    def reasons(self) -> list[tuple[str, int, str]]:
+        """(reason, how many pairs it cost, the first of them in words), the most frequent first."""
+        counts = Counter(error.reason for error in self.dropped)
+        first = {error.reason: str(error) for error in reversed(self.dropped)}
+        return [(reason, count, first[reason]) for reason, count in counts.most_common()]
+
+    def table(self) -> Table:
+        """The report shown before training: pairs kept, and pairs dropped by reason."""
+        table = Table("pairs", "count", "for example", title=f"{len(self.pairs) + len(self.dropped)} preference pairs")
+        table.add_row("used", str(len(self.pairs)), "")
+        for reason, count, example in self.reasons():
+            table.add_row(f"dropped: {reason}", str(count), example)
+        return table

@@ -1,0 +1,131 @@
+"""Encoding pairs: nothing is cut, every pair that cannot be used is dropped with its reason, decoding is cached."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from synpo.config import ConfigError
+from synpo.data import tokenize
+from synpo.data.tokenize import PairDataset, PairEncoder, PairError
+from synpo.model.adapter import CaptionModel
+from synpo.model.tiny import byte_tokenizer, tiny_text_model
+from synpo.records import Pair
+from synpo.video import FrameSampling
+
+SAMPLING = FrameSampling(fps=1.0, minimum=2, maximum=4)  # 3 s of video: 3 frames, 3 × 4 + 1 visual tokens
+
+
+def pair(name: str, video: str | None = "a.mp4", chosen: str = "A bar moves.", rejected: str = "It rains.") -> Pair:
+    return Pair(name, video, "Describe.", chosen, rejected)
+
+
+def test_a_pair_is_encoded_whole(captioner: CaptionModel, videos: Path) -> None:
+    encoded = PairEncoder(captioner, videos, SAMPLING).encode(pair("p", "b/c.mp4"))
+    token = captioner.model.config.video_token_id
+    assert int((encoded.prompt == token).sum()) == 13
+    assert encoded.vision["pixels"].shape == (3, 3, 48, 48)
+    for ids, text in ((encoded.chosen, "A bar moves."), (encoded.rejected, "It rains.")):
+        assert ids[-1] == captioner.tokenizer.eos_token_id
+        assert captioner.text(ids) == text
+
+
+def test_text_pairs_need_no_video_and_no_video_model(captioner: CaptionModel) -> None:
+    tokenizer = byte_tokenizer()
+    for lm in (captioner, CaptionModel(tiny_text_model(tokenizer), tokenizer, None)):
+        encoded = PairEncoder(lm).encode(pair("p", None))
+        assert encoded.vision == {}
+        assert lm.tokenizer.decode(encoded.prompt) == "<|user|>Describe.<|end|><|assistant|>"
+
+
+BAD = {
+    "chosen answer empty": pair("e", chosen=" \n"),
+    "rejected answer empty": pair("r", rejected=""),
+    "chosen equals rejected": pair("s", chosen="same", rejected=" same "),
+    "video missing": pair("m", "nowhere.mp4"),
+    "video unreadable": pair("c", "corrupt.mp4"),
+    "answer too long": pair("l", rejected="word " * 40),
+    "prompt unusable": Pair("v", "a.mp4", "What is <video>?", "a", "b"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+@pytest.mark.parametrize("look", ["encode", "check"])
+def test_a_pair_that_cannot_be_used_says_why(reason: str, look: str, captioner: CaptionModel, videos: Path) -> None:
+    encoder = PairEncoder(captioner, videos, SAMPLING, max_completion_length=40)
+    with pytest.raises(PairError) as caught:
+        getattr(encoder, look)(BAD[reason])
+    assert caught.value.reason == reason
+    assert str(caught.value).startswith(f"pair {BAD[reason].id}: {reason}: ")
+
+
+@pytest.mark.parametrize("video", ["empty.mp4", "../secret.mp4", "/etc/passwd"])
+def test_zero_frames_and_paths_that_leave_the_folder(video: str, captioner: CaptionModel, videos: Path) -> None:
+    with pytest.raises(PairError, match=r"unreadable|leaves the videos folder"):
+        PairEncoder(captioner, videos, SAMPLING).encode(pair("p", video))
+
+
+def test_the_limits_are_exact(captioner: CaptionModel, videos: Path) -> None:
+    encoded = PairEncoder(captioner, videos, SAMPLING).encode(pair("p"))
+    answer = max(len(encoded.chosen), len(encoded.rejected))
+    total = len(encoded.prompt) + answer
+    fits = PairEncoder(captioner, videos, SAMPLING, total, answer)
+    assert torch.equal(fits.encode(pair("p")).prompt, encoded.prompt)
+    fits.check(pair("p"))
+    for tight, reason in (
+        (PairEncoder(captioner, videos, SAMPLING, total - 1, answer), "prompt and answer too long"),
+        (PairEncoder(captioner, videos, SAMPLING, total, answer - 1), "answer too long"),
+    ):
+        for look in (tight.encode, tight.check):
+            with pytest.raises(PairError) as caught:
+                look(pair("p"))
+            assert caught.value.reason == reason
+
+
+def test_the_models_context_is_the_limit_when_none_is_given(captioner: CaptionModel, videos: Path) -> None:
+    with pytest.raises(PairError, match="max_length is 4096"):
+        PairEncoder(captioner, videos, SAMPLING).encode(pair("p", chosen="word " * 3000))
+
+
+def test_a_video_without_a_folder_or_for_a_text_model_is_a_configuration_error(
+    captioner: CaptionModel, videos: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ConfigError, match="--videos should name the folder"):
+        PairEncoder(captioner).encode(pair("p"))
+    with pytest.raises(ConfigError, match="is a text model"):
+        PairEncoder(CaptionModel(tiny_text_model(tokenizer), tokenizer, None), videos).encode(pair("p"))
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_the_dataset_drops_with_a_count(cache_bytes: int, captioner: CaptionModel, videos: Path) -> None:
+    encoder = PairEncoder(captioner, videos, SAMPLING, max_completion_length=40)
+    pairs = [pair("1"), *BAD.values(), pair("2", "b/c.mp4"), pair("2"), pair("m2", "gone.mp4")]
+    dataset = PairDataset(encoder, pairs, cache_bytes=cache_bytes, progress=False)
+    assert [e.id for e in dataset] == ["1", "2"]
+    reasons = {reason: count for reason, count, _ in dataset.reasons()}
+    assert reasons == dict.fromkeys(BAD, 1) | {"video missing": 2, "id twice": 1}
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(dataset.table())
+    text = console.export_text()
+    assert "11 preference pairs" in text
+    assert "dropped: video missing" in text
+
+
+def test_what_fits_is_decoded_once(captioner: CaptionModel, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = tokenize.read_frames
+    monkeypatch.setattr(tokenize, "read_frames", lambda *a: calls.append(1) or original(*a))
+    encoder = PairEncoder(captioner, videos, SAMPLING)
+    one = encoder.encode(pair("0")).nbytes
+    calls.clear()
+    dataset = PairDataset(encoder, [pair(str(i)) for i in range(4)], cache_bytes=one + 1, progress=False)
+    assert len(calls) == 2  # the second one overfills the cache and is kept, the rest are only probed
+    for _ in range(3):
+        list(dataset)
+    assert len(calls) == 2 + 3 * 2
+
+
+def test_no_usable_pair_is_an_error_with_the_reasons(captioner: CaptionModel, videos: Path) -> None:
+    with pytest.raises(ValueError, match=r"none of the 2 pairs can be used: 2 video missing \(e\.g\. pair x"):
+        PairDataset(PairEncoder(captioner, videos), [pair("x", "no.mp4"), pair("y", "no.mp4")], progress=False)
