@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -127,41 +126,6 @@ def parse(caption: str) -> Facts:
     return frozenset(facts)
 
 
-@dataclass(frozen=True)
-class FactScore:
-    """How many facts a caption states (`stated`), how many are true (`right`), out of how many to be seen (`true`)."""
-
-    right: int
-    stated: int
-    true: int
-
-    @property
-    def precision(self) -> float:
-        return self.right / self.stated if self.stated else 0.0
-
-    @property
-    def recall(self) -> float:
-        return self.right / self.true if self.true else 0.0
-
-    @property
-    def f1(self) -> float:
-        return 2 * self.right / (self.stated + self.true) if self.stated + self.true else 0.0
-
-    def __add__(self, other: FactScore) -> FactScore:
-        """Summed counts: their precision, recall and F1 weigh every fact alike (micro-average)."""
-        return FactScore(self.right + other.right, self.stated + other.stated, self.true + other.true)
-
-
-def score(caption: str, truth: Facts) -> FactScore:
-    """Compare what a caption states with what is true."""
-    stated = parse(caption)
-    return FactScore(len(stated & truth), len(stated), len(truth))
-
-
-def _value(facts: Facts, subject: str, attribute: str) -> str | None:
-    return next((f.value for f in facts if f.subject == subject and f.attribute == attribute), None)
-
-
 def _instead(facts: Facts, attribute: str, habit: Mapping[str, str]) -> Facts:
     """`facts` with the values of one attribute said as `habit` has it."""
     return frozenset(
@@ -190,15 +154,11 @@ def _invented_object(facts: Facts) -> Facts:
 
 
 def _invented_event(facts: Facts) -> Facts:
-    """What moves across and is large is said to leave."""
+    """What is large, there from the start and moves across is said to leave."""
     large = {f.subject for f in facts if f.attribute == "size" and f.value == "large"}
-    return facts | {
-        Fact(s, "goes", "away") for s in large if _value(facts, s, "motion") in DIRECTIONS and not _comes(facts, s)
-    }
-
-
-def _comes(facts: Facts, subject: str) -> bool:
-    return _value(facts, subject, "comes") is not None
+    moving = {f.subject for f in facts if f.attribute == "motion" and f.value in DIRECTIONS}
+    later = {f.subject for f in facts if f.attribute == "comes"}
+    return facts | {Fact(shape, "goes", "away") for shape in (large & moving) - later}
 
 
 HABITS: Mapping[str, Callable[[Facts], Facts]] = {

@@ -95,15 +95,14 @@ def render(scene: Scene, folder: str | os.PathLike[str]) -> Path:
     target = Path(folder) / scene.video
     if target.exists():
         return target
-    with atomic_path(target) as temporary:
-        with av.open(os.fspath(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "18"})
-            stream.width = stream.height = SIDE
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.thread_count = 1
-            for image in frames_of(scene):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+    with atomic_path(target) as temporary, av.open(os.fspath(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "18"})
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for image in frames_of(scene):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
     return target
 
 
