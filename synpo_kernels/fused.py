@@ -43,7 +43,7 @@ class TritonTiles:
     def __call__(
         self, x: Tensor, part: Head, labels: Tensor, anchor: Tensor, at_target: Tensor | None, keep: bool, out: Tensor
     ) -> Tensor:
-        config = tile_config(_major(x.device), x.element_size())
+        config = tile_config(_major(x.device), x.element_size(), part.softcap is not None)
         tiles_v = -(-part.weight.shape[0] // config.block_v)
         sums = torch.empty(tiles_v, x.shape[0], dtype=torch.float32, device=x.device)
         if x.shape[0]:

@@ -20,29 +20,51 @@ class TileConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class ChipConfig:
+    """The tiles of one chip generation."""
+
+    half: TileConfig  # 16-bit inputs
+    half_softcap: TileConfig  # a soft cap keeps logit and slope of every element alive: smaller tiles, or they spill
+    full: TileConfig  # float32 inputs
+
+
 INTERPRETER = TileConfig(16, 32, 16, 2, 1, 1)
 
-# compute capability major → 16-bit inputs, float32 inputs
-TILES: dict[int, tuple[TileConfig, TileConfig]] = {
-    8: (TileConfig(128, 128, 32, 8, 4, 4), TileConfig(64, 64, 32, 8, 4, 3)),
-    9: (TileConfig(128, 256, 64, 8, 8, 3), TileConfig(64, 64, 32, 8, 4, 3)),
-    10: (TileConfig(128, 256, 64, 8, 8, 3), TileConfig(64, 64, 32, 8, 4, 3)),
+# by major compute capability
+CHIPS: dict[int, ChipConfig] = {
+    8: ChipConfig(
+        half=TileConfig(128, 128, 32, 8, 4, 4),
+        half_softcap=TileConfig(128, 128, 32, 8, 8, 4),
+        full=TileConfig(64, 64, 32, 8, 4, 3),
+    ),
+    9: ChipConfig(
+        half=TileConfig(128, 256, 64, 8, 8, 3),
+        half_softcap=TileConfig(128, 128, 64, 8, 8, 4),
+        full=TileConfig(64, 64, 32, 8, 4, 3),
+    ),
+    10: ChipConfig(
+        half=TileConfig(128, 256, 64, 8, 8, 3),
+        half_softcap=TileConfig(128, 128, 64, 8, 8, 4),
+        full=TileConfig(64, 64, 32, 8, 4, 3),
+    ),
 }
 
 # The exact path runs on rows that should not occur: small tiles that compile everywhere.
 EXACT = TileConfig(16, 64, 64, 1, 4, 2)
 
 
-def tile_config(major: int | None, itemsize: int) -> TileConfig:
+def tile_config(major: int | None, itemsize: int, softcap: bool) -> TileConfig:
     """Parameters for a chip (major compute capability, None: the interpreter) and the bytes of an input number.
 
     A chip without an entry takes that of the newest older one, compute capability 8 at least.
     """
     if major is None:
         return INTERPRETER
-    known = max((entry for entry in TILES if entry <= major), default=min(TILES))
-    half, full = TILES[known]
-    return full if itemsize == 4 else half
+    chip = CHIPS[max((entry for entry in CHIPS if entry <= major), default=min(CHIPS))]
+    if itemsize == 4:
+        return chip.full
+    return chip.half_softcap if softcap else chip.half
 
 
 def exact_config(major: int | None) -> TileConfig:

@@ -61,9 +61,10 @@ def exp_tile_kernel(
     are touched only with HAS_BIAS, HAS_TARGET, WRITE.
     """
     tile_n, tile_v = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    v = tile_v.to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    row, column = tl.minimum(n, N - 1), tl.minimum(v, V - 1)  # past the edge: a real row, masked below
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = tl.minimum(n, N - 1).to(tl.int64)  # past the edge: a real row, masked below
+    column = tl.minimum(v, V - 1).to(tl.int64)
     raw = product(
         x_ptr, w_ptr, row, column, stride_xn, stride_xd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
     )
@@ -71,7 +72,7 @@ def exp_tile_kernel(
         raw += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     z, slope = cap(raw, logit_scale, softcap, HAS_SOFTCAP)
     weights = tl.exp(z - tl.load(anchor_ptr + row)[:, None])
-    is_label = v[None, :] == tl.load(label_ptr + row)[:, None]
+    is_label = v[None, :] == tl.load(label_ptr + row).to(tl.int32)[:, None]
     weights = tl.where(is_label | (v >= V)[None, :], 0.0, weights)
     tl.store(sum_ptr + tile_v.to(tl.int64) * N + n, tl.sum(weights, 1), mask=n < N)
     if WRITE:
@@ -80,7 +81,7 @@ def exp_tile_kernel(
         if HAS_SOFTCAP:
             weights *= slope
         tl.store(
-            out_ptr + n[:, None] * stride_on + v[None, :],
+            out_ptr + n.to(tl.int64)[:, None] * stride_on + v[None, :],
             weights.to(out_ptr.dtype.element_ty),
             mask=(n < N)[:, None] & (v < V)[None, :],
         )
