@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from synpo_kernels.contrast import contrastive_sample
 from torch import Tensor
 
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.pipeline.streams import merge, read
+from synpo_kernels.contrast import contrastive_sample
 
 SHRINK = 8  # finished rows leave once they are an eighth of the batch: leaving copies the cache of those that stay
 
@@ -83,6 +83,7 @@ def generate(
 
     Raises:
         ValueError: the lengths do not match, or the model's layers keep a past that cannot be merged.
+        FloatingPointError: the model gave NaN logits.
     """
     if len(keys) != len(prompts) or (amateurs is not None and len(amateurs) != len(prompts)):
         raise ValueError(
@@ -123,6 +124,8 @@ def generate(
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            history=tokens[rows, :step] if sampling.repetition_penalty != 1 else None,
             uniform=None if draws is None else draws[rows, step],
         )
         tokens[rows, step] = token
@@ -149,6 +152,11 @@ def generate(
 def _answers(lm: CaptionModel, tokens: Tensor, logps: Tensor, lengths: Tensor) -> list[Generation]:
     written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     means = (logps * written).sum(1) / lengths
+    if bool(means.isnan().any()):
+        raise FloatingPointError(
+            f"{type(lm.base).__name__} gave NaN logits for {int(means.isnan().sum())} of {len(means)} rows; its weights are "
+            "broken or its dtype is too narrow (try model.dtype float32)"
+        )
     answers = []
     for row, mean, length in zip(tokens.tolist(), means.tolist(), lengths.tolist()):
         finished = row[length - 1] in lm.eos_token_ids

@@ -5,6 +5,12 @@ Self-retrospective sampling is from SynPO (arXiv 2506.00835, section 3); the wor
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import Tensor
+
+from synpo.model.adapter import CaptionModel, Prompt
+
 INSTRUCTION = (
     "Write a better description: correct mistakes, add missing details and the order of events, "
     "leave out what is uncertain."
@@ -17,3 +23,13 @@ def retrospective_prompt(prompt: str, draft: str) -> str:
     It begins with `prompt` itself, so that video and question form a common prefix with the first pass.
     """
     return f"{prompt}\nEarlier description: {draft.strip()}\n{INSTRUCTION}"
+
+
+def second_look(lm: CaptionModel, shown: Prompt, frames: Tensor, prompt: str, draft: str) -> Prompt:
+    """The encoded question of the second pass; it shares what `shown`, the first question, already knows of the video.
+
+    Args:
+        shown: the encoded prompt of the first pass, its video through the vision tower.
+        frames: what it showed, uint8 (F, 3, H, W).
+    """
+    return replace(lm.prompt(retrospective_prompt(prompt, draft), frames), vision=shown.vision)

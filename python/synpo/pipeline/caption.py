@@ -1,0 +1,87 @@
+"""Captions of videos and of clips: a first description, then self-retrospective passes over the same frames.
+
+Clip captions are one contrastive description a clip; candidates are N plain samples a video. Both are `describe`:
+
+    frames ─→ draft ─→ second look at the same frames with the draft ─→ text
+       └ every third frame: the amateur of contrastive decoding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from synpo.config import ContrastConfig, SamplingConfig
+from synpo.model.adapter import CaptionModel, Prompt
+from synpo.pipeline.decode import generate
+from synpo.pipeline.retrospect import second_look
+from synpo.video import amateur_frames
+
+
+@dataclass(frozen=True)
+class Description:
+    """`text`, the first `draft` it came from, the mean log-probability of its tokens, and whether it ended by itself."""
+
+    text: str
+    draft: str
+    logp: float
+    finished: bool
+
+
+def describe(
+    lm: CaptionModel,
+    views: Sequence[Tensor],
+    keys: Sequence[Sequence[str]],
+    prompt: str,
+    sampling: SamplingConfig,
+    *,
+    contrast: ContrastConfig | None = None,
+    refinements: int = 1,
+) -> list[list[Description]]:
+    """Describe every view as often as it has keys.
+
+    Args:
+        views: frames, uint8 (F, 3, H, W) each; the numbers of frames may differ.
+        keys: for every view the seeds of its samples. All samples of a view share one reading of its frames.
+        contrast: decode contrastively, with every third frame of the view as the amateur's.
+        refinements: self-retrospective passes over each sample.
+
+    Returns:
+        For every view its descriptions, in the order of its keys.
+    """
+    experts = _show(lm, views, prompt)
+    fewer = [amateur_frames(v) for v in views] if contrast is not None else []
+    amateurs = _show(lm, fewer, prompt)
+    rows = [i for i, row in enumerate(keys) for _ in row]  # the view of every sample
+    seeds = [key for row in keys for key in row]
+    answers = generate(
+        lm,
+        [experts[i] for i in rows],
+        sampling,
+        keys=seeds,
+        amateurs=[amateurs[i] for i in rows] if contrast is not None else None,
+        contrast=contrast,
+    )
+    drafts = [a.text for a in answers]
+    for number in range(1, refinements + 1):
+        earlier = [a.text for a in answers]
+        answers = generate(
+            lm,
+            [second_look(lm, experts[i], views[i], prompt, text) for i, text in zip(rows, earlier)],
+            sampling,
+            keys=[f"{seed} look {number}" for seed in seeds],
+            amateurs=[second_look(lm, amateurs[i], fewer[i], prompt, text) for i, text in zip(rows, earlier)]
+            if contrast is not None
+            else None,
+            contrast=contrast,
+        )
+    done = iter(Description(a.text, draft, a.logp, a.finished) for a, draft in zip(answers, drafts))
+    return [[next(done) for _ in row] for row in keys]
+
+
+def _show(lm: CaptionModel, views: Sequence[Tensor], prompt: str) -> list[Prompt]:
+    """The first question about every view, its frames through the vision tower once."""
+    prompts = [lm.prompt(prompt, v) for v in views]
+    return [replace(p, vision=v) for p, v in zip(prompts, lm.encode_vision([p.vision for p in prompts]))]
