@@ -77,7 +77,12 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .86rem; }
   body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   .card, .tile, figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
+  h2, h3, .legend, .sample img { break-after: avoid; }
+  .sample { break-inside: auto; }
+  .sample dd { break-inside: avoid; }
+  .tile .value { font-size: 1.4rem; }
+  .pair { grid-template-columns: 1fr 1fr; }
+  .triple { grid-template-columns: 1fr 1fr 1fr; }
   .scroll { overflow: visible; }
 }
 """
