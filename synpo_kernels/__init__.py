@@ -1,7 +1,11 @@
-"""Fused kernels for preference tuning: from hidden states and a language-model head to the loss, without the logits."""
+"""Fused kernels for preference tuning: from hidden states and a language-model head to the loss, without the logits.
+
+Needs torch alone; triton is imported where its kernels run.
+"""
 
 from . import losses
 from .api import FusedLinearSynPOLoss, SynPOOutput, linear_logprobs
+from .contrast import contrastive_mix, contrastive_sample
 from .losses import OBJECTIVES, Objective, SequenceStats, sequence_stats
 
 __all__ = [
@@ -10,6 +14,8 @@ __all__ = [
     "Objective",
     "SequenceStats",
     "SynPOOutput",
+    "contrastive_mix",
+    "contrastive_sample",
     "linear_logprobs",
     "losses",
     "sequence_stats",
