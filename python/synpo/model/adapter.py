@@ -12,7 +12,8 @@ Decoding (pipeline/decode.py) and training (train/objective.py) both stand on th
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,17 @@ def pad_rows(rows: Sequence[Tensor], pad: int, side: Literal["left", "right"] = 
         ids[i, place] = row
         mask[i, place] = 1
     return ids, mask
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class CaptionModel:
@@ -195,8 +207,9 @@ class CaptionModel:
         """
         ids = torch.arange(4, device=self.device)[None]
         inputs = self.forward_kwargs(ids, torch.ones_like(ids), [{}])
-        hidden, head = self.hidden_states(inputs)[0], self.head()
-        logits = self.model(**inputs, use_cache=False).logits[0]
+        with evaluating(self.model):
+            hidden, head = self.hidden_states(inputs)[0], self.head()
+            logits = self.model(**inputs, use_cache=False).logits[0]
         expected = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
         expected = expected * head.logit_scale
         if head.softcap is not None:

@@ -1,0 +1,77 @@
+"""LoRA on the projections of the language model, and on nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from synpo.config import ConfigError, LoraSection
+from synpo.model.adapter import CaptionModel
+
+NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|image|video|audio|projector|connector|merger|resampler|perceiver)")
+
+
+def language_prefix(model: Any) -> str:
+    """Dotted name of the language model inside `model` ("model" in a text model, "model.language_model" in most others)."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
+    """Put a fresh, trainable LoRA on `lm.model`, everything else frozen; a model that has one already trains that further.
+
+    `section.target_modules` is a regular expression over full module names; only matches inside the language model count,
+    so that `.*q_proj` does not reach a vision tower that names its layers the same way.
+
+    Returns:
+        Names of the wrapped modules.
+
+    Raises:
+        ConfigError: nothing matches, a match is not a linear layer PEFT can wrap, or it belongs to a vision tower.
+    """
+    if isinstance(lm.model, PeftModel):
+        wrapped = [name for name, module in lm.base.named_modules() if hasattr(module, "lora_A")]
+        for name, parameter in lm.model.named_parameters():
+            parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+        return _checked(wrapped, section)
+    if section.r < 1:
+        raise ConfigError(f"lora.r: expected a rank of at least 1, got {section.r}")
+    prefix = language_prefix(lm.model)
+    try:
+        target = re.compile(rf"(?={re.escape(prefix)}\.)(?:{section.target_modules})")
+    except re.error as error:
+        raise ConfigError(
+            f"lora.target_modules: {section.target_modules!r} is not a regular expression: {error}"
+        ) from error
+    matches = [name for name, _ in lm.model.named_modules() if target.fullmatch(name)]
+    if not matches:
+        examples = [name for name, _ in lm.model.named_modules() if name.startswith(prefix) and name.endswith("_proj")]
+        raise ConfigError(
+            f"lora.target_modules: {section.target_modules!r} matches no module of the language model ({prefix}); "
+            f"its projections are named like {', '.join(examples[:7]) or 'nothing that ends in _proj'}"
+        )
+    _checked(matches, section)
+    config = LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=target.pattern,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        lm.model = get_peft_model(lm.model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules: {section.target_modules!r}: {error}") from error
+    return matches
+
+
+def _checked(names: list[str], section: LoraSection) -> list[str]:
+    outside = [name for name in names if NOT_LANGUAGE.search(name)]
+    if outside:
+        raise ConfigError(
+            f"lora.target_modules: {section.target_modules!r} reaches {outside[0]} and {len(outside) - 1} more modules "
+            "outside the language model; name the language model's layers in the expression"
+        )
+    return names

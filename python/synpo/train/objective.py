@@ -1,0 +1,184 @@
+"""One batch of pairs → the loss of an objective and what is worth logging about every pair.
+
+    PairBatch → vision tower (once a pair) → wrapped top-level forward → hidden states of the completion rows only (N, D)
+              → fused log-probabilities (the logits never exist) → statistics of 2B sequences → loss, statistics (B,)
+
+The objectives are those of `synpo_kernels.losses.OBJECTIVES`: a function registered there is a `loss_type` here. Its
+parameters are the settings of the same name (alpha, beta, gamma, weight); those left out keep the function's defaults.
+
+Rewards are β (log π − log π_ref) where the objective has a reference, and the mean log-likelihood of a token where it has
+none. Everything under `synpo/` is the same for every objective, so that runs can be compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synpo.config import ConfigError, suggest
+from synpo.data.collate import PairBatch
+from synpo.model.adapter import CaptionModel, evaluating
+from synpo_kernels import OBJECTIVES, FusedLinearSynPOLoss, SequenceStats, linear_logprobs, sequence_stats
+from synpo_kernels.losses import token_norms
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one batch gave.
+
+    Attributes:
+        loss: () mean over the pairs, differentiable.
+        statistics: name → (B,) detached, one value a pair.
+        nonfinite: (B,) bool, pairs in which a log-probability is NaN or infinite; any of them makes the loss NaN too.
+    """
+
+    loss: Tensor
+    statistics: dict[str, Tensor]
+    nonfinite: Tensor
+
+
+def parameters_of(loss_type: str, given: Mapping[str, float | None]) -> dict[str, float]:
+    """All parameters of an objective: those given, and the defaults of the rest.
+
+    Raises ConfigError for an unknown objective, and for a parameter that is given but that it does not have.
+    """
+    if loss_type not in OBJECTIVES:
+        raise ConfigError(f"train.loss_type: unknown objective {loss_type!r}; {suggest(loss_type, OBJECTIVES)}")
+    signature = inspect.signature(OBJECTIVES[loss_type].function).parameters
+    known = {
+        name: float(p.default)
+        for name, p in signature.items()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "reduction"
+    }
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in known:
+            has = ", ".join(f"{k} = {v:g}" for k, v in known.items()) or "none"
+            raise ConfigError(f"train.{name}: {loss_type} has no such parameter; it has {has}")
+        known[name] = float(value)
+    return known
+
+
+class PairObjective:
+    """The loss of `loss_type` on batches of pairs.
+
+    Args:
+        lm: the model to train. Objectives with a reference (dpo, ipo) take it with the adapter switched off.
+        loss_type: a name in `OBJECTIVES`. parameters: as `parameters_of`. backend: as `synpo_kernels.linear_logprobs`.
+
+    Raises ConfigError when the objective needs a reference and the model has no adapter.
+    """
+
+    def __init__(
+        self, lm: CaptionModel, loss_type: str, parameters: Mapping[str, float | None], backend: str = "auto"
+    ) -> None:
+        self.lm, self.backend = lm, backend
+        self.parameters = parameters_of(loss_type, parameters)
+        self.objective = OBJECTIVES[loss_type]
+        if self.objective.needs_reference and not hasattr(lm.model, "disable_adapter"):
+            raise ConfigError(
+                f"train.loss_type: {loss_type} compares with a reference, the model with its adapter off, and this model "
+                "has no adapter; train with LoRA, or take an objective without a reference (synpo, simpo, cpo, orpo, sft)"
+            )
+
+    def __call__(self, model: Any, batch: PairBatch) -> Outcome:
+        """Loss and statistics of `batch`; `model` is `lm.model` as its trainer wrapped it."""
+        visions = self.lm.encode_vision(batch["vision"])
+        reference = self._reference(model, batch, visions) if self.objective.needs_reference else None
+        hidden = self._hidden(model, batch, visions)
+        targets = batch["labels"].flatten().index_select(0, batch["rows"])
+        if self.objective.name == "synpo":
+            return self._synpo(hidden, targets, batch["cu_seqlens"])
+        return self._any(hidden, targets, batch["cu_seqlens"], reference)
+
+    def _hidden(self, model: Any, batch: PairBatch, visions: list[Any]) -> Tensor:
+        """Hidden states (N, D) of the rows that predict completion tokens, in the dtype of the head."""
+        inputs = self.lm.forward_kwargs(batch["input_ids"], batch["attention_mask"], [*visions, *visions])
+        hidden = self.lm.hidden_states(inputs, model).flatten(0, 1).index_select(0, batch["rows"])
+        return hidden.to(self.lm.head().weight.dtype)
+
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = self.lm.head()
+        return linear_logprobs(
+            hidden,
+            head.weight,
+            targets,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            ignore_index=None,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def _reference(self, model: Any, batch: PairBatch, visions: list[Any]) -> SequenceStats:
+        """Statistics under the model with its adapter off and its dropout too."""
+        targets = batch["labels"].flatten().index_select(0, batch["rows"])
+        with self.lm.model.disable_adapter(), evaluating(model):
+            logps = self._logprobs(self._hidden(model, batch, visions), targets)
+        return sequence_stats(logps, cu_seqlens=batch["cu_seqlens"])
+
+    def _synpo(self, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Outcome:
+        head = self.lm.head()
+        fused = FusedLinearSynPOLoss(
+            alpha=self.parameters["alpha"],
+            beta=self.parameters["beta"],
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            ignore_index=None,
+            backend=self.backend,
+        )
+        out = fused(hidden, head.weight, targets, bias=head.bias, cu_seqlens=cu_seqlens)
+        means = torch.cat([out.chosen_logps, out.rejected_logps])
+        statistics = _statistics(means, means * cu_seqlens.diff(), means, out.language_reward)
+        if torch.is_grad_enabled():
+            statistics |= _balance(out.chosen_grad_norm, out.rejected_grad_norm)
+        s = torch.sigmoid(self.parameters["alpha"] * out.margin)
+        statistics["synpo/saturation"] = 1 - 4 * s * (1 - s)
+        return Outcome(out.loss, statistics, out.nonfinite_pairs)
+
+    def _any(self, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, reference: SequenceStats | None) -> Outcome:
+        logps = self._logprobs(hidden, targets)
+        stats = sequence_stats(logps, cu_seqlens=cu_seqlens)
+        loss = self.objective(stats, *([] if reference is None else [reference]), **self.parameters)
+        now = stats.detach()
+        rewards = now.mean_logps
+        if reference is not None:
+            rewards = self.parameters["beta"] * (now.logps - reference.logps)
+        statistics = _statistics(now.mean_logps, now.logps, rewards, now.chosen.mean_probs)
+        if logps.requires_grad:
+            (coefficients,) = torch.autograd.grad(loss, logps, retain_graph=True)
+            statistics |= _balance(*token_norms(coefficients, cu_seqlens=cu_seqlens))
+        return Outcome(loss, statistics, now.nonfinite_pairs)
+
+
+def _statistics(mean_logps: Tensor, logps: Tensor, rewards: Tensor, language_reward: Tensor) -> dict[str, Tensor]:
+    """The logged values (B,) from those of 2B sequences, chosen first. Names without `synpo/` mean what they mean in TRL."""
+    (chosen, rejected), (chosen_reward, rejected_reward) = mean_logps.chunk(2), rewards.chunk(2)
+    return {
+        "rewards/chosen": chosen_reward,
+        "rewards/rejected": rejected_reward,
+        "rewards/accuracies": (chosen_reward > rejected_reward).to(rewards.dtype),
+        "rewards/margins": chosen_reward - rejected_reward,
+        "logps/chosen": logps.chunk(2)[0],
+        "logps/rejected": logps.chunk(2)[1],
+        "synpo/chosen_logp": chosen,
+        "synpo/rejected_logp": rejected,
+        "synpo/chosen_prob": chosen.exp(),
+        "synpo/rejected_prob": rejected.exp(),
+        "synpo/margin": chosen.exp() - rejected.exp(),
+        "synpo/language_reward": language_reward,
+    }
+
+
+def _balance(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Gradient balance (B,): ‖∂l/∂logp‖₂ over the tokens of each side, l the loss of that pair alone (not of the mean)."""
+    pairs = len(chosen)
+    return {"synpo/grad_balance/chosen": pairs * chosen, "synpo/grad_balance/rejected": pairs * rejected}
+

@@ -1,0 +1,194 @@
+"""`synpo train`: a config, a folder of videos and a file of pairs → a LoRA adapter, its log and its pictures.
+
+output/config.json           every setting of the run, resolved
+output/train_log.jsonl       one line a logged step
+output/checkpoint-<step>/    what a killed run goes on from
+output/adapter/              the trained adapter (safetensors), for --adapter
+output/rewards.png, output/gradient_balance.png
+output/metrics.json          written last: a folder that has it is complete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+
+from synpo.config import Config, ConfigError, build, suggest
+from synpo.data.pairs import load_pairs
+from synpo.data.tokenize import PairDataset, PairEncoder
+from synpo.model.adapter import load
+from synpo.records import write_json
+from synpo.train.diagnostics import read_log, warnings_of
+from synpo.train.lora import apply_lora
+from synpo.train.plots import plot_gradient_balance, plot_rewards
+from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
+from synpo_kernels import OBJECTIVES
+
+# Set by the run itself: where things go, the seed, the device.
+OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` leaves behind. `metrics` is the content of metrics.json."""
+
+    output: Path
+    adapter: Path
+    log: Path
+    plots: dict[str, Path]
+    metrics: dict[str, Any]
+    warnings: list[str]
+
+
+def settings(config: Config, output: Path) -> SynPOConfig:
+    """SynPOConfig from the `train` section. Raises ConfigError for an unknown key or a value of the wrong type."""
+    known = {f.name: f for f in dataclasses.fields(SynPOConfig) if f.init}
+    values: dict[str, Any] = {}
+    for name, value in config.train.items():
+        if name in OWN:
+            raise ConfigError(f"train.{name} is set by the run itself (--output, --seed, --device, --resume)")
+        if name not in known:
+            raise ConfigError(f"train: unknown key {name!r}; {suggest(name, set(known) - OWN)}")
+        values[name] = value
+    checked = build(_schema(tuple(values)), values, "train")
+    values = {name: getattr(checked, name) for name in values}
+    on_cpu = config.model.device == "cpu"
+    try:
+        return SynPOConfig(output_dir=str(output), seed=config.seed, use_cpu=on_cpu, **values)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"train: {error}") from error
+
+
+def _schema(names: tuple[str, ...]) -> type[Any]:
+    """A dataclass with the named fields of SynPOConfig, so that `config.build` checks and converts their types."""
+    hints = typing.get_type_hints(SynPOConfig)
+    return dataclasses.make_dataclass("Train", [(name, hints[name]) for name in names])
+
+
+def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume: bool = True) -> TrainResult:
+    """Train a LoRA adapter on preference pairs.
+
+    Args:
+        config: sections model, frames, lora and train are used. videos: folder the pairs' videos are in, None for text.
+        pairs: file as `load_pairs` reads it. output: folder to write.
+        resume: go on from the last whole checkpoint in `output`, or return at once when it is complete; False: start over.
+
+    Raises:
+        ConfigError: a setting cannot be used, or `output` holds a run with other settings.
+        FileNotFoundError, RecordError: the pairs file is not there, or not a file of pairs.
+        ValueError: no pair can be used; DivergenceError: the loss is not finite.
+    """
+    console = Console(stderr=True)
+    args = settings(config, output)
+    wanted = {"config": asdict(config), "videos": str(videos) if videos else None, "pairs": str(pairs)}
+    if resume and (output / "config.json").exists():
+        _check_same(json.loads((output / "config.json").read_text(encoding="utf-8")), wanted, output)
+    elif not resume:
+        _clear(output)
+    if (output / "metrics.json").exists():
+        console.print(f"{output} is complete; use --no-resume to train again")
+        return _result(output)
+
+    set_seed(config.seed)
+    chosen = load_pairs(pairs)
+    if config.model.adapter and OBJECTIVES[args.loss_type].needs_reference:
+        raise ConfigError(
+            f"train.loss_type: {args.loss_type} compares with the model without its adapter, which is not where training "
+            "from model.adapter starts; merge that adapter into the model first"
+        )
+    lm = load(config.model)
+    encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length)
+    dataset = PairDataset(encoder, chosen, cache_bytes=int(args.cache_gigabytes * 2**30))
+    console.print(dataset.table())
+    wrapped = apply_lora(lm, config.lora)
+    args.dataloader_pin_memory &= lm.device.type == "cuda"
+    trainer = SynPOTrainer(lm, args, dataset)
+    trainable = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
+    console.print(f"{args.loss_type} on {len(dataset)} pairs, LoRA on {len(wrapped)} modules, {trainable:,} parameters")
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "config.json", wanted)
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None:
+        console.print(f"going on from {checkpoint}")
+    done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    lm.model.save_pretrained(output / "adapter")
+    rows = read_log(output / LOG_NAME)
+    for plot, name in ((plot_rewards, "rewards"), (plot_gradient_balance, "gradient_balance")):
+        plot({args.loss_type: rows}, output / f"{name}.png")
+    warnings = warnings_of(rows, args.loss_type)
+    metrics = {
+        "loss_type": args.loss_type,
+        "loss_parameters": trainer.pair_objective.parameters,
+        "steps": done.global_step,
+        "pairs": len(dataset),
+        "dropped": {reason: count for reason, count, _ in dataset.reasons()},
+        "trainable_parameters": trainable,
+        "seconds": done.metrics["train_runtime"],
+        "first": rows[0],
+        "last": rows[-1],
+        "warnings": warnings,
+    }
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    write_json(output / "metrics.json", metrics)
+    return _result(output)
+
+
+def _result(output: Path) -> TrainResult:
+    metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    plots = {name: output / f"{name}.png" for name in ("rewards", "gradient_balance")}
+    return TrainResult(output, output / "adapter", output / LOG_NAME, plots, metrics, metrics["warnings"])
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end (its state file is written last); None when there is none."""
+    whole = []
+    for folder in output.glob("checkpoint-*"):
+        try:
+            whole.append(
+                (json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], folder)
+            )
+        except (OSError, json.JSONDecodeError):
+            continue  # killed while it was being written
+    return max(whole)[1] if whole else None
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:
+    """Raise ConfigError naming the settings of a run that the folder already holds and that are not those asked for."""
+
+    def flat(value: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            return {name: value}
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}.{key}".lstrip(".")).items()}
+
+    before, now = flat(old), flat(json.loads(json.dumps(new)))
+    differ = [
+        f"{name.removeprefix('config.')} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name != "config.model.device"
+    ]
+    if differ:
+        raise ConfigError(
+            f"{output} holds a run with other settings: {'; '.join(differ)}. Take another --output, or --no-resume to "
+            "start over"
+        )
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    for folder in [*output.glob("checkpoint-*"), output / "adapter"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("metrics.json", LOG_NAME, "config.json", "rewards.png", "gradient_balance.png"):
+        (output / name).unlink(missing_ok=True)

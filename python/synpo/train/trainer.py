@@ -1,0 +1,237 @@
+"""The training loop: transformers.Trainer with batches of pairs, the fused loss, and a log that tells what the loss does.
+
+    trainer = SynPOTrainer(lm, SynPOConfig(output_dir="run", loss_type="synpo"), train_dataset=PairDataset(...))
+    trainer.train()
+
+Checkpoints, resuming, mixed precision, accumulation and distribution are the Trainer's own. What differs from it:
+
+* the loss of an optimizer step is the mean over its pairs, whatever the accumulation and however full the last window is;
+* the objective sees hidden states, never logits (objective.py), and a loss that is not finite stops the run;
+* each step's metrics go to `train_log.jsonl` as well, and a resumed run cuts that file back to its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from synpo.data.collate import PairBatch, PairCollator
+from synpo.data.tokenize import EncodedPair
+from synpo.model.adapter import CaptionModel
+from synpo.records import atomic_path, read_jsonl
+from synpo.train.objective import Outcome, PairObjective, parameters_of
+
+LOG_NAME = "train_log.jsonl"
+
+
+class DivergenceError(ValueError):
+    """The loss is not finite. The message names the pairs and the settings to change."""
+
+
+@dataclass
+class SynPOConfig(TrainingArguments):
+    """transformers.TrainingArguments with the paper's schedule (arXiv 2506.00835) as defaults, and the objective.
+
+    32 pairs an optimizer step are 4 at a time, 8 times; with several processes divide the latter. `alpha`, `beta`, `gamma`
+    and `weight` are the objective's parameters, None its own defaults (synpo: alpha 30, beta 0.2).
+    """
+
+    learning_rate: float = 5e-6
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0.1
+    num_train_epochs: float = 5.0
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 8
+
+    loss_type: str = field(default="synpo", metadata={"help": "synpo, dpo, ipo, simpo, cpo, orpo or sft."})
+    alpha: float | None = field(default=None, metadata={"help": "Sharpness of SynPO's preference term."})
+    beta: float | None = field(default=None, metadata={"help": "Weight of SynPO's language reward; β of the others."})
+    gamma: float | None = field(default=None, metadata={"help": "SimPO's margin."})
+    weight: float | None = field(default=None, metadata={"help": "Weight of CPO's likelihood term."})
+    loss_backend: str = field(default="auto", metadata={"help": "Kernels of the loss: auto, chunked or triton."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of prompt and answer; longer pairs are dropped, never cut."}
+    )
+    max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens of an answer with its end."})
+    cache_gigabytes: float = field(default=1.0, metadata={"help": "Memory for decoded and tokenized pairs."})
+
+    logging_steps: float = 1
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    report_to: str | list[str] | None = "none"
+    use_cache: bool = True  # the loss asks for none itself; the model stays ready to generate
+    include_num_input_tokens_seen: str | bool = "non_padding"
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False  # batches hold what the objective reads, not what the model's forward names
+
+    def __post_init__(self) -> None:
+        parameters_of(self.loss_type, self.loss_parameters)
+        super().__post_init__()
+
+    @property
+    def loss_parameters(self) -> dict[str, float | None]:
+        return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "weight": self.weight}
+
+
+class SynPOTrainer(Trainer):
+    """Trains `lm.model` (with or without PEFT) on preference pairs.
+
+    Args:
+        lm: the model; what is to be trained requires gradients already (see `synpo.train.lora`).
+        args: the settings.
+        train_dataset, eval_dataset: of `EncodedPair`.
+
+    Raises:
+        ConfigError: the objective needs a reference that the model cannot give.
+        ValueError: the model's output head is not one the fused loss supports.
+    """
+
+    def __init__(
+        self,
+        lm: CaptionModel,
+        args: SynPOConfig,
+        train_dataset: Dataset[EncodedPair] | None = None,
+        eval_dataset: Dataset[EncodedPair] | None = None,
+        **options: Any,
+    ) -> None:
+        lm.check_head()
+        collate: Any = PairCollator(lm.pad_token_id)
+        objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend)
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process drives one GPU: DataParallel copies would lose the head's hook
+        super().__init__(
+            model=lm.model,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **options,
+        )
+        self.lm = lm
+        self.pair_objective = objective
+        # `compute_loss` divides by the pairs of the window itself. The first line says so from transformers 5.19 on,
+        # the second one before.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self._means = {"train": _Means(), "eval": _Means()}
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_Progress)
+        self.add_callback(JsonLog(Path(str(args.output_dir)) / LOG_NAME))
+
+    def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Tensor:
+        """Pairs of one optimizer step, over all its micro-batches and all processes."""
+        count = torch.tensor(sum(len(batch["pair_ids"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's mean over pairs (its own mean where `num_items_in_batch` is None)."""
+        outcome = self.pair_objective(model, inputs)
+        pairs = inputs["pair_ids"]
+        if bool(outcome.nonfinite.any()) or not bool(torch.isfinite(outcome.loss)):
+            raise DivergenceError(self._why_not_finite(outcome, pairs))
+        self._means["train" if model.training else "eval"].add(outcome, len(pairs))
+        loss = outcome.loss
+        if num_items_in_batch is not None:  # gradients are averaged over processes, hence their number
+            loss = loss * (len(pairs) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, outcome) if return_outputs else loss
+
+    def _why_not_finite(self, outcome: Outcome, pairs: list[str]) -> str:
+        bad = [name for name, broken in zip(pairs, outcome.nonfinite.tolist()) if broken] or pairs
+        kind = "mixed precision fp16 overflows easily: use bf16" if self.args.fp16 else "lower train.learning_rate"
+        return (
+            f"step {self.state.global_step}: log-probabilities or loss are not finite for pairs {', '.join(bad)}; {kind}, "
+            f"or look at these pairs. The last checkpoint in {self.args.output_dir} is intact"
+        )
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over the pairs seen since the last log. Called by the Trainer."""
+        evaluated = next((name for name in logs if name.startswith("eval") and name.endswith("_loss")), None)
+        if evaluated is not None:
+            prefix = evaluated.removesuffix("loss")
+            logs.update({prefix + name: value for name, value in self._means["eval"].drain(self.accelerator).items()})
+        elif "loss" in logs:
+            means = self._means["train"].drain(self.accelerator)
+            logs.update({name: value for name, value in means.items() if name != "loss"})
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+
+class _Means:
+    """Sums of per-pair statistics on their device, turned into means once a log."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.pairs = 0
+
+    def add(self, outcome: Outcome, pairs: int) -> None:
+        values = {"loss": outcome.loss.detach() * pairs, **{k: v.sum() for k, v in outcome.statistics.items()}}
+        sums = torch.stack([v.double() for v in values.values()])
+        self.names, self.pairs = list(values), self.pairs + pairs
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        if self.sums is None:
+            return {}
+        total = accelerator.reduce(torch.cat([self.sums, self.sums.new_tensor([self.pairs])]), "sum").tolist()
+        self.sums, self.pairs = None, 0
+        return {name: value / total[-1] for name, value in zip(self.names, total)}
+
+
+class JsonLog(TrainerCallback):
+    """Every log of the Trainer as one line of JSON, on the disk at once; resuming drops lines past the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = [row for _, row in read_jsonl(self.path) if row["step"] <= state.global_step and state.global_step > 0]
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's bar with the figures that matter behind it, instead of a dictionary a step above it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is None or not logs:
+            return
+        shown = {"loss": "loss", "synpo/chosen_prob": "P+", "synpo/rejected_prob": "P-", "eval_loss": "eval"}
+        values = {short: f"{logs[name]:.3g}" for name, short in shown.items() if name in logs}
+        if values:
+            self.training_bar.set_postfix(values)

@@ -1,0 +1,87 @@
+"""LoRA reaches the language model's projections and nothing else, in every family."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from synpo.config import ConfigError, LoraSection
+from synpo.model.adapter import CaptionModel
+from synpo.model.tiny import byte_tokenizer, tiny_captioner, tiny_text_model
+from synpo.train.lora import apply_lora, language_prefix
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def build(kind: str) -> CaptionModel:
+    tokenizer = byte_tokenizer()
+    model: Any = tiny_captioner(tokenizer) if kind == "captioner" else tiny_text_model(tokenizer, kind)
+    return CaptionModel(model, tokenizer, None)
+
+
+@pytest.mark.parametrize("kind", ["captioner", "llama", "qwen2"])
+def test_the_default_wraps_every_projection_of_the_language_model_and_no_other(kind: str) -> None:
+    lm = build(kind)
+    names = apply_lora(lm, LoraSection(r=2, alpha=4))
+    prefix = "model.language_model.layers." if kind == "captioner" else "model.layers."
+    assert len(names) == 2 * len(PROJECTIONS)
+    assert all(name.startswith(prefix) and name.rsplit(".")[-1] in PROJECTIONS for name in names)
+    wrapped = [name for name, module in lm.base.named_modules() if hasattr(module, "lora_A")]
+    assert sorted(wrapped) == sorted(names)
+    trained = [name for name, p in lm.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(names)
+    assert all("lora_" in name for name in trained)
+
+
+FAMILIES = ["LlavaNextVideo", "VideoLlava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "SmolVLM", "InternVL", "LlavaOnevision"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_language_model_is_found_in_every_family(family: str) -> None:
+    config = getattr(transformers, f"{family}Config")()
+    for section in (config.text_config, config.vision_config):
+        for name in ("num_hidden_layers", "depth"):
+            if hasattr(section, name):
+                setattr(section, name, 1)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    lm: Any = type("Lm", (), {"model": model})()
+    names = apply_lora(lm, LoraSection(r=2))
+    assert {name.rsplit(".")[-1] for name in names} == PROJECTIONS
+    assert all(name.startswith(("model.language_model.", "model.text_model.")) for name in names)
+    assert language_prefix(model) in ("model.language_model", "model.text_model")
+
+
+def test_an_expression_that_matches_nothing_shows_the_names() -> None:
+    with pytest.raises(
+        ConfigError, match=r"matches no module of the language model \(model\).*model\.layers\.0\.self_attn"
+    ):
+        apply_lora(build("llama"), LoraSection(target_modules=r".*\.query"))
+
+
+def test_an_expression_for_the_tower_matches_nothing() -> None:
+    with pytest.raises(ConfigError, match="matches no module of the language model"):
+        apply_lora(build("captioner"), LoraSection(target_modules=r".*vision_tower.*\.q_proj"))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (LoraSection(r=0), "rank of at least 1"),
+        (LoraSection(target_modules="("), "is not a regular expression"),
+        (LoraSection(target_modules=r".*\.self_attn"), "target_modules"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(section: LoraSection, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_lora(build("llama"), section)
+
+
+def test_a_model_that_has_an_adapter_trains_that_one_further() -> None:
+    lm = build("captioner")
+    names = apply_lora(lm, LoraSection(r=2))
+    lm.model.requires_grad_(False)
+    first = lm.model
+    assert sorted(apply_lora(lm, LoraSection(r=16))) == sorted(names)
+    assert lm.model is first
+    assert sum(p.requires_grad for p in lm.model.parameters()) == 2 * len(names)
