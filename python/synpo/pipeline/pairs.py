@@ -7,12 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from synpo.records import Caption, Pair, Score, record_id
 
-DROPPED = {
-    "margin": "best and worst closer than the margin",
-    "same text": "all candidates say the same",
-    "few": "fewer than two candidates with a score",
-}
-
 
 def make_pairs(
     candidates: Mapping[str, Sequence[Caption]], scores: Mapping[str, Score], prompt: str, margin: float
@@ -29,8 +23,9 @@ def make_pairs(
         margin: least difference of totals.
 
     Returns:
-        The pairs, videos in the order given, and what was left out: a count for each of `DROPPED` (videos), "failed" (scores)
-        and "empty" (captions).
+        The pairs, videos in the order given, and counts of what was left out: captions without words ("empty") or without
+        a score ("failed"); videos whose best and worst are closer than the margin ("margin"), whose candidates all say the
+        same ("alike"), or that have fewer than two candidates with a score ("few").
     """
     pairs: list[Pair] = []
     counts: Counter[str] = Counter()
@@ -49,7 +44,7 @@ def make_pairs(
             continue
         (high, _, best), (low, _, worst) = max(ranked, key=_place), min(ranked, key=_place)
         if len({c.text.strip() for _, _, c in ranked}) == 1:
-            counts["same text"] += 1
+            counts["alike"] += 1
         elif high - low < margin or best.text.strip() == worst.text.strip():
             counts["margin"] += 1
         else:

@@ -67,13 +67,11 @@ class Judge(Protocol):
     """Scores candidates. `name` is for people; `identity` changes whenever the same task could get other scores."""
 
     name: str
+    identity: str
     workers: int
 
-    @property
-    def identity(self) -> str: ...
-
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """See the whole pool before the first verdict."""
+        """See the whole pool before the first verdict; `identity` is final after this."""
 
     def score(self, task: Task) -> list[Verdict | Failure]:
         """One outcome for each candidate, in order."""

@@ -87,23 +87,24 @@ class _Scale:
 
 
 class OfflineJudge:
-    """Scores by the statistics of the pool it was prepared with, so `identity` names that pool."""
+    """Scores by the statistics of the pool it was prepared with, so `identity` names that pool.
+
+    It never fails: a candidate without a word scores 0.
+    """
 
     name = "offline"
     workers = 1
 
     def __init__(self) -> None:
-        self._pool: list[Task] = []
-
-    @property
-    def identity(self) -> str:
-        return f"offline/{VERSION}/{record_id(*self._pool)}"
+        self._pool: frozenset[Task] = frozenset()
+        self.identity = f"offline/{VERSION}"
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Learn from all captions of the pool. Raises ValueError if there are none."""
         if not any(t.candidates for t in tasks):
             raise ValueError("the offline judge needs at least one candidate to learn from")
-        self._pool = list(tasks)
+        self._pool = frozenset(tasks)
+        self.identity = f"offline/{VERSION}/{record_id(*tasks)}"
         texts = [(*t.evidence, *t.candidates) for t in tasks]
         claims = document_frequency({c for text in video for c in claims_of(text)} for video in texts)
         self._idf = {c: math.log((len(tasks) + 1) / n) for c, n in claims.items()}
@@ -125,9 +126,6 @@ class OfflineJudge:
         words, tokens = self._logps(task), task.logps
         verdicts: list[Verdict | Failure] = []
         for i, text in enumerate(task.candidates):
-            if not words_of(text):
-                verdicts.append(Failure("the candidate has no word"))
-                continue
             likelihood = (_usual(self._model_logps, tokens[i]) + _usual(self._word_logps, words[i])) / 2
             fluency = form(text) * (1 - LIKELY + LIKELY * likelihood)
             verdicts.append(

@@ -1,0 +1,99 @@
+"""`synpo pairs`: a folder of videos in, a file of preference pairs out.
+
+    videos ─→ clips.jsonl ─→ clip_captions.jsonl ──┐
+       └────→ candidates.jsonl ────────────────────┴─→ scores.jsonl ─→ pairs.jsonl
+
+Every stage appends to its file in the work folder and skips what is there, by ids made of the video, the model and the stage's
+settings: a run that was killed goes on where it was, and records made with other settings are never mixed in. A video that
+cannot be used is left out with its reason, in problems.jsonl and in the table at the end; the others go on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from synpo.config import Config, ConfigError
+from synpo.model.adapter import CaptionModel
+from synpo.pipeline.judge import Judge, make_judge
+from synpo.pipeline.judge.audit import audit
+from synpo.pipeline.pairs import make_pairs
+from synpo.pipeline.stages import Run, caption_clips, cut_clips, sample_candidates, score_candidates
+from synpo.pipeline.summary import PairsResult, print_result
+from synpo.records import write_records
+from synpo.video import list_videos
+
+
+def build_pairs(
+    config: Config,
+    videos: Path,
+    pairs: Path,
+    work: Path | None = None,
+    judge: Judge | None = None,
+    lm: CaptionModel | None = None,
+) -> PairsResult:
+    """Build preference pairs from every video below a folder.
+
+    Args:
+        config: model, frames, pairs, judge and seed are used.
+        videos: folder of video files.
+        pairs: file to write; it is there complete, or not at all.
+        work: folder of the stages' records (default: the name of the pairs file with `.work`).
+        judge: instead of the one the configuration names.
+        lm: the loaded model that `config.model` names, if the caller has it already.
+
+    Raises:
+        ConfigError, VideoError: settings, a model or a folder that cannot be used.
+        JudgeError: the judge cannot work at all; what is scored is kept.
+    """
+    _check(config)
+    videos, pairs = Path(videos), Path(pairs)
+    work = Path(work) if work is not None else pairs.with_name(f"{pairs.name}.work")
+    names = list_videos(videos)
+    judge = judge or make_judge(config.judge, work, config.seed)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "problems.jsonl").unlink(missing_ok=True)
+
+    run = Run(config, videos, work, lm)
+    clips = cut_clips(run, names)
+    evidence = caption_clips(run, clips)
+    candidates = sample_candidates(run, clips)
+    run.lm = None  # a local judge may need its memory
+    scores, judged = score_candidates(run, judge, evidence, candidates)
+    made, left_out = make_pairs(candidates, scores, config.pairs.prompt, config.pairs.margin)
+    write_records(pairs, made)
+
+    result = PairsResult(
+        path=pairs,
+        pairs=len(made),
+        videos=len(names),
+        clips=sum(len(clips[v]) for v in candidates),
+        candidates=sum(len(row) for row in candidates.values()),
+        scored=sum(not s.failed for s in scores.values()),
+        failed=sum(s.failed for s in scores.values()),
+        failures=dict(Counter(s.note for s in scores.values() if s.failed)),
+        empty=left_out["empty"],
+        cut=run.cut,
+        below_margin=left_out["margin"],
+        alike=left_out["alike"],
+        too_few=left_out["few"],
+        problems={video: reason for video, (_, reason) in run.problems.items()},
+        seconds=run.seconds,
+        audit=audit(judge, judged),
+    )
+    print_result(result)
+    return result
+
+
+def _check(config: Config) -> None:
+    settings = config.pairs
+    for name, value, least in (
+        ("candidates", settings.candidates, 2),
+        ("batch_size", settings.batch_size, 1),
+        ("refinements", settings.refinements, 0),
+        ("margin", settings.margin, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"pairs.{name}: expected at least {least}, got {value}")
+    if not config.model.path:
+        raise ConfigError("no model: give --model a checkpoint folder or hub id (model.path in the config)")
