@@ -1,0 +1,130 @@
+"""What the Triton kernels promise beyond the results tested elsewhere: 64-bit addresses, whole coverage, no host read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from synpo_kernels import linear_logprobs
+from synpo_kernels.kernels import exact_rows, exp_tile
+from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, tile_config
+
+STRIDE = (1 << 30) + 64  # elements between rows: row 2 lies past 2³¹
+OPTIONS = {"logit_scale": 1.0, "softcap": None, "precision": "ieee"}
+
+
+@pytest.fixture
+def far_apart(tmp_path, device) -> torch.Tensor:
+    """(3, 16) bf16 rows 2³⁰ elements apart, in a sparse file that takes a few pages of disk."""
+    if device.type == "cuda":
+        whole = torch.empty(2 * STRIDE + 16, dtype=torch.bfloat16, device=device)
+    else:
+        whole = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * STRIDE + 16, dtype=torch.bfloat16)
+    rows = whole.as_strided((3, 16), (STRIDE, 1))
+    rows.copy_(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)))
+    return rows
+
+
+@pytest.mark.parametrize("which", ["x", "w", "out"])
+def test_addresses_past_two_to_the_31(which, far_apart, device) -> None:
+    near = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    x, w = (far_apart, near) if which == "x" else (near, far_apart)
+    labels = torch.tensor([0, 1, 2], device=device)
+    anchor = torch.zeros(3, device=device)
+    out = torch.empty(3, 3, dtype=torch.bfloat16, device=device)
+    if which == "out":
+        x, w, out = near, near.flip(0), far_apart[:, :3]
+    sums = torch.empty(1, 3, device=device)
+    expected = (x.float() @ w.float().T).exp().fill_diagonal_(0)
+    config = TileConfig(16, 16, 16, 1, 1, 1)
+    exp_tile.launch(x, w, None, labels, anchor, None, out, sums, write=True, config=config, **OPTIONS)
+    torch.testing.assert_close(sums[0], expected.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["x", "w"])
+def test_exact_addresses_past_two_to_the_31(which, far_apart, device) -> None:
+    near = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    x, w = (far_apart, near) if which == "x" else (near, far_apart)
+    labels, flags = torch.tensor([0, 1, 2], device=device), torch.ones(3, dtype=torch.int8, device=device)
+    z = x.float() @ w.float().T
+    logps, direction = torch.empty(3, device=device), torch.empty(3, 16, dtype=torch.bfloat16, device=device)
+    target = z.diagonal().contiguous()
+    exact_rows.launch(x, w, None, labels, flags, target, None, logps, direction, config=exact_config(None), **OPTIONS)
+    torch.testing.assert_close(logps, z.log_softmax(1).diagonal(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(direction.float(), w.float() - z.softmax(1) @ w.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_only_flagged_rows_are_touched(device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 20, generator=generator).to(device) for n in (40, 33))
+    labels = torch.arange(40, device=device) % 33
+    flags = torch.zeros(40, dtype=torch.int8, device=device)
+    flags[[3, 37]] = 1  # two blocks of rows, one block between without a flag
+    logps = torch.full((40,), 7.0, device=device)
+    direction = torch.full((40, 20), 7.0, device=device)
+    z = x @ w.T
+    target = z.gather(1, labels[:, None])[:, 0].contiguous()
+    exact_rows.launch(x, w, None, labels, flags, target, None, logps, direction, config=INTERPRETER, **OPTIONS)
+    kept = flags == 0
+    assert (logps[kept] == 7.0).all() and (direction[kept] == 7.0).all()
+    expected = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(logps[~kept], expected[~kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(direction[~kept], (w[labels] - z.softmax(1) @ w)[~kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+def test_every_tile_is_visited_once(group, device) -> None:
+    """Counts instead of values: each element of out and sums is written, whatever the grouping; the rest is not."""
+    n, v = 50, 70
+    x, w = torch.zeros(n, 16, device=device), torch.zeros(v, 16, device=device)
+    out = torch.full((n, v + 5), torch.nan, device=device)
+    sums = torch.full((3, n), torch.nan, device=device)
+    labels = torch.full((n,), -1, device=device)  # not in this chunk
+    config = TileConfig(16, 32, 16, group, 1, 1)
+    exp_tile.launch(
+        x, w, None, labels, torch.zeros(n, device=device), None, out[:, :v], sums, write=True, config=config, **OPTIONS
+    )
+    assert (out[:, :v] == 1).all() and out[:, v:].isnan().all()
+    assert sums.T.tolist() == [[32.0, 32.0, 6.0]] * n
+
+
+class HostReads(TorchDispatchMode):
+    """Names of operations that make the host wait for a number of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().split(".")[0] in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::is_nonzero",
+            "aten::equal",
+        ):
+            self.found.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_no_host_read_in_a_step(trained, device, monkeypatch) -> None:
+    """With ignore_index=None nothing is read back (the range check of labels runs on CPU tensors alone)."""
+    from synpo_kernels import api
+
+    monkeypatch.setattr(api, "_check_head", lambda *args: None)
+    hidden = torch.randn(6, 8, device=device, requires_grad=True)
+    weight = torch.randn(20, 8, device=device, requires_grad=trained)
+    with HostReads() as reads:
+        linear_logprobs(
+            hidden, weight, torch.randint(0, 20, (6,), device=device), ignore_index=None, backend="triton"
+        ).sum().backward()
+    assert reads.found == []
+
+
+@pytest.mark.parametrize(("major", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (12, 10)])
+def test_a_chip_without_an_entry_takes_an_older_one(major, known) -> None:
+    assert tile_config(major, 2, False) is CHIPS[known].half
+    assert tile_config(major, 2, True) is CHIPS[known].half_softcap
+    assert tile_config(major, 4, True) is CHIPS[known].full
