@@ -96,8 +96,11 @@ class CaptionModel:
     def sees_video(self) -> bool:
         return self.vision is not None
 
-    def prompt(self, text: str, frames: Tensor | None = None) -> Prompt:
-        """Encode one user turn through the chat template. Raises ValueError if the model cannot see and frames are given."""
+    def prompt(self, text: str, frames: Tensor | None = None, vision: Vision | None = None) -> Prompt:
+        """Encode one user turn through the chat template. Raises ValueError if the model cannot see and frames are given.
+
+        `vision` is that of an earlier prompt about the same frames: the new one shares it, and pixels are not prepared again.
+        """
         content: list[dict[str, str]] = [{"type": "text", "text": text}]
         if frames is not None:
             if self.vision is None:
@@ -110,8 +113,7 @@ class CaptionModel:
         messages = [{"role": "user", "content": content}]
         rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if frames is not None and self.vision is not None:
-            ids, vision = self.vision.prepare(rendered, frames)
-            return Prompt(ids, vision)
+            return Prompt(*self.vision.prepare(rendered, frames, vision))
         return Prompt(self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids[0].long(), {})
 
     def completion(self, text: str) -> Tensor:

@@ -45,17 +45,21 @@ class OneVision:
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         self.std = torch.tensor(std).view(1, 3, 1, 1)
 
-    def prepare(self, text: str, frames: Tensor) -> tuple[Tensor, Vision]:
-        """Token ids (P,) of `text` with its placeholder expanded, and normalised pixels of uint8 frames (F, 3, H, W)."""
+    def prepare(self, text: str, frames: Tensor, vision: Vision | None = None) -> tuple[Tensor, Vision]:
+        """Token ids (P,) of `text` with its placeholder expanded, and normalised pixels of uint8 frames (F, 3, H, W).
+
+        Where the frames' `vision` is known already, it is passed on as it is.
+        """
         if text.count(self.token) != 1:
             raise ValueError(f"found {text.count(self.token)} {self.token} in the prompt; {VIDEO_TOKEN_HINT}")
+        text = text.replace(self.token, self.token * (len(frames) * self.per_frame + 1))
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        if vision is not None:
+            return ids, vision
         pixels = frames.float()
         if pixels.shape[-2:] != (self.side, self.side):
             pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp_(0, 255)
-        pixels = (pixels / 255 - self.mean) / self.std
-        text = text.replace(self.token, self.token * (len(frames) * self.per_frame + 1))
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        return ids, {"pixels": pixels}
+        return ids, {"pixels": (pixels / 255 - self.mean) / self.std}
 
     def encode(self, visions: Sequence[Vision]) -> list[Vision]:
         """Run the tower once over all videos that still are pixels, equal frame counts together."""
@@ -96,7 +100,7 @@ class Processor:
         self.core = model.model
         self.processor = processor
 
-    def prepare(self, text: str, frames: Tensor) -> tuple[Tensor, Vision]:
+    def prepare(self, text: str, frames: Tensor, vision: Vision | None = None) -> tuple[Tensor, Vision]:
         batch = self.processor(
             text=[text], videos=[frames], return_tensors="pt", do_sample_frames=False, add_special_tokens=False
         )
@@ -104,7 +108,7 @@ class Processor:
         ids = rows.pop("input_ids")[0]
         rows.pop("attention_mask", None)
         rows.pop("mm_token_type_ids", None)  # follows from the ids, row by row
-        return ids, rows
+        return ids, rows if vision is None else vision
 
     def encode(self, visions: Sequence[Vision]) -> list[Vision]:
         return list(visions)

@@ -5,8 +5,6 @@ Self-retrospective sampling is from SynPO (arXiv 2506.00835, section 3); the wor
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from synpo.model.adapter import CaptionModel, Prompt
@@ -28,8 +26,12 @@ def retrospective_prompt(prompt: str, draft: str) -> str:
 def second_look(lm: CaptionModel, shown: Prompt, frames: Tensor, prompt: str, draft: str) -> Prompt:
     """The encoded question of the second pass; it shares what `shown`, the first question, already knows of the video.
 
+    A draft is data: whatever in it would read as a special token of the chat is taken out.
+
     Args:
         shown: the encoded prompt of the first pass, its video through the vision tower.
         frames: what it showed, uint8 (F, 3, H, W).
     """
-    return replace(lm.prompt(retrospective_prompt(prompt, draft), frames), vision=shown.vision)
+    for special in lm.tokenizer.get_added_vocab():
+        draft = draft.replace(special, " ")
+    return lm.prompt(retrospective_prompt(prompt, draft), frames, shown.vision)
