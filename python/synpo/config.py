@@ -207,7 +207,10 @@ def parse_override(text: str) -> dict[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise ConfigError(f"--set takes section.key=value, got {text!r}")
-    parsed: Any = yaml.safe_load(value)
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {name}: {value!r} is not YAML: {error}") from error
     for part in reversed(name.split(".")):
         parsed = {part: parsed}
     return parsed

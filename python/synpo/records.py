@@ -137,19 +137,17 @@ def parse_record(kind: type[Record], row: Any, where: str) -> Record:
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
     """Yield (line number, JSON value). A last line without its newline, left by a killed writer, is skipped."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError:
-                    return
+            if not line.strip():
                 continue
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RecordError(f"{path}:{number}: not JSON ({error.msg})") from error
+            try:
+                value = json.loads(line)
+            except ValueError as error:  # not JSON, or not UTF-8
+                if not line.endswith(b"\n"):
+                    return
+                raise RecordError(f"{path}:{number}: not JSON ({error})") from error
+            yield number, value
 
 
 def read_records(kind: type[Record], path: str | os.PathLike[str]) -> list[Record]:
@@ -195,16 +193,18 @@ class RecordStore(Generic[Record]):
 
     def append(self, *records: Record) -> None:
         """Add records and force them to the disk. An id that is already held is refused with ValueError."""
+        added: dict[str, Record] = {}
         for record in records:
             key = record.id  # type: ignore[attr-defined]
-            if key in self._records:
+            if key in self._records or key in added:
                 raise ValueError(f"{self.path} already holds a record with id {key}")
-            self._records[key] = record
+            added[key] = record
         with open(self.path, "a", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")  # type: ignore[call-overload]
             file.flush()
             os.fsync(file.fileno())
+        self._records |= added
 
 
 @contextlib.contextmanager

@@ -1,0 +1,108 @@
+"""Configuration: defaults, files, overrides, and errors that name the key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synpo.config import Config, ConfigError, ModelConfig, build, load_config, parse_override, suggest
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = load_config()
+    assert config == Config()
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (128, 64, 0.05)
+    assert (config.frames.fps, config.frames.minimum, config.frames.maximum) == (0.5, 8, 16)
+    assert (config.pairs.candidates, config.pairs.margin) == (10, 4.0)
+    sampling = config.pairs.candidate_sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.9, 0.95, 32)
+
+
+def test_flags_go_over_overrides_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1\nmodel: {path: a, dtype: float32}\ntrain: {learning_rate: 5e-6, beta: 0.1}\n")
+    config = load_config(path, ["model.path=b", "train.beta=0.3", "pairs.contrast.alpha=1"], {"model": {"path": "c"}})
+    assert config.seed == 1
+    assert config.model == ModelConfig(path="c", dtype="float32")
+    assert config.train == {
+        "learning_rate": "5e-6",
+        "beta": 0.3,
+    }  # YAML 1.1 reads 5e-6 as text; the trainer converts it
+    assert config.pairs.contrast.alpha == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle": {}}, r"config: unknown key 'modle'; did you mean 'model'"),
+        ({"lora": {"rank": 4}}, r"config\.lora: unknown key 'rank'"),
+        ({"lora": {"r": "many"}}, r"config\.lora\.r: expected int, got 'many'"),
+        ({"lora": {"r": 2.5}}, r"config\.lora\.r: expected int, got 2\.5"),
+        ({"lora": {"r": True}}, r"config\.lora\.r: expected int, got True"),
+        ({"lora": 3}, r"config\.lora: expected a mapping, got int 3"),
+        ({"model": {"trust_remote_code": "perhaps"}}, r"trust_remote_code: expected bool"),
+        ({"model": {"path": None}}, r"config\.model\.path: expected str, got None"),
+        ({"frames": {"minimum": 9, "maximum": 4}}, r"config\.frames: .*minimum <= maximum"),
+        ({"pairs": {"contrast": {"alhpa": 1}}}, r"config\.pairs\.contrast: unknown key 'alhpa'; did you mean 'alpha'"),
+        ([], r"config: expected a mapping, got list"),
+    ],
+)
+def test_errors_name_the_key(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Config, values)
+
+
+def test_values_are_converted_to_their_type() -> None:
+    config = build(
+        Config, {"lora": {"r": "8", "dropout": "5e-2"}, "model": {"trust_remote_code": "True", "adapter": None}}
+    )
+    assert (config.lora.r, config.lora.dropout) == (8, 0.05)
+    assert config.model.trust_remote_code is True
+    assert config.model.adapter is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("seed: [", "is not YAML"), ("- 1", "expected sections, got list"), ("sede: 1", "did you mean 'seed'")],
+)
+def test_a_file_that_cannot_be_used_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_an_empty_file_is_the_defaults_and_a_missing_one_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert load_config(tmp_path / "c.yaml") == Config()
+    with pytest.raises(ConfigError, match=r"nope\.yaml does not exist"):
+        load_config(tmp_path / "nope.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed=3", {"seed": 3}),
+        ("a.b.c=x=y", {"a": {"b": {"c": "x=y"}}}),
+        ("a.b=", {"a": {"b": None}}),
+        ("a=[1, 2]", {"a": [1, 2]}),
+        ("a.b=false", {"a": {"b": False}}),
+    ],
+)
+def test_overrides_are_read_as_yaml(text: str, expected: Any) -> None:
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("text", ["seed", "=3"])
+def test_an_override_needs_key_and_value(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"takes section\.key=value"):
+        parse_override(text)
+
+
+def test_an_override_that_is_not_yaml_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        parse_override("seed=[1")
+
+
+def test_suggestions() -> None:
+    assert suggest("lerning_rate", ["learning_rate", "seed"]) == "did you mean 'learning_rate'?"
+    assert suggest("zzz", ["b", "a"]) == "known: a, b"
