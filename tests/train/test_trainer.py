@@ -87,7 +87,7 @@ def test_training_does_what_the_objective_asks(
     assert last["loss"] < first["loss"]
     assert last["synpo/margin"] > first["synpo/margin"]
     if loss_type != "dpo":
-        assert last["synpo/chosen_logp"] > first["synpo/chosen_logp"] + 0.5
+        assert last["synpo/chosen_logp"] > first["synpo/chosen_logp"] + 0.2
 
 
 def test_evaluation_is_the_mean_over_pairs_also_of_a_partial_batch(

@@ -181,4 +181,3 @@ def _balance(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """Gradient balance (B,): ‖∂l/∂logp‖₂ over the tokens of each side, l the loss of that pair alone (not of the mean)."""
     pairs = len(chosen)
     return {"synpo/grad_balance/chosen": pairs * chosen, "synpo/grad_balance/rejected": pairs * rejected}
-

@@ -89,7 +89,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         FileNotFoundError, RecordError: the pairs file is not there, or not a file of pairs.
         ValueError: no pair can be used; DivergenceError: the loss is not finite.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     args = settings(config, output)
     wanted = {"config": asdict(config), "videos": str(videos) if videos else None, "pairs": str(pairs)}
     if resume and (output / "config.json").exists():

@@ -1,0 +1,72 @@
+"""Warnings in words, and the two pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from synpo.train.diagnostics import read_log, warnings_of
+from synpo.train.plots import plot_gradient_balance, plot_rewards
+
+
+def run(steps: int = 20, **ends: tuple[float, float]) -> list[dict[str, Any]]:
+    """Log rows that go straight from the first to the second value of each metric."""
+    healthy = {
+        "synpo/chosen_logp": (-1.0, -0.9),
+        "synpo/rejected_logp": (-1.2, -1.5),
+        "synpo/chosen_prob": (0.37, 0.41),
+        "synpo/margin": (0.07, 0.19),
+        "synpo/saturation": (0.3, 0.6),
+        "synpo/grad_balance/chosen": (0.5, 0.4),
+        "synpo/grad_balance/rejected": (0.4, 0.2),
+    }
+    ends = healthy | {f"synpo/{name.replace('__', '/')}": value for name, value in ends.items()}
+    return [
+        {"step": i + 1, **{k: a + (b - a) * i / max(1, steps - 1) for k, (a, b) in ends.items()}} for i in range(steps)
+    ]
+
+
+def test_a_healthy_run_gets_no_warning() -> None:
+    assert warnings_of(run(), "synpo") == []
+    assert warnings_of([], "synpo") == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "loss_type", "words"),
+    [
+        ({"grad_balance__rejected": (0.4, 0.9)}, "dpo", ("negatives dominate", "learning_rate", "loss_type synpo")),
+        ({"grad_balance__rejected": (0.4, 0.9)}, "synpo", ("negatives dominate", "train.alpha", "train.beta")),
+        ({"saturation": (0.3, 1.0)}, "synpo", ("saturates", "Lower train.alpha")),
+        ({"chosen_prob": (0.4, 0.2)}, "synpo", ("became unlikely", "learning_rate", "raise train.beta")),
+        ({"chosen_prob": (0.4, 0.2)}, "dpo", ("became unlikely", "use loss_type synpo")),
+        ({"margin": (0.2, 0.1)}, "simpo", ("margin fell", "Raise train.learning_rate")),
+    ],
+)
+def test_each_failure_is_named_with_its_knob(ends: Any, loss_type: str, words: tuple[str, ...]) -> None:
+    (warning,) = warnings_of(run(**ends), loss_type)
+    assert all(word in warning for word in words), warning
+
+
+def test_only_training_steps_are_read(tmp_path: Path) -> None:
+    rows = [*run(3), {"step": 3, "eval_loss": 1.0}, {"step": 3, "train_runtime": 2.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 4, "synpo/ch')
+    assert read_log(tmp_path / "log.jsonl") == run(3)
+
+
+@pytest.mark.parametrize("plot", [plot_rewards, plot_gradient_balance])
+@pytest.mark.parametrize("names", [["SynPO"], ["SynPO", "DPO", "SFT"]])
+def test_pictures_are_pngs_with_a_panel_a_run(plot: Any, names: list[str], tmp_path: Path) -> None:
+    path = plot({name: run(1 if name == "SFT" else 60) for name in names}, tmp_path / "deep" / "a.png")
+    image = Image.open(path)
+    assert image.format == "PNG"
+    assert image.width == pytest.approx(100 * (4.2 * len(names) + 0.8), abs=2)
+    colours = {c for _, c in image.convert("RGB").getcolors(1 << 20)}
+    assert {(27, 127, 77), (192, 57, 43)} <= colours  # both lines were drawn
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("runs", [{}, {"SynPO": []}])
+def test_nothing_to_plot_is_an_error(runs: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_rewards(runs, tmp_path / "a.png")

@@ -1,0 +1,198 @@
+"""`synpo train` end to end on rendered clips: outputs, resuming, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from synpo.config import Config, ConfigError, ModelConfig, build
+from synpo.model.adapter import load
+from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
+from synpo.records import Pair, write_records
+from synpo.train.run import last_checkpoint, settings, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """videos/ with four clips and a corrupt one, and pairs.jsonl: eight usable pairs and three that are not."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "videos").mkdir()
+    for k in range(4):
+        with av.open(str(root / "videos" / f"{k}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+            for i in range(16):
+                image = np.full((48, 48, 3), 50 * k, dtype=np.uint8)
+                image[2 * i : 2 * i + 10, 8:20] = 255
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+    (root / "videos" / "bad.mp4").write_bytes(b"no video")
+    pairs = [Pair(f"p{i}", f"{i % 4}.mp4", "Describe.", f"A bar falls {i}.", f"It rains {i} times.") for i in range(8)]
+    bad = [
+        Pair("corrupt", "bad.mp4", "Describe.", "a", "b"),
+        Pair("empty", "0.mp4", "Describe.", "", "b"),
+        Pair("long", "0.mp4", "Describe.", "word " * 50, "b"),
+    ]
+    write_records(root / "pairs.jsonl", [*pairs, *bad])
+    return root
+
+
+@pytest.fixture
+def config(tiny_captioner_path: Path) -> Config:
+    values = {
+        "model": {"path": str(tiny_captioner_path), "device": "cpu"},
+        "frames": {"fps": 1, "minimum": 2, "maximum": 2},
+        "lora": {"r": 4, "alpha": 8},
+        "train": {
+            "learning_rate": "1e-2",  # as YAML reads 1e-2
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_completion_length": 60,
+            "disable_tqdm": True,
+        },
+    }
+    return build(Config, values)
+
+
+def test_a_run_leaves_everything_and_is_complete(config: Config, data: Path, tmp_path: Path, capsys: Any) -> None:
+    result = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert "11 preference pairs" in shown
+    assert "dropped: video unreadable" in shown
+    assert result.metrics["steps"] == 8
+    assert result.metrics["pairs"] == 8
+    assert result.metrics["dropped"] == {"video unreadable": 1, "chosen answer empty": 1, "answer too long": 1}
+    assert result.metrics["loss_parameters"] == {"alpha": 30.0, "beta": 0.2}
+    assert all(path.stat().st_size > 5000 for path in result.plots.values())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lora"]["r"] == 4
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names >= {"adapter", "metrics.json", "train_log.jsonl", "checkpoint-8"}
+    assert (result.adapter / "adapter_model.safetensors").exists()
+
+    base = load(config.model)
+    tuned = load(replace(config.model, adapter=str(result.adapter)))
+    ids = torch.arange(8)[None]
+    inputs = base.forward_kwargs(ids, torch.ones_like(ids), [{}])
+    assert not torch.allclose(base.model(**inputs).logits, tuned.model(**inputs).logits)
+
+    before = (tmp_path / "run" / "train_log.jsonl").read_bytes()
+    again = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    assert "is complete" in capsys.readouterr().err
+    assert again == result
+    assert (tmp_path / "run" / "train_log.jsonl").read_bytes() == before
+
+
+def test_other_settings_do_not_go_on_in_the_same_folder(config: Config, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(config, data / "videos", data / "pairs.jsonl", output)
+    other = replace(config, train=config.train | {"loss_type": "sft"})
+    with pytest.raises(ConfigError, match=r"other settings: train\.loss_type was None, now 'sft'.*--no-resume"):
+        train(other, data / "videos", data / "pairs.jsonl", output)
+    (output / "notes.txt").write_text("mine")
+    result = train(other, data / "videos", data / "pairs.jsonl", output, resume=False)
+    assert result.metrics["loss_type"] == "sft"
+    assert [json.loads(line)["step"] for line in result.log.read_text().splitlines()] == [*range(1, 9), 8]
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_killed_at_any_moment_it_goes_on_and_logs_the_same(config: Config, data: Path, tmp_path: Path) -> None:
+    config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 2})
+    whole = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "whole")
+    values = {"model": {"path": config.model.path, "device": "cpu"}, "train": config.train}
+    values |= {"frames": {"fps": 1, "minimum": 2, "maximum": 2}, "lora": {"r": 4, "alpha": 8}}
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    command = [sys.executable, "-m", "synpo", "train", "--config", str(tmp_path / "config.yaml"), "--output"]
+    command += [str(tmp_path / "killed"), "--pairs", str(data / "pairs.jsonl"), "--videos", str(data / "videos")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    log = tmp_path / "killed" / "train_log.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") >= 3:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.002)
+    assert process.wait() == -signal.SIGKILL
+    resumed = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "killed")
+
+    def steps(path: Path) -> list[tuple[float, ...]]:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(r["step"], r["loss"], r["grad_norm"], r["synpo/margin"]) for r in rows if "synpo/margin" in r]
+
+    assert [row[0] for row in steps(resumed.log)] == list(range(1, 9))
+    np.testing.assert_allclose(steps(resumed.log), steps(whole.log), rtol=1e-6)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_text_pairs_in_trl_format_train_a_text_model(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    save(tiny_text_model(tokenizer), tokenizer, tmp_path / "model")
+    rows = [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": "No."} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    values: dict[str, Any] = {
+        "model": {"path": str(tmp_path / "model"), "device": "cpu"},
+        "lora": {"r": 2},
+        "train": {"loss_type": "dpo", "beta": 0.3, "num_train_epochs": 1, "disable_tqdm": True, "save_strategy": "no"},
+    }
+    result = train(build(Config, values), None, tmp_path / "pairs.jsonl", tmp_path / "run")
+    assert result.metrics["loss_parameters"] == {"beta": 0.3}
+    assert result.metrics["steps"] == 1
+
+
+def test_an_adapter_is_trained_further_but_is_no_reference(config: Config, data: Path, tmp_path: Path) -> None:
+    first = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "first")
+    further = replace(config, model=replace(config.model, adapter=str(first.adapter)))
+    second = train(further, data / "videos", data / "pairs.jsonl", tmp_path / "second")
+    assert second.metrics["first"]["synpo/chosen_logp"] > first.metrics["first"]["synpo/chosen_logp"]
+    with pytest.raises(ConfigError, match="merge that adapter into the model first"):
+        dpo = replace(further, train=further.train | {"loss_type": "dpo"})
+        train(dpo, data / "videos", data / "pairs.jsonl", tmp_path / "third")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1e-4}, r"train: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, r"train\.learning_rate: expected float, got 'fast'"),
+        ({"num_train_epochs": True}, r"train\.num_train_epochs: expected float"),
+        ({"per_device_train_batch_size": 1.5}, r"train\.per_device_train_batch_size: expected int"),
+        ({"lr_scheduler_type": "wavy"}, r"train: .*wavy"),
+        ({"loss_type": "ppo"}, r"train\.loss_type: unknown objective 'ppo'"),
+        ({"gamma": 1}, r"train\.gamma: synpo has no such parameter"),
+        ({"output_dir": "x"}, r"train\.output_dir is set by the run itself"),
+        ({"warmup_ratio": 0.1}, r"train: unknown key 'warmup_ratio'"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings(Config(model=ModelConfig(device="cpu"), train=values), tmp_path)
+
+
+def test_missing_files_are_named(config: Config, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope\.jsonl does not exist"):
+        train(config, data / "videos", data / "nope.jsonl", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"none of the 11 pairs can be used: 10 video missing"):
+        train(config, tmp_path, data / "pairs.jsonl", tmp_path / "run")
+    with pytest.raises(ConfigError, match="model folder ./gone does not exist"):
+        gone = replace(config, model=ModelConfig(path="./gone"))
+        train(gone, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
