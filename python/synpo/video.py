@@ -114,6 +114,10 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
                 duration = float(stream.duration * stream.time_base)
             elif container.duration:
                 duration = container.duration / av.time_base
+                if (
+                    "matroska" in container.format.name
+                ):  # it states where the last frame ends, not how long the video is
+                    duration -= (container.start_time or 0) / av.time_base
             else:  # neither says: decode to the end
                 last = first.time or 0.0
                 for frame in container.decode(stream):
@@ -137,29 +141,49 @@ def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor:
     """
     if not times or any(b < a for a, b in zip(times, times[1:])):
         raise ValueError(f"times should be a non-empty ascending sequence of seconds, got {list(times)}")
-    images: list[np.ndarray] = []
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         base = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
-        if times[0] > 1 and stream.time_base:
-            container.seek(int((base + times[0]) / stream.time_base), stream=stream)
-        shown: VideoFrame | None = None  # the last frame that starts at or before the next wanted time
         try:
-            for frame in container.decode(stream):
-                start = (frame.time or 0.0) - base
-                while shown is not None and len(images) < len(times) and start > times[len(images)]:
-                    images.append(_rgb(shown))
-                if len(images) == len(times):
-                    break
-                shown = frame
+            images: list[np.ndarray] | None = None
+            if times[0] > 1 and stream.time_base:
+                container.seek(int((base + times[0]) / stream.time_base), stream=stream)
+                images = _collect(container, stream, base, times)
+                if images is None:
+                    container.seek(stream.start_time or 0, stream=stream)
+            if images is None:
+                images = _collect(container, stream, base, times, from_start=True)
         except av.error.FFmpegError as error:
-            raise VideoError(f"{path} cannot be decoded past frame {len(images)} of {len(times)}: {error}") from error
-        if shown is None:
-            raise VideoError(f"{path} holds no frame at {times[0]:.2f} s or later")
-        if len(images) < len(times):
-            images += [_rgb(shown)] * (len(times) - len(images))
+            raise VideoError(f"{path} cannot be decoded: {error}") from error
+    if images is None:
+        raise VideoError(f"{path} holds no frame")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _collect(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    base: float,
+    times: Sequence[float],
+    from_start: bool = False,
+) -> list[np.ndarray] | None:
+    """The images shown at `times`, decoding from where the container stands.
+
+    None if there is no frame, or if the first one is later than times[0]: seeking overshoots in some containers (MPEG-TS).
+    """
+    images: list[np.ndarray] = []
+    shown: VideoFrame | None = None  # the last frame that starts at or before the next wanted time
+    for frame in container.decode(stream):
+        start = (frame.time or 0.0) - base
+        if shown is None and start > times[0] and not from_start:
+            return None
+        while shown is not None and len(images) < len(times) and start > times[len(images)]:
+            images.append(_rgb(shown))
+        if len(images) == len(times):
+            return images
+        shown = frame
+    return None if shown is None else images + [_rgb(shown)] * (len(times) - len(images))
 
 
 def amateur_frames(frames: Tensor) -> Tensor:
