@@ -41,12 +41,14 @@ class TorchTiles:
     ) -> Tensor:
         _, slope = self.logits(x, part, out)
         out.sub_(anchor[:, None]).exp_()
-        column = labels.clamp(0, out.shape[1] - 1)[:, None]
-        elsewhere = (labels != column[:, 0])[:, None]  # the label is not in this chunk
-        found = out.gather(1, column)
-        sums = out.scatter_(1, column, found.where(elsewhere, 0.0)).sum(1)
+        row = torch.arange(out.shape[0], device=out.device)
+        column = labels.clamp(0, out.shape[1] - 1)
+        elsewhere = labels != column  # the label is not in this chunk
+        found = out[row, column]
+        out[row, column] = found.where(elsewhere, 0.0)
+        sums = out.sum(1)
         if at_target is not None:
-            out.scatter_(1, column, found.where(elsewhere, at_target[:, None]))
+            out[row, column] = found.where(elsewhere, at_target)
         if slope is not None and keep:
             out.mul_(slope)
         return sums

@@ -1,11 +1,12 @@
 """Which backend computes the log-probabilities, and the reason in words.
 
-"auto" takes the Triton kernels on a CUDA device and the portable passes elsewhere. A backend is a `Backend` in
-`BACKENDS`; a new one (a compiled CPU kernel, say) is one entry here and one clause in `choose`.
+"auto" takes the Triton kernels on a CUDA device (a warning says so where they cannot serve) and the portable passes
+elsewhere. A new backend (a compiled CPU kernel, say) is one entry in `BACKENDS` and one clause in `choose`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -57,8 +58,10 @@ def triton_supports(hidden: Tensor) -> tuple[bool, str]:
     if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return False, f"the kernels take float32, float16 and bfloat16, got {hidden.dtype}; use backend='chunked'"
     if hidden.is_cuda:
+        if torch.version.hip is not None:
+            return False, "the kernels are compiled for NVIDIA GPUs only; use backend='chunked'"
         major, minor = torch.cuda.get_device_capability(hidden.device)
-        if torch.version.hip is None and major < 8:
+        if major < 8:
             return False, f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
         return True, "a CUDA device"
     import triton
@@ -91,8 +94,12 @@ def choose(name: str, hidden: Tensor) -> Backend:
         ValueError: the name is unknown, or that backend cannot serve `hidden` (the message says why).
     """
     if name == "auto":
-        on_gpu = hidden.is_cuda and triton_supports(hidden)[0]
-        return BACKENDS["triton" if on_gpu else "chunked"][1]()
+        if not hidden.is_cuda:
+            return _chunked()
+        served, reason = triton_supports(hidden)
+        if not served:
+            warnings.warn(f"the log-probabilities run on plain torch: {reason}", stacklevel=3)
+        return _triton() if served else _chunked()
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {name!r}")
     supports, load = BACKENDS[name]

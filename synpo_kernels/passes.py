@@ -15,6 +15,7 @@ one place. No more than one slice of the logits exists at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -166,7 +167,7 @@ def gradients(
     g = upstream.to(precise)
     largest = g.abs().amax() if g.numel() else g.sum()
     unit = g / torch.where(largest > 0, largest, torch.ones_like(largest))
-    anchor = forward.normalizer - torch.tensor(magnify, dtype=precise, device=x.device).log()
+    anchor = forward.normalizer - math.log(magnify)
     at_target = torch.expm1(forward.logps) * magnify
     d_hidden = torch.zeros(x.shape, dtype=precise, device=x.device) if want_hidden else None
     d_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ def test_auto_and_triton_on_this_device(device) -> None:
     assert dispatch.choose("triton", torch.zeros(1, device=device)).name == "triton"
     if device.type == "cuda":
         assert dispatch.choose("auto", torch.zeros(1, device=device)).name == "triton"
+
+
+def test_auto_on_a_gpu_without_triton_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="run on plain torch: triton is not installed"):
+        assert dispatch.choose("auto", on_gpu).name == "chunked"
 
 
 def test_unknown_backend() -> None:
