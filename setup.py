@@ -129,6 +129,7 @@ class BuildExtension(build_ext):
             "-std=c++17",
             "-O3",
             "-ffp-contract=off",
+            "-fno-trapping-math",
             "-fvisibility=hidden",
             "-Wall",
             "-Wno-uninitialized",

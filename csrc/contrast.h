@@ -65,13 +65,14 @@ inline float mixed(const Row& row, int64_t v) {
   }
 }
 
-// What a scan keeps of a slice of a row: values and token ids in order of the ids, and what it saw on the way.
+// What is left of a slice of a row: first the maximum of every group of kGroup tokens, then the tokens that may matter.
 struct Candidates {
-  std::vector<float> x;
-  std::vector<int32_t> id;
-  int64_t n = 0;
+  std::vector<float> group_max;
   float max = -kInf;
   bool nan = false;
+  std::vector<float> x;     // mixed logits, no NaN and no -inf among them
+  std::vector<int32_t> id;  // token ids
+  int64_t n = 0;
 
   void reserve(int64_t size) {
     if (static_cast<int64_t>(x.size()) < size) {
@@ -80,23 +81,28 @@ struct Candidates {
     }
   }
   void clear() {
-    n = 0;
     max = -kInf;
     nan = false;
+    n = 0;
   }
 };
 
-// The loops that touch all V logits, one table per instruction set.
+constexpr int64_t kGroup = 64;
+
+// The loops over the logits and over long lists of candidates, one table per instruction set.
 struct Kernels {
   const char* name;
-  // The k largest mixed logits of tokens [begin, end) (a superset of at most a few k); tokens with a bit in `skip` are left out.
-  void (*top)(const Row&, int64_t begin, int64_t end, int64_t k, const uint64_t* skip, Candidates&);
-  // All mixed logits x >= max + offset, also sets max; a superset: the maximum is the running one.
-  void (*near)(const Row&, int64_t begin, int64_t end, float offset, Candidates&);
+  // Reads tokens [begin, end) once: sets group_max, max and nan. No branch depends on the data, so it runs at memory speed.
+  void (*maxima)(const Row&, int64_t begin, int64_t end, Candidates&);
+  // Appends the tokens with x >= threshold, by id, after `maxima` of the same slice. With k > 0 only the k largest are wanted
+  // and the list stays short (still a superset); tokens with a bit in `skip` are left out.
+  void (*collect)(const Row&, int64_t begin, int64_t end, float threshold, int64_t k, const uint64_t* skip, Candidates&);
   // out[v] = mixed logit, or -inf where the expert's logit is below `threshold`.
   void (*mix)(const Row&, int64_t begin, int64_t end, float threshold, float* out);
-  // x[i] = exp(x[i]) for x <= 0, within 2 ulp.
-  void (*exp)(double* x, int64_t n);
+  // How many of x are >= threshold.
+  int64_t (*count)(const float* x, int64_t n, float threshold);
+  // w[i] = exp((x[i] - max) * scale), within 2 ulp, 1 where x[i] is the maximum; sets max, returns the sum.
+  double (*weigh)(const float* x, int64_t n, double scale, double* w, float& max);
 };
 
 // The table in use: the best this CPU has, or the one last asked for by name ("avx512", "avx2", "portable").

@@ -94,50 +94,43 @@ int64_t reach(Item* items, int64_t n, double target, bool strictly, double& sum)
 }
 
 // Draw from candidates that are the whole support (before top-k).
-void draw(const Candidates& c, const Sampling& s, double u, Scratch& memory, int64_t& token, float& logp) {
+void draw(Candidates& c, const Sampling& s, double u, Scratch& memory, int64_t& token, float& logp) {
   token = 0;
   logp = std::numeric_limits<float>::quiet_NaN();
   if (c.n == 0) return;
-
-  std::vector<uint64_t>& keys = memory.keys;
-  keys.resize(c.n);
-  for (int64_t i = 0; i < c.n; ++i) keys[i] = to_key(c.x[i], c.id[i]);
-  int64_t n = c.n;
-  if (s.top_k > 0 && n > s.top_k) {
-    std::nth_element(keys.begin(), keys.begin() + (s.top_k - 1), keys.end(), std::greater<>());
-    n = s.top_k;
-  }
-  const double max = key_value(*std::max_element(keys.begin(), keys.begin() + n));
-  const double scale = s.temperature == 0.0 ? 1.0 : std::min(1.0 / s.temperature, 1e300);
+  if (s.top_k > 0 && c.n > s.top_k) keep_best(c, s.top_k);
   if (s.temperature == 0.0) u = 0.0;
-
-  memory.weights.resize(n);
-  memory.items.resize(n);
+  const double scale = s.temperature == 0.0 ? 1.0 : std::min(1.0 / s.temperature, 1e300);
+  memory.weights.resize(c.n);
   double* weights = memory.weights.data();
-  Item* items = memory.items.data();
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = key_value(keys[i]);
-    weights[i] = x == max ? 0.0 : (x - max) * scale;  // a maximum of +inf takes all
-  }
-  kernels().exp(weights, n);
-  for (int64_t i = 0; i < n; ++i) items[i] = {keys[i], weights[i]};
+  float max;
+  double total = kernels().weigh(c.x.data(), c.n, scale, weights, max);
 
-  double total = std::accumulate(weights, weights + n, 0.0);
-  int64_t kept = n;
-  if (s.top_p < 1.0) kept = 1 + reach(items, n, s.top_p * total, false, total);
-  if (s.min_p > 0.0) {
-    kept = std::partition(items, items + kept, [&](const Item& i) { return i.weight >= s.min_p; }) - items;
-    total = 0.0;
-    for (int64_t i = 0; i < kept; ++i) total += items[i].weight;
+  float x = max;
+  if (!(u > 0.0) && s.top_p == 1.0 && s.min_p == 0.0) {  // the first in order: no order is needed to find it
+    const float* values = c.x.data();
+    const int32_t* ids = c.id.data();
+    int32_t first = std::numeric_limits<int32_t>::max();
+    for (int64_t i = 0, n = c.n; i < n; ++i) first = values[i] == max ? std::min(first, ids[i]) : first;
+    token = first;
+  } else {
+    memory.items.resize(c.n);
+    Item* items = memory.items.data();
+    for (int64_t i = 0; i < c.n; ++i) items[i] = {to_key(c.x[i], c.id[i]), weights[i]};
+    int64_t kept = c.n;
+    if (s.top_p < 1.0) kept = 1 + reach(items, kept, s.top_p * total, false, total);
+    if (s.min_p > 0.0) {
+      kept = std::partition(items, items + kept, [&](const Item& i) { return i.weight >= s.min_p; }) - items;
+      total = 0.0;
+      for (int64_t i = 0; i < kept; ++i) total += items[i].weight;
+    }
+    double unused;
+    const Item& drawn = items[reach(items, kept, (u > 0.0 ? u : 0.0) * total, true, unused)];
+    token = key_id(drawn.key);
+    x = key_value(drawn.key);
   }
-  double unused;
-  const int64_t position = u > 0.0 ? reach(items, kept, u * total, true, unused)
-                                   : std::max_element(items, items + kept, [](const Item& a, const Item& b) { return a.key < b.key; }) - items;
-  token = key_id(items[position].key);
-  if (!c.nan) {
-    const double x = key_value(items[position].key);
-    logp = static_cast<float>((x == max ? 0.0 : (x - max) * scale) - std::log(total));
-  }
+  const double gap = x == max ? 0.0 : (static_cast<double>(x) - max) * scale;
+  if (!c.nan) logp = static_cast<float>(gap - std::log(total));
 }
 
 int64_t element_size(Type type) { return type == Type::f32 ? 4 : 2; }
@@ -189,6 +182,24 @@ class History {
   std::vector<uint64_t>& bits_;
 };
 
+// The largest threshold, or nearly, that at least `rank` of the n values reach; -inf where there are fewer. Bisection over
+// the floats as integers: it needs only counts, which are vectorised, and ends within 32 steps whatever the values are.
+float threshold_of_rank(const float* x, int64_t n, int64_t rank) {
+  if (n < rank) return -kInf;
+  uint32_t low = static_cast<uint32_t>(to_key(-kInf, 0) >> 32), high = static_cast<uint32_t>(to_key(kInf, 0) >> 32);
+  while (high - low > 1) {  // invariant: `low` is reached by at least `rank`
+    const uint32_t middle = low + (high - low) / 2;
+    const int64_t found = kernels().count(x, n, key_value(static_cast<uint64_t>(middle) << 32));
+    if (found < rank) {
+      high = middle;
+    } else {
+      low = middle;
+      if (found <= rank + rank / 4) break;
+    }
+  }
+  return key_value(static_cast<uint64_t>(low) << 32);
+}
+
 float penalised(float x, float penalty) { return x > 0.0f ? x * (1.0f / penalty) : x * penalty; }
 
 // One call: which scan is run on a slice, and how its candidates become the support of a row's distribution.
@@ -202,12 +213,13 @@ struct Call {
   bool top() const { return !plausible() && sampling.top_k > 0 && sampling.top_k < batch.vocab; }
 
   // How far below the maximum a candidate may lie. Without a cut-off: where the weights of all V tokens together could no
-  // longer change a double. A penalty may lower the maximum, so that nothing can be left out before it is applied.
+  // longer change a double, or for greedy, which only reports their sum, a float. A penalty may lower the maximum, so that
+  // nothing can be left out before it is applied.
   float offset() const {
     if (plausible()) return sampling.plausibility_offset;
     if (history_length > 0) return -kInf;
-    const double temperature = sampling.temperature == 0.0 ? 1.0 : sampling.temperature;
-    return static_cast<float>(-temperature * (45.0 + std::log(static_cast<double>(batch.vocab))));
+    const double tokens = std::log(static_cast<double>(batch.vocab));
+    return static_cast<float>(sampling.temperature == 0.0 ? -(20.0 + tokens) : -sampling.temperature * (45.0 + tokens));
   }
 
   History seen(int64_t row) const {
@@ -217,29 +229,37 @@ struct Call {
   void scan(int64_t row, int64_t begin, int64_t end, Candidates& c) const {
     c.clear();
     Row logits = row_of(batch, row);
-    if (top()) {
-      kernels().top(logits, begin, end, sampling.top_k, seen(row).bits(), c);
-      return;
-    }
     if (plausible()) logits.amateur = nullptr;  // the cut-off looks at the expert; the amateur is read where it matters
-    kernels().near(logits, begin, end, offset(), c);
+    const Kernels& loops = kernels();
+    loops.maxima(logits, begin, end, c);
+    if (top()) {
+      // k groups reach the threshold, so k tokens do; groups whose maximum is a seen token do not count.
+      const int64_t groups = (end - begin + kGroup - 1) / kGroup;
+      const float threshold = threshold_of_rank(c.group_max.data(), groups, sampling.top_k + history_length);
+      loops.collect(logits, begin, end, threshold, sampling.top_k, seen(row).bits(), c);
+    } else {
+      loops.collect(logits, begin, end, near_threshold(c.max, offset()), 0, nullptr, c);
+    }
   }
 
+  // Make the candidates of a whole row the support of its distribution, and draw.
   void finish(int64_t row, Candidates& c, double u, int64_t& token, float& logp) const {
-    const Row logits = row_of(batch, row);
-    History history_of_row = seen(row);
-    if (top()) {
-      history_of_row.drain([&](int64_t id) { append(c, penalised(mixed(logits, id), sampling.penalty), static_cast<int32_t>(id)); });
-    } else {
-      const float threshold = near_threshold(c.max, offset());
-      const int64_t scanned = c.n;
-      c.n = 0;
-      for (int64_t i = 0; i < scanned; ++i) {
-        if (c.x[i] < threshold) continue;
-        const int32_t id = c.id[i];
-        float x = plausible() ? mixed(logits, id) : c.x[i];
-        if (history_length > 0 && history_of_row.contains(id)) x = penalised(x, sampling.penalty);
-        append(c, x, id);
+    if (plausible() || history_length > 0) {
+      const Row logits = row_of(batch, row);
+      const float penalty = sampling.penalty;
+      History history_of_row = seen(row);
+      if (top()) {
+        history_of_row.drain([&](int64_t id) { append(c, penalised(mixed(logits, id), penalty), static_cast<int32_t>(id)); });
+      } else {
+        const float threshold = near_threshold(c.max, offset());
+        const int64_t collected = c.n;
+        c.n = 0;
+        for (int64_t i = 0; i < collected; ++i) {
+          if (c.x[i] < threshold) continue;  // near the maximum of its slice, not near that of the row
+          const int32_t id = c.id[i];
+          const float x = plausible() ? mixed(logits, id) : c.x[i];
+          append(c, history_of_row.contains(id) ? penalised(x, penalty) : x, id);
+        }
       }
     }
     draw(c, sampling, u, scratch(), token, logp);
@@ -329,7 +349,7 @@ void mix(const Batch& batch, float plausibility_offset, float* out) {
         Row expert = row_of(batch, row);
         expert.amateur = nullptr;
         c.clear();
-        kernels().near(expert, 0, batch.vocab, 0.0f, c);
+        kernels().maxima(expert, 0, batch.vocab, c);
         threshold = near_threshold(c.max, plausibility_offset);
       }
       kernels().mix(row_of(batch, row), 0, batch.vocab, threshold, out + row * batch.vocab);

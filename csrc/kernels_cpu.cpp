@@ -3,6 +3,7 @@
 #include "contrast.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -80,11 +81,11 @@ inline F16 minus_inf<F16>() {
 namespace synpo {
 namespace {
 
-const Kernels kPortable{"portable", portable::top_any, portable::near_any, portable::mix_any, portable::exp};
+const Kernels kPortable{"portable", portable::maxima_any, portable::collect_any, portable::mix_any, portable::count, portable::weigh};
 
 #if SYNPO_X86
-const Kernels kAvx2{"avx2", avx2::top_any, avx2::near_any, avx2::mix_any, avx2::exp};
-const Kernels kAvx512{"avx512", avx512::top_any, avx512::near_any, avx512::mix_any, avx512::exp};
+const Kernels kAvx2{"avx2", avx2::maxima_any, avx2::collect_any, avx2::mix_any, avx2::count, avx2::weigh};
+const Kernels kAvx512{"avx512", avx512::maxima_any, avx512::collect_any, avx512::mix_any, avx512::count, avx512::weigh};
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {

@@ -23,7 +23,8 @@ namespace synpo {
 namespace {
 
 Batch batch_of(const Tensor& expert, const std::optional<Tensor>& amateur, double alpha) {
-  STD_TORCH_CHECK(expert.dim() == 2 && expert.stride(1) == 1, "expert must be (B, V) with contiguous rows");
+  const auto row_major = [](const Tensor& t) { return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1); };
+  STD_TORCH_CHECK(row_major(expert), "expert must be (B, V) with contiguous rows");
   STD_TORCH_CHECK(expert.size(1) > 0 && expert.size(1) <= INT32_MAX, "expert must have 1 to 2^31 - 1 tokens");
   Batch batch{expert.size(0), expert.size(1), expert.const_data_ptr(), nullptr, expert.stride(0), 0, Type::f32, alpha};
   switch (expert.scalar_type()) {
@@ -39,8 +40,8 @@ Batch batch_of(const Tensor& expert, const std::optional<Tensor>& amateur, doubl
       STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
   }
   if (amateur.has_value()) {
-    STD_TORCH_CHECK(amateur->dim() == 2 && amateur->size(0) == batch.rows && amateur->size(1) == batch.vocab &&
-                        amateur->stride(1) == 1 && amateur->scalar_type() == expert.scalar_type(),
+    STD_TORCH_CHECK(row_major(*amateur) && amateur->size(0) == batch.rows && amateur->size(1) == batch.vocab &&
+                        amateur->scalar_type() == expert.scalar_type(),
                     "amateur must have the shape and dtype of expert, with contiguous rows");
     batch.amateur = amateur->const_data_ptr();
     batch.amateur_stride = amateur->stride(0);

@@ -19,15 +19,20 @@ struct Vec {
   static Vec load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   Vec operator*(Vec o) const { return {_mm512_mul_ps(v, o.v)}; }
+  Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
   Vec operator-(Vec o) const { return {_mm512_sub_ps(v, o.v)}; }
   uint32_t eq(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_EQ_OQ); }
   uint32_t lt(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_LT_OQ); }
   uint32_t ge(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_GE_OQ); }
-  uint32_t not_le(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_NLE_UQ); }
   uint32_t nan() const { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
   Vec max_number(Vec acc) const { return {_mm512_max_ps(v, acc.v)}; }  // acc where this is NaN
   Vec where(uint32_t mask, Vec o) const { return {_mm512_mask_mov_ps(v, static_cast<__mmask16>(mask), o.v)}; }
-  float reduce_max() const { return _mm512_reduce_max_ps(v); }
+  float reduce_max() const {
+    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+  }
   // Write the lanes in `mask`, in order, with their ids; up to kWidth entries beyond the count are scribbled on.
   int64_t compress(uint32_t mask, int32_t first, float* x, int32_t* id) const {
     __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(first),
@@ -52,12 +57,12 @@ struct Vec {
   static Vec load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   Vec operator*(Vec o) const { return {_mm256_mul_ps(v, o.v)}; }
+  Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }
   Vec operator-(Vec o) const { return {_mm256_sub_ps(v, o.v)}; }
   static uint32_t bits(__m256 m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
   uint32_t eq(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_EQ_OQ)); }
   uint32_t lt(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_LT_OQ)); }
   uint32_t ge(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_GE_OQ)); }
-  uint32_t not_le(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_NLE_UQ)); }
   uint32_t nan() const { return bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
   Vec max_number(Vec acc) const { return {_mm256_max_ps(v, acc.v)}; }
   Vec where(uint32_t mask, Vec o) const {
@@ -93,11 +98,11 @@ struct Vec {
   }
   void store(float* p) const { std::memcpy(p, v, sizeof(v)); }
   Vec operator*(Vec o) const { return map([&](int i) { return v[i] * o.v[i]; }); }
+  Vec operator+(Vec o) const { return map([&](int i) { return v[i] + o.v[i]; }); }
   Vec operator-(Vec o) const { return map([&](int i) { return v[i] - o.v[i]; }); }
   uint32_t eq(Vec o) const { return test([&](int i) { return v[i] == o.v[i]; }); }
   uint32_t lt(Vec o) const { return test([&](int i) { return v[i] < o.v[i]; }); }
   uint32_t ge(Vec o) const { return test([&](int i) { return v[i] >= o.v[i]; }); }
-  uint32_t not_le(Vec o) const { return test([&](int i) { return !(v[i] <= o.v[i]); }); }
   uint32_t nan() const { return test([&](int i) { return v[i] != v[i]; }); }
   Vec max_number(Vec acc) const { return map([&](int i) { return v[i] > acc.v[i] ? v[i] : acc.v[i]; }); }
   Vec where(uint32_t mask, Vec o) const { return map([&](int i) { return mask >> i & 1 ? o.v[i] : v[i]; }); }
@@ -153,103 +158,89 @@ struct Mixer {
   }
 };
 
-// Run body(v) for the whole vectors of [begin, end), then for a copy of the rest padded with -inf: body(mixer, v, valid lanes).
-template <class T, bool kMix, class Body>
-inline void tail(const Row& row, int64_t v, int64_t end, Body body) {
-  if (v >= end) return;
-  T expert[Vec::kWidth], amateur[Vec::kWidth];
-  for (int64_t i = 0; i < Vec::kWidth; ++i) {
-    expert[i] = v + i < end ? static_cast<const T*>(row.expert)[v + i] : minus_inf<T>();
-    amateur[i] = kMix && v + i < end ? static_cast<const T*>(row.amateur)[v + i] : minus_inf<T>();
+// The tokens [v, end), fewer than kGroup, followed by excluded ones: the last group of a slice, safe to read in full.
+template <class T, bool kMix>
+struct Tail {
+  T expert[kGroup], amateur[kGroup];
+  Row row;
+
+  Tail(const Row& source, int64_t v, int64_t end) : row(source) {
+    std::fill(expert, expert + kGroup, minus_inf<T>());
+    std::fill(amateur, amateur + kGroup, minus_inf<T>());
+    std::copy(static_cast<const T*>(source.expert) + v, static_cast<const T*>(source.expert) + end, expert);
+    if (kMix) std::copy(static_cast<const T*>(source.amateur) + v, static_cast<const T*>(source.amateur) + end, amateur);
+    row.expert = expert;
+    row.amateur = kMix ? amateur : nullptr;
   }
-  Row padded = row;
-  padded.expert = expert;
-  padded.amateur = amateur;
-  body(Mixer<T, kMix>(padded), v);
+};
+
+template <class T, bool kMix>
+inline float group_maximum(const Mixer<T, kMix>& mixer, int64_t v, bool& nan) {
+  Vec max = mixer.raw(v), sum = max;
+  for (int64_t i = Vec::kWidth; i < kGroup; i += Vec::kWidth) {
+    const Vec x = mixer.raw(v + i);
+    max = x.max_number(max);
+    sum = sum + x;
+  }
+  if (sum.nan()) {  // seldom: a NaN or infinities, so that the maximum above may be wrong
+    max = Vec::fill(-kInf);
+    for (int64_t i = 0; i < kGroup; i += Vec::kWidth) {
+      const Vec x = mixer.exact(v + i);
+      nan |= x.nan() != 0;
+      max = x.max_number(max);
+    }
+  }
+  return max.reduce_max();
 }
 
 template <class T, bool kMix>
-void top(const Row& row, int64_t begin, int64_t end, int64_t k, const uint64_t* skip, Candidates& c) {
-  const int64_t limit = 4 * k + 64;
-  c.reserve(limit + Vec::kWidth);
-  float threshold = -kInf;  // the k-th best so far: a later token must beat it
-  // Append the tokens of one vector that beat the threshold; `at` is where the mixer reads, `v` the id of its first token.
+void maxima(const Row& row, int64_t begin, int64_t end, Candidates& c) {
+  const int64_t groups = (end - begin + kGroup - 1) / kGroup, whole = (end - begin) / kGroup;
+  if (static_cast<int64_t>(c.group_max.size()) < groups) c.group_max.resize(groups);
+  float* out = c.group_max.data();
+  const Mixer<T, kMix> mixer(row);
+  bool nan = false;
+  for (int64_t g = 0; g < whole; ++g) out[g] = group_maximum(mixer, begin + g * kGroup, nan);
+  if (whole < groups) {
+    const Tail<T, kMix> tail(row, begin + whole * kGroup, end);
+    out[whole] = group_maximum(Mixer<T, kMix>(tail.row), 0, nan);
+  }
+  c.nan |= nan;
+  for (int64_t g = 0; g < groups; ++g) c.max = std::max(c.max, out[g]);
+}
+
+template <class T, bool kMix>
+void collect(const Row& row, int64_t begin, int64_t end, float threshold, int64_t k, const uint64_t* skip, Candidates& c) {
+  const int64_t limit = k > 0 ? c.n + 4 * k + kGroup : std::numeric_limits<int64_t>::max();
   auto take = [&](const Mixer<T, kMix>& mixer, int64_t at, int64_t v) {
-    Vec x = mixer.exact(at);
-    uint32_t nan = x.nan();
-    c.nan |= nan != 0;
-    uint32_t hits = x.not_le(Vec::fill(threshold)) & ~nan;
-    int64_t added = x.compress(hits, static_cast<int32_t>(v), c.x.data() + c.n, c.id.data() + c.n);
-    if (skip == nullptr) {
-      c.n += added;
-    } else {
-      for (int64_t i = c.n, stop = c.n + added; i < stop; ++i) {
+    c.reserve(c.n + kGroup + Vec::kWidth);
+    const int64_t before = c.n;
+    for (int64_t i = 0; i < kGroup; i += Vec::kWidth) {
+      const Vec x = mixer.exact(at + i);
+      const uint32_t hits = x.ge(Vec::fill(threshold)) & ~x.eq(Vec::fill(-kInf));
+      c.n += x.compress(hits, static_cast<int32_t>(v + i), c.x.data() + c.n, c.id.data() + c.n);
+    }
+    if (skip != nullptr) {
+      const int64_t added = c.n;
+      c.n = before;
+      for (int64_t i = before; i < added; ++i) {
         c.x[c.n] = c.x[i];
         c.id[c.n] = c.id[i];
         c.n += !(skip[c.id[i] >> 6] >> (c.id[i] & 63) & 1);
       }
     }
-    if (c.n >= limit) threshold = keep_best(c, k);
+    // A token yet to come must beat the k-th so far: it would lose a tie, having the higher id.
+    if (c.n >= limit) threshold = std::max(threshold, std::nextafter(keep_best(c, k), kInf));
   };
-
-  constexpr int64_t kUnroll = 4;
+  const int64_t groups = (end - begin + kGroup - 1) / kGroup, whole = (end - begin) / kGroup;
   const Mixer<T, kMix> mixer(row);
-  int64_t v = begin;
-  for (; v + kUnroll * Vec::kWidth <= end; v += kUnroll * Vec::kWidth) {
-    const Vec t = Vec::fill(threshold);
-    uint32_t hits[kUnroll];
-    for (int64_t i = 0; i < kUnroll; ++i) hits[i] = mixer.raw(v + i * Vec::kWidth).not_le(t);
-    if ((hits[0] | hits[1] | hits[2] | hits[3]) == 0) continue;
-    for (int64_t i = 0; i < kUnroll; ++i) {
-      if (hits[i]) take(mixer, v + i * Vec::kWidth, v + i * Vec::kWidth);
-    }
+  for (int64_t g = 0; g < whole; ++g) {
+    if (c.group_max[g] >= threshold) take(mixer, begin + g * kGroup, begin + g * kGroup);
   }
-  for (; v + Vec::kWidth <= end; v += Vec::kWidth) take(mixer, v, v);
-  tail<T, kMix>(row, v, end, [&](const Mixer<T, kMix>& padded, int64_t first) { take(padded, 0, first); });
-}
-
-template <class T, bool kMix>
-void near(const Row& row, int64_t begin, int64_t end, float offset, Candidates& c) {
-  constexpr int64_t kBlock = 1024;  // read for its maximum, then again from the L1 cache for the tokens near it
-  auto take = [&](Vec x, float threshold, int64_t v) {
-    c.n += x.compress(x.ge(Vec::fill(threshold)) & ~x.eq(Vec::fill(-kInf)), static_cast<int32_t>(v), c.x.data() + c.n,
-                      c.id.data() + c.n);
-  };
-  const Mixer<T, kMix> mixer(row);
-  int64_t v = begin;
-  while (v + Vec::kWidth <= end) {
-    const int64_t stop = std::min(v + kBlock, v + (end - v) / Vec::kWidth * Vec::kWidth);
-    Vec max0 = Vec::fill(-kInf), max1 = max0;
-    uint32_t nan = 0;
-    int64_t i = v;
-    for (; i + 2 * Vec::kWidth <= stop; i += 2 * Vec::kWidth) {
-      Vec x0 = mixer.exact(i), x1 = mixer.exact(i + Vec::kWidth);
-      nan |= x0.nan() | x1.nan();
-      max0 = x0.max_number(max0);
-      max1 = x1.max_number(max1);
-    }
-    for (; i < stop; i += Vec::kWidth) {
-      Vec x = mixer.exact(i);
-      nan |= x.nan();
-      max0 = x.max_number(max0);
-    }
-    const float block_max = max0.max_number(max1).reduce_max();
-    c.nan |= nan != 0;
-    c.max = std::max(c.max, block_max);
-    const float threshold = near_threshold(c.max, offset);
-    if (block_max >= threshold) {
-      c.reserve(c.n + kBlock + Vec::kWidth);
-      for (int64_t j = v; j < stop; j += Vec::kWidth) take(mixer.exact(j), threshold, j);
-    }
-    v = stop;
+  if (whole < groups && c.group_max[whole] >= threshold) {
+    const Tail<T, kMix> tail(row, begin + whole * kGroup, end);
+    take(Mixer<T, kMix>(tail.row), 0, begin + whole * kGroup);
   }
-  tail<T, kMix>(row, v, end, [&](const Mixer<T, kMix>& padded, int64_t first) {
-    Vec x = padded.exact(0);
-    c.nan |= x.nan() != 0;
-    c.max = std::max(c.max, x.max_number(Vec::fill(-kInf)).reduce_max());
-    c.reserve(c.n + Vec::kWidth);
-    take(x, near_threshold(c.max, offset), first);
-  });
 }
 
 template <class T, bool kMix>
@@ -260,42 +251,73 @@ void mix(const Row& row, int64_t begin, int64_t end, float threshold, float* out
   const Mixer<T, kMix> mixer(row);
   int64_t v = begin;
   for (; v + Vec::kWidth <= end; v += Vec::kWidth) one(mixer, v).store(out + v);
-  tail<T, kMix>(row, v, end, [&](const Mixer<T, kMix>& padded, int64_t first) {
+  if (v < end) {
+    const Tail<T, kMix> tail(row, v, end);
     float rest[Vec::kWidth];
-    one(padded, 0).store(rest);
-    std::copy(rest, rest + (end - first), out + first);
-  });
+    one(Mixer<T, kMix>(tail.row), 0).store(rest);
+    std::copy(rest, rest + (end - v), out + v);
+  }
 }
 
-// Cody-Waite reduction and a Taylor polynomial of degree 13 on [-ln2/2, ln2/2]; plain loops the compiler vectorises.
-void exp(double* x, int64_t n) {
+int64_t count(const float* x, int64_t n, float threshold) {
+  const Vec t = Vec::fill(threshold);
+  int64_t found = 0, i = 0;
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) found += __builtin_popcount(Vec::load(x + i).ge(t));
+  for (; i < n; ++i) found += x[i] >= threshold;
+  return found;
+}
+
+// exp(x) for x <= 0: Cody-Waite reduction and a Taylor polynomial of degree 13 on [-ln2/2, ln2/2]. Plain arithmetic without
+// branches, which the compiler vectorises in the loop below.
+inline double exp(double x) {
   constexpr double kLog2e = 1.4426950408889634074, kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
   constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
-  for (int64_t i = 0; i < n; ++i) {
-    const double y = x[i] < -708.0 ? -708.0 : x[i];
-    const double shifted = y * kLog2e + kRound;
-    const double m = shifted - kRound;
-    const double r = (y - m * kLn2Hi) - m * kLn2Lo;
-    double p = 1.0 / 6227020800.0;
-    p = p * r + 1.0 / 479001600.0;
-    p = p * r + 1.0 / 39916800.0;
-    p = p * r + 1.0 / 3628800.0;
-    p = p * r + 1.0 / 362880.0;
-    p = p * r + 1.0 / 40320.0;
-    p = p * r + 1.0 / 5040.0;
-    p = p * r + 1.0 / 720.0;
-    p = p * r + 1.0 / 120.0;
-    p = p * r + 1.0 / 24.0;
-    p = p * r + 1.0 / 6.0;
-    p = p * r + 0.5;
-    p = p * r * r + r + 1.0;
-    int64_t bits;
-    std::memcpy(&bits, &shifted, sizeof(bits));
-    bits = static_cast<int64_t>(static_cast<uint64_t>(bits) << 52) + (int64_t{1023} << 52);
-    double scale;
-    std::memcpy(&scale, &bits, sizeof(scale));
-    x[i] = x[i] < -708.0 ? 0.0 : p * scale;
+  const double y = x < -708.0 ? -708.0 : x;
+  const double shifted = y * kLog2e + kRound;
+  const double m = shifted - kRound;
+  const double r = (y - m * kLn2Hi) - m * kLn2Lo;
+  double p = 1.0 / 6227020800.0;
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r * r + r + 1.0;
+  int64_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = static_cast<int64_t>(static_cast<uint64_t>(bits) << 52) + (int64_t{1023} << 52);
+  double scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return x < -708.0 ? 0.0 : p * scale;
+}
+
+double weigh(const float* x, int64_t n, double scale, double* w, float& max) {
+  max = -kInf;
+  int64_t i = 0;
+  Vec lanes = Vec::fill(-kInf);
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) lanes = Vec::load(x + i).max_number(lanes);
+  for (; i < n; ++i) max = std::max(max, x[i]);
+  max = std::max(max, lanes.reduce_max());
+
+  const double top = max;
+  for (i = 0; i < n; ++i) {
+    const double gap = (static_cast<double>(x[i]) - top) * scale;
+    w[i] = exp(x[i] == max ? 0.0 : gap);  // a maximum of +inf takes all
   }
+  double sums[8] = {};
+  for (i = 0; i + 8 <= n; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) sums[j] += w[i + j];
+  }
+  double total = 0.0;
+  for (; i < n; ++i) total += w[i];
+  for (double sum : sums) total += sum;
+  return total;
 }
 
 // Pick the instantiation for a row's type and for plain or mixed logits.
@@ -309,11 +331,11 @@ void exp(double* x, int64_t n) {
       return (row).amateur ? function<F16, true>(row, __VA_ARGS__) : function<F16, false>(row, __VA_ARGS__);     \
   }
 
-void top_any(const Row& row, int64_t begin, int64_t end, int64_t k, const uint64_t* skip, Candidates& c) {
-  SYNPO_DISPATCH(top, row, begin, end, k, skip, c)
+void maxima_any(const Row& row, int64_t begin, int64_t end, Candidates& c) {
+  SYNPO_DISPATCH(maxima, row, begin, end, c)
 }
-void near_any(const Row& row, int64_t begin, int64_t end, float offset, Candidates& c) {
-  SYNPO_DISPATCH(near, row, begin, end, offset, c)
+void collect_any(const Row& row, int64_t begin, int64_t end, float threshold, int64_t k, const uint64_t* skip, Candidates& c) {
+  SYNPO_DISPATCH(collect, row, begin, end, threshold, k, skip, c)
 }
 void mix_any(const Row& row, int64_t begin, int64_t end, float threshold, float* out) {
   SYNPO_DISPATCH(mix, row, begin, end, threshold, out)

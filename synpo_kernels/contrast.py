@@ -24,6 +24,7 @@ from torch import Tensor
 from . import _ext
 
 BACKENDS = ("auto", "cpp", "torch")
+BLOCK_LOGITS = 2**19  # the torch path's slice of (B, V) on a CPU
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -214,6 +215,15 @@ def _sample_torch(
     repetition_penalty: float,
 ) -> tuple[Tensor, Tensor]:
     """The op in torch: the definition the C++ op is tested against. No host synchronisation, on any device."""
+    block = max(1, BLOCK_LOGITS // expert.size(1))
+    if expert.device.type == "cpu" and expert.size(0) > block:  # temporaries that fit the cache: five times as fast
+        settings = (alpha, plausibility, temperature, top_k, top_p, min_p)
+        parts = []
+        for start in range(0, expert.size(0), block):
+            e, m, u, h = (None if t is None else t[start : start + block] for t in (expert, amateur, uniform, history))
+            parts.append(_sample_torch(e, m, u, *settings, h, repetition_penalty))  # type: ignore[arg-type]
+        return torch.cat([tokens for tokens, _ in parts]), torch.cat([logps for _, logps in parts])
+
     x = _mix_torch(expert, amateur, alpha, plausibility)
     if history is not None:
         rows, vocab = x.shape
@@ -222,9 +232,8 @@ def _sample_torch(
         penalised = torch.where(x > 0, x * (1 / repetition_penalty), x * repetition_penalty)
         x = torch.where(seen[:, :vocab], penalised, x)
     broken = x.isnan().any(-1)  # (B,)
-    x, ids = _largest(
-        torch.where(x.isnan(), -math.inf, x) + 0.0, top_k
-    )  # (B, K), descending; + 0.0 makes -0 and 0 a tie
+    x = torch.where(x.isnan(), -math.inf, x) + 0.0  # + 0.0 makes -0 and 0 a tie
+    x, ids = _largest(x, top_k)  # (B, K), descending
 
     x = x.double()
     scale = 1.0 if temperature == 0 else min(1 / temperature, 1e300)
