@@ -30,6 +30,8 @@ def run(steps: int = 20, **ends: tuple[float, float]) -> list[dict[str, Any]]:
 def test_a_healthy_run_gets_no_warning() -> None:
     assert warnings_of(run(), "synpo") == []
     assert warnings_of([], "synpo") == []
+    assert warnings_of(run(9, saturation=(1.0, 1.0)), "synpo") == []
+    assert warnings_of(run(10, saturation=(1.0, 1.0)), "synpo") != []
 
 
 @pytest.mark.parametrize(

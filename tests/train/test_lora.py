@@ -43,6 +43,7 @@ def test_the_language_model_is_found_in_every_family(family: str) -> None:
         for name in ("num_hidden_layers", "depth"):
             if hasattr(section, name):
                 setattr(section, name, 1)
+    config.text_config.pad_token_id = 0
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
     lm: Any = type("Lm", (), {"model": model})()

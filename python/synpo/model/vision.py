@@ -69,7 +69,10 @@ class OneVision:
         for length in sorted(lengths):
             rows = [i for i, v in enumerate(visions) if "pixels" in v and len(v["pixels"]) == length]
             pixels = torch.stack([visions[i]["pixels"] for i in rows]).to(weight.device, weight.dtype)
-            features = self.core.get_video_features(pixels, return_dict=True).pooler_output  # (rows, n, D)
+            features = self.core.get_video_features(pixels, return_dict=True).pooler_output
+            if features.shape[1] == length * self.per_frame:  # older releases add the newline later on
+                newline = self.core.image_newline.to(features).expand(len(rows), 1, -1)
+                features = torch.cat([features, newline], dim=1)  # (rows, n, D)
             for i, feature in zip(rows, features):
                 done[i] = {"features": feature}
         return done

@@ -11,6 +11,7 @@ from typing import Any
 
 from synpo.records import read_jsonl
 
+ENOUGH = 10  # logged steps below which a run says nothing
 SHARE = 0.2  # of the logged steps taken as beginning and as end
 SATURATED = 0.9  # mean of 1 − 4σ(1 − σ): σ is within 0.026 of 0 or 1
 COLLAPSED = 0.7  # geometric-mean probability of the chosen tokens, end over beginning
@@ -31,10 +32,10 @@ def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def warnings_of(rows: Sequence[Mapping[str, Any]], loss_type: str) -> list[str]:
-    """What went wrong in a run of `loss_type`, one sentence each; empty when nothing did."""
-    if not rows:
+    """What went wrong in a run of `loss_type`, one sentence each; empty when nothing did or it was too short to tell."""
+    if len(rows) < ENOUGH:
         return []
-    count = max(1, round(SHARE * len(rows)))
+    count = round(SHARE * len(rows))
     first, last = rows[:count], rows[-count:]
 
     def change(name: str) -> tuple[float, float]:
