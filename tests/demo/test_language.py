@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from synpo.demo.language import HABITS, WORDINGS, describe, distort, errors_in, parse, references
 from synpo.demo.world import COLOURS, SHAPES, SIZES, Fact, Facts, facts_of, make_split
 
@@ -37,7 +36,9 @@ def test_references_vary_and_follow_from_their_seed() -> None:
 
 
 def test_a_caption_in_words() -> None:
-    caption = "A large red circle slides to the right, passes in front of the star and turns blue. Later a cross leaves."
+    caption = (
+        "A large red circle slides to the right, passes in front of the star and turns blue. Later a cross leaves."
+    )
     assert parse(caption) == {
         *thing("circle", "red", "left to right", "large", turns="blue", passes="star"),
         Fact("cross", "comes", "later"),

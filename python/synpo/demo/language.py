@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain
 
 import numpy as np
 
@@ -30,6 +31,10 @@ WORDINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
 }
 TURN_WORDS = ("turns", "becomes")
 PASS_WORDS = ("passes in front of", "goes in front of")
+NOTHING = "nothing happens."
+VOCABULARY = " ".join(
+    (*SHAPES, *SIZES, *COLOURS, *TURN_WORDS, *PASS_WORDS, *chain(*WORDINGS.values()), "a the and ,", NOTHING)
+)
 FIRST_WORDING = 0.6  # share of the first wording of a fact; the others share the rest
 
 
@@ -62,7 +67,7 @@ def describe(facts: Facts, rng: np.random.Generator) -> str:
         when = f"{_pick(rng, WORDINGS['comes', 'later'])} " if "comes" in has else ""
         order = ("comes" in has, has["size"] == "small", SHAPES.index(shape))
         sayings.append((order, f"{when}a {has['size']} {has['colour']} {shape} {_listing(verbs)}."))
-    return " ".join(text for _, text in sorted(sayings)) or "nothing happens."
+    return " ".join(text for _, text in sorted(sayings)) or NOTHING
 
 
 def references(facts: Facts, count: int, seed: int) -> list[str]:

@@ -131,7 +131,7 @@ def facts_of(scene: Scene, start: float = 0.0, end: float | None = None) -> Fact
 
 def _body(rng: np.random.Generator, shape: str, later: bool, duration: float) -> Body:
     size = str(rng.choice(SIZES, p=(0.5, 0.5)))
-    radius = rng.uniform(0.11, 0.13) if size == "small" else rng.uniform(0.185, 0.215)
+    radius = rng.uniform(0.13, 0.145) if size == "small" else rng.uniform(0.205, 0.23)
     colour, other = (str(c) for c in rng.choice(COLOURS, 2, replace=False))
     motion = str(rng.choice(MOTIONS, p=(0.2, 0.2, 0.15, 0.15, 0.15, 0.15)))
     start = duration * float(rng.choice((0.42, 0.62))) if later else 0.0
