@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # A bf16 or fp16 op in oneDNN may pick AMX where a virtual machine advertises it and its host refuses it.
@@ -79,15 +80,25 @@ def warpers(expert: Tensor, amateur: Tensor, uniform: Tensor, plausibility: floa
 
 
 def op(expert: Tensor, amateur: Tensor, uniform: Tensor, plausibility: float, backend: str = "auto") -> Tensor:
-    settings = dict(alpha=ALPHA, temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P, plausibility=plausibility)
-    return contrastive_sample(expert, amateur, uniform=uniform, backend=backend, **settings)[0]
+    tokens, _ = contrastive_sample(
+        expert,
+        amateur,
+        alpha=ALPHA,
+        plausibility=plausibility,
+        temperature=TEMPERATURE,
+        top_k=TOP_K,
+        top_p=TOP_P,
+        uniform=uniform,
+        backend=backend,
+    )
+    return tokens
 
 
 def variants(expert: Tensor, amateur: Tensor, uniform: Tensor) -> dict[str, Callable[[], Tensor]]:
     runs: dict[str, Callable[[], Tensor]] = {"read": lambda: expert.sum() + amateur.sum()}
     steps: dict[str, Callable[..., Tensor]] = {
         "op": op,
-        "fallback": lambda *a: op(*a, backend="torch"),
+        "fallback": partial(op, backend="torch"),
         "plain": plain,
         "lean": lean,
     }
@@ -99,7 +110,7 @@ def variants(expert: Tensor, amateur: Tensor, uniform: Tensor) -> dict[str, Call
         print("transformers is not installed: no Hugging Face warpers in this run")
     for plausibility, suffix in ((0.0, ""), (PLAUSIBILITY, "+p")):
         for name, step in steps.items():
-            runs[name + suffix] = lambda s=step, p=plausibility: s(expert, amateur, uniform, p)  # type: ignore[misc]
+            runs[name + suffix] = partial(step, expert, amateur, uniform, plausibility)
     return runs
 
 

@@ -122,7 +122,7 @@ struct Sampling {
   int64_t top_k;              // 0: off
   double top_p;
   double min_p;
-  float penalty;  // 1: off
+  float penalty, inverse_penalty;  // 1: off
 };
 
 // Draw one token per row. History: ids (rows, history_length) seen so far, null when the penalty is off.

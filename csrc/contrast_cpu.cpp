@@ -200,7 +200,7 @@ float threshold_of_rank(const float* x, int64_t n, int64_t rank) {
   return key_value(static_cast<uint64_t>(low) << 32);
 }
 
-float penalised(float x, float penalty) { return x > 0.0f ? x * (1.0f / penalty) : x * penalty; }
+float penalised(float x, const Sampling& s) { return x > 0.0f ? x * s.inverse_penalty : x * s.penalty; }
 
 // One call: which scan is run on a slice, and how its candidates become the support of a row's distribution.
 struct Call {
@@ -246,10 +246,9 @@ struct Call {
   void finish(int64_t row, Candidates& c, double u, int64_t& token, float& logp) const {
     if (plausible() || history_length > 0) {
       const Row logits = row_of(batch, row);
-      const float penalty = sampling.penalty;
       History history_of_row = seen(row);
       if (top()) {
-        history_of_row.drain([&](int64_t id) { append(c, penalised(mixed(logits, id), penalty), static_cast<int32_t>(id)); });
+        history_of_row.drain([&](int64_t id) { append(c, penalised(mixed(logits, id), sampling), static_cast<int32_t>(id)); });
       } else {
         const float threshold = near_threshold(c.max, offset());
         const int64_t collected = c.n;
@@ -258,7 +257,7 @@ struct Call {
           if (c.x[i] < threshold) continue;  // near the maximum of its slice, not near that of the row
           const int32_t id = c.id[i];
           const float x = plausible() ? mixed(logits, id) : c.x[i];
-          append(c, history_of_row.contains(id) ? penalised(x, penalty) : x, id);
+          append(c, history_of_row.contains(id) ? penalised(x, sampling) : x, id);
         }
       }
     }

@@ -64,7 +64,13 @@ std::tuple<Tensor, Tensor> contrastive_sample(Tensor expert, std::optional<Tenso
   }
   Tensor tokens = torch::stable::new_empty(expert, {batch.rows}, ScalarType::Long);
   Tensor logps = torch::stable::new_empty(expert, {batch.rows}, ScalarType::Float);
-  const Sampling sampling{offset_of(plausibility), temperature, top_k, top_p, min_p, static_cast<float>(repetition_penalty)};
+  const Sampling sampling{offset_of(plausibility),
+                          temperature,
+                          top_k,
+                          top_p,
+                          min_p,
+                          static_cast<float>(repetition_penalty),
+                          static_cast<float>(1.0 / repetition_penalty)};
   sample(batch, sampling, static_cast<const double*>(uniform.const_data_ptr()),
          history.has_value() ? static_cast<const int64_t*>(history->const_data_ptr()) : nullptr,
          history.has_value() ? history->size(1) : 0, static_cast<int64_t*>(tokens.mutable_data_ptr()),

@@ -1,0 +1,132 @@
+"""The package as it is built and installed: metadata, source archive, build decisions, Makefile. No network, no compiling."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = {"train", "pipeline", "judge", "eval", "all", "flash", "bench", "dev"}
+
+
+@pytest.fixture(scope="module")
+def installed() -> metadata.Distribution:
+    try:
+        return metadata.distribution("synpo")
+    except metadata.PackageNotFoundError:
+        pytest.skip("synpo is not installed in this environment: make setup, or pip install -e .")
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names setup.py defines; asking it for the project's name runs it without building anything."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--name"])
+    monkeypatch.chdir(ROOT)
+    for name in ("SYNPO_REQUIRE_EXT", "SYNPO_BUILD_CUDA", "CUDA_HOME", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_metadata(installed: metadata.Distribution) -> None:
+    import synpo
+
+    assert installed.version == synpo.__version__
+    assert set(installed.metadata.get_all("Provides-Extra") or []) == EXTRAS
+    assert installed.metadata["License-Expression"] == "Apache-2.0"
+    assert installed.metadata["Requires-Python"] == ">=3.10"
+    [script] = [e for e in installed.entry_points if e.group == "console_scripts"]
+    assert (script.name, script.value) == ("synpo", "synpo.cli:main")
+    base = [r for r in installed.requires or [] if "extra ==" not in r]
+    assert [r.split("<")[0].split(">")[0] for r in base] == ["torch"]
+
+
+def test_source_distribution_is_complete(tmp_path: Path) -> None:
+    """From a copy, so that nothing is written into the checkout: everything a build from source needs is in the archive."""
+    copy = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "results")
+    for folder in ("csrc", "synpo_kernels", "python", "tests", "bench"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    for file in ROOT.glob("*"):
+        if file.is_file():
+            shutil.copy(file, copy)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    sources += [p for folder in ("synpo_kernels", "python/synpo") for p in (ROOT / folder).rglob("*.py")]
+    missing = {str(p.relative_to(ROOT)) for p in sources} - names
+    assert not missing
+    assert {"setup.py", "pyproject.toml", "LICENSE", "Makefile"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_no_compiler_means_a_pure_python_package(
+    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build["extensions"]() == []
+    assert "no C++ compiler (no-such-compiler)" in capsys.readouterr().err
+    monkeypatch.setenv("SYNPO_REQUIRE_EXT", "1")
+    with pytest.raises(SystemExit, match="no-such-compiler"):
+        build["extensions"]()
+
+
+def test_torch_is_found_where_build_isolation_hides_it(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
+    folder, version = build["find_torch"]()
+    assert folder == Path(torch.__file__).parent and version == torch.__version__
+
+
+def test_cuda_toolkit_is_found_through_nvcc(
+    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho '#$ _HERE_=/opt/toolkit/bin' >&2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert build["find_cuda"]() == Path("/opt/toolkit")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert build["find_cuda"]() is None
+
+
+def test_a_misspelt_switch_is_an_error(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNPO_BUILD_CUDA", "yes")
+    with pytest.raises(SystemExit, match="expected one of auto, 0, 1"):
+        build["cuda_sources"]()
+
+
+def test_ci_runs_the_tests_and_nothing_else() -> None:
+    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "make test"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+class TestMakefile:
+    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    def test_help_lists_every_target(self) -> None:
+        shown = self.make("help").stdout
+        assert all(f"make {target} " in shown for target in ("demo", "test", "lint", "bench", "clean", "help"))
+
+    def test_an_old_python_is_named(self, tmp_path: Path) -> None:
+        python = tmp_path / "python3"
+        python.write_text('#!/bin/sh\ntest "$1" = --version && { echo Python 3.9.18; exit; }\nexit 1\n')
+        python.chmod(0o755)
+        done = self.make("setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}")
+        assert done.returncode != 0
+        assert (
+            "Python 3.10 or newer" in done.stderr and "Python 3.9.18" in done.stderr and "make PYTHON=" in done.stderr
+        )
