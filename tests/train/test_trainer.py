@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,29 @@ def test_full_training_without_an_adapter(pairs_for: Any, trainer_for: Any) -> N
     assert not torch.equal(before, lm.head().weight)
     with pytest.raises(ConfigError, match="no adapter"):
         trainer_for(lm, pairs_for(lm), loss_type="ipo")
+
+
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_bf16_is_close_to_fp32(half: str, captioner: CaptionModel, pairs_for: Any, trainer_for: Any) -> None:
+    data = pairs_for(captioner)
+    shared = {"loss_type": "dpo", "per_device_train_batch_size": 4, "num_train_epochs": 3}
+    rows = []
+    for precision, lm in (("full", deepcopy(captioner)), (half, captioner)):
+        if precision == "weights":
+            for parameter in lm.model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+        trainer = trainer_for(lm, data, precision, bf16=precision == "autocast", **shared)
+        trainer.train()
+        rows.append(read(Path(trainer.args.output_dir) / "train_log.jsonl"))
+    for exact, close in zip(*rows):
+        for name in ("synpo/chosen_logp", "synpo/rejected_logp"):
+            if name in exact:
+                assert close[name] == pytest.approx(exact[name], rel=0.02)
+                assert close[name] != exact[name]
+
+
+def test_float16_without_loss_scaling_is_refused(text_lm: CaptionModel, pairs_for: Any, trainer_for: Any) -> None:
+    text_lm.model.half()
+    with pytest.raises(ConfigError, match="without loss scaling lose most gradients: set train.fp16"):
+        trainer_for(text_lm, pairs_for(text_lm))

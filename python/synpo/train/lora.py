@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -61,7 +62,9 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
         task_type="CAUSAL_LM",
     )
     try:
-        lm.model = get_peft_model(lm.model, config)
+        with warnings.catch_warnings():  # of a name that transformers renamed under PEFT
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            lm.model = get_peft_model(lm.model, config)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {section.target_modules!r}: {error}") from error
     return matches

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from synpo.config import ConfigError
 from synpo.data.collate import PairBatch, PairCollator
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
@@ -92,7 +93,8 @@ class SynPOTrainer(Trainer):
         train_dataset, eval_dataset: of `EncodedPair`.
 
     Raises:
-        ConfigError: the objective needs a reference that the model cannot give.
+        ConfigError: the objective needs a reference that the model cannot give, or the weights are float16 without
+            train.fp16.
         ValueError: the model's output head is not one the fused loss supports.
     """
 
@@ -105,6 +107,11 @@ class SynPOTrainer(Trainer):
         **options: Any,
     ) -> None:
         lm.check_head()
+        if lm.head().weight.dtype == torch.float16 and not args.fp16:
+            raise ConfigError(
+                "float16 weights without loss scaling lose most gradients: set train.fp16 = true, or load the model with "
+                "model.dtype bfloat16 or float32"
+            )
         collate: Any = PairCollator(lm.pad_token_id)
         objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend)
         if args.n_gpu > 1:
