@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,17 @@ def test_killed_at_any_moment_it_goes_on_and_logs_the_same(config: Config, data:
 
     assert [row[0] for row in steps(resumed.log)] == list(range(1, 9))
     np.testing.assert_allclose(steps(resumed.log), steps(whole.log), rtol=1e-6)
+
+
+def test_killed_after_the_last_step_only_the_end_is_done_again(config: Config, data: Path, tmp_path: Path) -> None:
+    result = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    shutil.rmtree(result.adapter)
+    again = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    assert {k: v for k, v in again.metrics.items() if k != "seconds"} == {
+        k: v for k, v in result.metrics.items() if k != "seconds"
+    }
+    assert (again.adapter / "adapter_model.safetensors").exists()
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
