@@ -208,9 +208,10 @@ def score_candidates(
             try:
                 for future in as_completed(waiting):
                     video = waiting[future]
-                    for caption, outcome in zip(shown[video], future.result(), strict=True):
-                        if caption.id not in final:
-                            final[caption.id] = _record(store, judge.name, ids[caption.id], caption, outcome)
+                    outcomes = zip(shown[video], future.result(), strict=True)
+                    new = [_score(store, judge.name, ids[c.id], c, o) for c, o in outcomes if c.id not in final]
+                    store.append(*new)
+                    final |= {s.caption: s for s in new}
                     bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -218,13 +219,11 @@ def score_candidates(
     return final, [(task, [final[c.id] for c in shown[v]]) for v, task in asked.items()]
 
 
-def _record(store: RecordStore[Score], judge: str, key: str, caption: Caption, outcome: Verdict | Failure) -> Score:
+def _score(store: RecordStore[Score], judge: str, key: str, caption: Caption, outcome: Verdict | Failure) -> Score:
+    """The record of one outcome; every failure gets an id of its own."""
     if isinstance(outcome, Verdict):
         figures = (outcome.factuality, outcome.fluency, outcome.consistency, outcome.total)
-        score = Score(key, caption.id, caption.video, *figures, judge)
-    else:
-        attempt = sum(s.caption == caption.id and s.failed for s in store)
-        key = record_id(key, "failure", attempt)
-        score = Score(key, caption.id, caption.video, None, None, None, None, judge, outcome.reason)
-    store.append(score)
-    return score
+        return Score(key, caption.id, caption.video, *figures, judge)
+    attempt = sum(s.caption == caption.id and s.failed for s in store)
+    key = record_id(key, "failure", attempt)
+    return Score(key, caption.id, caption.video, None, None, None, None, judge, outcome.reason)

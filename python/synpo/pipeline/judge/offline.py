@@ -23,7 +23,7 @@ of its witnesses, s_own(c) how far the candidate itself makes c.
                      the captioner gave, and the mean word log-probability under a bigram model of the other videos' captions;
                      only the least likely captions lose by it, since beyond that likelihood favours the short and general
 
-∝: stretched so that the pool's 2nd and 98th percentiles become the ends of the scale, but no raw span below `MIN_SPAN` is
+∝: stretched so that the pool's 2nd percentile and its best become the ends of the scale, but no raw span below `MIN_SPAN` is
 stretched to the whole scale, so that a pool of equals is not torn apart.
 
 A clip caption that is wrong in the same way as the candidates cannot be found out by counting: that takes another model.
@@ -75,10 +75,10 @@ def form(text: str) -> float:
 
 
 class _Scale:
-    """Raw figures → [0, 1] by the pool's 2nd and 98th percentiles."""
+    """Raw figures → [0, 1] by the pool's 2nd percentile and its best."""
 
     def __init__(self, raw: np.ndarray) -> None:
-        low, high = np.quantile(raw, (0.02, 0.98))
+        low, high = np.quantile(raw, 0.02), raw.max()
         spare = max(MIN_SPAN - (high - low), 0.0) / 2
         self.low, self.high = low - spare, high + spare
 
@@ -111,7 +111,8 @@ class OfflineJudge:
         grams = document_frequency({g for text in video for g in grams_of(text)} for video in texts)
         self._gram_idf = {g: math.log((len(tasks) + 1) / n) for g, n in grams.items()}
         self._bigrams = Bigrams(text for t in tasks for text in t.candidates)
-        self._learn_company(texts, [c for c, n in claims.most_common(KNOWN_CLAIMS) if n > 1])
+        shared = sorted((c for c, n in claims.items() if n > 1), key=lambda c: (-claims[c], c))
+        self._learn_company(texts, shared[:KNOWN_CLAIMS])
         raw = [self._raw(t) for t in tasks]
         self._factuality = _Scale(np.concatenate([r[0] for r in raw]))
         self._consistency = _Scale(np.concatenate([r[1] for r in raw]))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from synpo.config import ContrastConfig, SamplingConfig
+from synpo.model.adapter import CaptionModel
+from synpo.pipeline.caption import describe
+from synpo.pipeline.decode import generate
+from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_look
+from synpo.video import amateur_frames
+
+SAMPLING = SamplingConfig(max_new_tokens=8)
+
+
+def frames(count: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 48, 48), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def test_the_second_question_begins_like_the_first_and_carries_the_draft() -> None:
+    text = retrospective_prompt("Describe the video.", "  a red circle moves.\n")
+    assert text == f"Describe the video.\nEarlier description: a red circle moves.\n{INSTRUCTION}"
+
+
+def test_second_look_shares_the_video_and_takes_special_tokens_for_data(captioner: CaptionModel) -> None:
+    view = frames(8, 0)
+    shown = captioner.prompt("Describe.", view)
+    look = second_look(captioner, shown, view, "Describe.", "a <video> of <|end|><|assistant|> a circle")
+    assert look.vision is shown.vision
+    video, end = captioner.tokenizer.convert_tokens_to_ids(["<video>", "<|end|>"])
+    for token in (video, end):
+        assert (look.input_ids == token).sum() == (shown.input_ids == token).sum()
+    assert "a   of    a circle" in captioner.text(look.input_ids)
+
+
+@pytest.mark.parametrize("contrast", [None, ContrastConfig(plausibility=0.1)])
+def test_describe_is_a_draft_and_a_second_look(captioner: CaptionModel, contrast: ContrastConfig | None) -> None:
+    views = [frames(8, 1), frames(12, 2)]
+    keys = [["a", "b", "c"], ["d"]]
+    rows = describe(captioner, views, keys, "Describe.", SAMPLING, contrast=contrast)
+    assert [len(r) for r in rows] == [3, 1]
+
+    # the same by hand, one sample at a time
+    for view, names, row in zip(views, keys, rows):
+        for name, got in zip(names, row):
+            expert, weak = captioner.prompt("Describe.", view), captioner.prompt("Describe.", amateur_frames(view))
+            amateurs = [weak] if contrast else None
+            (draft,) = generate(captioner, [expert], SAMPLING, keys=[name], amateurs=amateurs, contrast=contrast)
+            looks = [
+                captioner.prompt(retrospective_prompt("Describe.", draft.text), v) for v in (view, amateur_frames(view))
+            ]
+            (final,) = generate(
+                captioner, looks[:1], SAMPLING, keys=[f"{name} look 1"],
+                amateurs=looks[1:] if contrast else None, contrast=contrast,
+            )  # fmt: skip
+            assert (got.draft, got.text, got.finished) == (draft.text, final.text, final.finished)
+            assert got.logp == pytest.approx(final.logp, abs=1e-4)
+
+
+def test_the_vision_tower_runs_once_for_drafts_and_second_looks(captioner: CaptionModel) -> None:
+    calls: list[torch.Size] = []
+    hook = captioner.model.model.vision_tower.register_forward_pre_hook(
+        lambda _module, args, kwargs: calls.append((args[0] if args else kwargs["pixel_values"]).shape),
+        with_kwargs=True,
+    )
+    describe(captioner, [frames(8, 1), frames(8, 2)], [["a", "b"], ["c", "d"]], "Describe.", SAMPLING, refinements=2)
+    hook.remove()
+    assert [c[0] for c in calls] == [16], "both videos of eight frames, once"
+
+
+def test_without_refinement_the_draft_is_the_text(captioner: CaptionModel) -> None:
+    ((row,),) = describe(captioner, [frames(8, 1)], [["a"]], "Describe.", SAMPLING, refinements=0)
+    assert row.text == row.draft
