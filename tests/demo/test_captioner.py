@@ -9,20 +9,21 @@ from synpo.config import ModelConfig
 from synpo.demo import captioner as schooling
 from synpo.demo.captioner import (
     CaptionerConfig,
-    Glance,
+    Lesson,
     View,
     batches_of,
     build_captioner,
     cells_of,
     decode_views,
     draw_lesson,
+    look,
     train_captioner,
 )
 from synpo.demo.language import distort, parse, references
 from synpo.demo.render import render_all
-from synpo.demo.world import COLOURS, SHAPES, SIZES, Body, Scene, facts_of, make_split
+from synpo.demo.world import COLOURS, MOTIONS, SHAPES, SIZES, Body, Scene, facts_of, make_split
 from synpo.model.adapter import CaptionModel, load
-from synpo.video import FrameSampling, VideoError, amateur_frames
+from synpo.video import FrameSampling, VideoError
 
 PROMPT = "Describe the video in detail."
 SMALL = CaptionerConfig(
@@ -64,9 +65,9 @@ def test_cells_hold_the_front_body() -> None:
     front = Body("circle", "small", "blue", "left to right", 0.1, (0.25, 0.25), (0.75, 0.25))
     scene = Scene("x", 0, 4.0, (behind, front))
     cells = cells_of(View(scene, (0.0, 4.0), torch.zeros(2, 3, 48, 48), facts_of(scene)), 2)
-    circle = [SHAPES.index("circle"), COLOURS.index("blue"), SIZES.index("small")]
-    square = [SHAPES.index("square"), COLOURS.index("red"), SIZES.index("large")]
-    nothing = [-100, -100, -100]
+    circle = [SHAPES.index("circle"), COLOURS.index("blue"), SIZES.index("small"), MOTIONS.index("left to right")]
+    square = [SHAPES.index("square"), COLOURS.index("red"), SIZES.index("large"), MOTIONS.index("still")]
+    nothing = [-100] * 4
     assert cells.kind.tolist() == [[circle, nothing, nothing, nothing], [square, circle, nothing, nothing]]
     assert cells.place[1, :2].tolist() == [[0.25, 0.25], [0.75, 0.25]]
 
@@ -84,15 +85,12 @@ def test_the_vocabulary_is_the_language_of_the_world(lm: CaptionModel) -> None:
 def test_lessons_are_wrong_as_often_as_they_should_be(lm: CaptionModel, videos: Path) -> None:
     """With no errors every answer is the truth of what its question shows; with errors always, some are not."""
     row = decode_views(SCENES, videos, 48, FrameSampling())
-    glances = [
-        [[Glance(f, lm.prompt("", f).vision, v.facts) for f in (v.frames, amateur_frames(v.frames))] for v in views]
-        for views in row
-    ]
+    sights = look(lm, row)
     truths = {v.facts for views in row for v in views}
     for errors, right in ((0.0, True), (1.0, False)):
         settings = CaptionerConfig(web_errors=errors, second_look_errors=errors)
         rng = np.random.default_rng(0)
-        lessons = [draw_lesson(lm, glances, PROMPT, settings, rng) for _ in range(40)]
+        lessons = [draw_lesson(lm, sights, PROMPT, settings, rng) for _ in range(40)]
         assert all(parse(lm.text(answer)) in truths for _, answer, _ in lessons) == right
     assert {int((question == lm.vision.token_id).sum()) for question, _, _ in lessons} == {33, 13}
     assert len({len(question) for question, _, _ in lessons}) > 2, "first and second looks"
@@ -101,8 +99,8 @@ def test_lessons_are_wrong_as_often_as_they_should_be(lm: CaptionModel, videos: 
 def test_batches_hold_lessons_of_about_equal_length() -> None:
     rng = np.random.default_rng(0)
 
-    def draw() -> schooling.Lesson:
-        return torch.zeros(int(rng.integers(1, 100))), torch.zeros(5), {}
+    def draw() -> Lesson:
+        return Lesson(torch.zeros(int(rng.integers(1, 100))), torch.zeros(5), None)  # type: ignore[arg-type]
 
     batches = batches_of(draw, 4, rng)
     spans = [max(len(q) for q, _, _ in b) - min(len(q) for q, _, _ in b) for b in (next(batches) for _ in range(16))]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from synpo.demo.language import VOCABULARY, describe, distort
-from synpo.demo.world import COLOURS, SHAPES, SIZES, Facts, Scene, facts_of, path_of
+from synpo.demo.world import COLOURS, MOTIONS, SHAPES, SIZES, Facts, Scene, facts_of, path_of
 from synpo.model.adapter import CaptionModel, pad_rows
 from synpo.model.tiny import save, tiny_captioner, word_tokenizer
 from synpo.model.vision import OneVision, Vision
@@ -41,6 +41,8 @@ from synpo.pipeline.clips import clip_count
 from synpo.pipeline.retrospect import retrospective_prompt
 from synpo.records import atomic_path, record_id
 from synpo.video import FrameSampling, amateur_frames, read_frames
+
+MOTION_WEIGHT = 0.5  # of the probe's loss beside that of the answers
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ def _stretches(scene: Scene) -> list[tuple[float, float]]:
     return [(0.0, scene.duration), *zip(edges, edges[1:])]
 
 
+def amateur_of(view: View) -> View:
+    """Every third frame of a view: what contrastive decoding's amateur sees of it."""
+    times = amateur_frames(torch.tensor(view.times, dtype=torch.float64)).tolist()
+    return View(view.scene, tuple(times), amateur_frames(view.frames), view.facts)
+
+
 def decode_views(scenes: Sequence[Scene], videos: Path, side: int, sampling: FrameSampling) -> list[list[View]]:
     """For every scene its views, the whole video first, decoded from its file and scaled to `side` pixels.
 
@@ -116,7 +124,7 @@ def decode_views(scenes: Sequence[Scene], videos: Path, side: int, sampling: Fra
 class Cells:
     """What lies in each of G × G cells of frames.
 
-    kind: (F, G·G, 3) int64 indices of shape, colour and size; −100 is nothing. place: (F, G·G, 2) centre of that body.
+    kind: (F, G·G, 4) int64 indices of shape, colour, size and motion; −100 is nothing. place: (F, G·G, 2) its centre.
     """
 
     kind: Tensor
@@ -126,7 +134,7 @@ class Cells:
 def cells_of(view: View, side: int) -> Cells:
     """A cell holds the front one of the bodies whose centre it has, or is nearer to than half their radius."""
     times = np.array(view.times)
-    kind = np.full((len(times), side, side, 3), -100)
+    kind = np.full((len(times), side, side, 4), -100)
     place = np.zeros((len(times), side, side, 2), np.float32)
     low = np.arange(side) / side
     for body in view.scene.bodies:
@@ -142,6 +150,7 @@ def cells_of(view: View, side: int) -> Cells:
                 SHAPES.index(body.shape),
                 COLOURS.index(body.colour_at(times[frame])),
                 SIZES.index(body.size),
+                MOTIONS.index(body.motion),
             )
             place[frame][mine] = centre[frame]
     return Cells(torch.from_numpy(kind).flatten(1, 2), torch.from_numpy(place).flatten(1, 2))
@@ -170,9 +179,9 @@ def _seer(lm: CaptionModel) -> OneVision:
 def learn_to_see(lm: CaptionModel, views: Sequence[View], settings: CaptionerConfig, seed: int) -> None:
     """Train tower and projector, in place, with a linear probe that names what lies in the cell of each visual token."""
     core = lm.base.model
-    look = _seer(lm)
+    seer = _seer(lm)
     pixels = torch.cat([v.frames for v in views])  # (all frames, 3, S, S)
-    cells = [cells_of(v, math.isqrt(look.per_frame)) for v in views]
+    cells = [cells_of(v, math.isqrt(seer.per_frame)) for v in views]
     kinds, places = torch.cat([c.kind for c in cells]), torch.cat([c.place for c in cells])  # (all frames, G·G, ·)
     sizes = [len(SHAPES), len(COLOURS), len(SIZES)]
     torch.manual_seed(seed)
@@ -184,7 +193,7 @@ def learn_to_see(lm: CaptionModel, views: Sequence[View], settings: CaptionerCon
         rows = torch.randint(len(pixels), (settings.sight_batch,))
         kind, place = (t[rows].flatten(0, 1).to(lm.device) for t in (kinds, places))  # (rows · G · G, ·)
         full = kind[:, 0] >= 0
-        images = ((pixels[rows].float() / 255 - look.mean) / look.std).to(lm.device)
+        images = ((pixels[rows].float() / 255 - seer.mean) / seer.std).to(lm.device)
         tokens = core.get_video_features(images[None], return_dict=True).pooler_output[0, :-1]  # (rows · G · G, D)
         there, where, *what = probe(tokens).split([1, 2, *sizes], dim=-1)
         loss = F.binary_cross_entropy_with_logits(there[:, 0], full.float()) + F.l1_loss(where[full], place[full])
@@ -196,44 +205,55 @@ def learn_to_see(lm: CaptionModel, views: Sequence[View], settings: CaptionerCon
 
 @dataclass(frozen=True)
 class Glance:
-    """A view that has been through the frozen tower: what the language model is given, and what is true of it."""
+    """A view that has been through the frozen tower.
 
-    frames: Tensor
+    motions: (n,) int64, how the body in the cell of each visual token moves; −100 where there is none.
+    """
+
+    view: View
     vision: Vision
-    facts: Facts
+    motions: Tensor
 
 
-def _glances(lm: CaptionModel, views: Sequence[Sequence[View]]) -> list[list[list[Glance]]]:
-    """For every scene and every view of it: the view, and its amateur (every third frame)."""
-    shown = [frames for row in views for view in row for frames in (view.frames, amateur_frames(view.frames))]
-    seen: list[Vision] = []
-    for start in tqdm(range(0, len(shown), 64), desc="looking", unit="batch"):
-        seen += lm.encode_vision([lm.prompt("", frames).vision for frames in shown[start : start + 64]])
-    pairs = iter(zip(shown, seen))
-    return [[[Glance(*next(pairs), view.facts) for _ in range(2)] for view in row] for row in views]
+Sights = Sequence[Sequence[tuple[Glance, Glance]]]
+"""For every scene and every view of it: the view, and its amateur."""
 
 
-Lesson = tuple[Tensor, Tensor, Vision]
-"""Token ids of a question (P,) and of its answer (T,), and what the question shows."""
+def look(lm: CaptionModel, views: Sequence[Sequence[View]]) -> Sights:
+    """Run the tower once over all views and their amateurs."""
+    side = math.isqrt(_seer(lm).per_frame)
+    flat = [v for row in views for view in row for v in (view, amateur_of(view))]
+    visions: list[Vision] = []
+    for start in tqdm(range(0, len(flat), 64), desc="looking", unit="batch"):
+        visions += lm.encode_vision([lm.prompt("", v.frames).vision for v in flat[start : start + 64]])
+    motions = (
+        F.pad(cells_of(v, side).kind[..., 3].flatten(), (0, 1), value=-100) for v in flat
+    )  # the last is a newline
+    glances = map(Glance, flat, visions, motions)
+    return [[(next(glances), next(glances)) for _ in row] for row in views]
+
+
+class Lesson(NamedTuple):
+    """Token ids of a question (P,) and of its answer (T,), and what the question shows."""
+
+    question: Tensor
+    answer: Tensor
+    shown: Glance
 
 
 def draw_lesson(
-    lm: CaptionModel,
-    glances: Sequence[Sequence[Sequence[Glance]]],
-    prompt: str,
-    settings: CaptionerConfig,
-    rng: np.random.Generator,
+    lm: CaptionModel, sights: Sights, prompt: str, settings: CaptionerConfig, rng: np.random.Generator
 ) -> Lesson:
     """A question and an answer about a random view: half of them about whole videos, half about clips."""
-    row = glances[int(rng.integers(len(glances)))]
-    pair = row[0] if rng.random() < 0.5 else row[int(rng.integers(1, len(row)))]
-    glance = pair[int(rng.random() < settings.amateur_views)]
-    question, errors = prompt, settings.web_errors
+    row = sights[int(rng.integers(len(sights)))]
+    both = row[0] if rng.random() < 0.5 else row[int(rng.integers(1, len(row)))]
+    shown = both[int(rng.random() < settings.amateur_views)]
+    question, errors, truth = prompt, settings.web_errors, shown.view.facts
     if rng.random() < settings.second_looks:
-        question = retrospective_prompt(prompt, describe(distort(glance.facts, rng, errors), rng))
+        question = retrospective_prompt(prompt, describe(distort(truth, rng, errors), rng))
         errors = settings.second_look_errors
-    answer = describe(distort(glance.facts, rng, errors), rng)
-    return lm.prompt(question, glance.frames, glance.vision).input_ids, lm.completion(answer), glance.vision
+    ids = lm.prompt(question, shown.view.frames, shown.vision).input_ids
+    return Lesson(ids, lm.completion(describe(distort(truth, rng, errors), rng)), shown)
 
 
 def batches_of(
@@ -241,36 +261,39 @@ def batches_of(
 ) -> Iterator[list[Lesson]]:
     """Batches of lessons of about equal length: `pool` batches are drawn together, sorted by length and dealt in random order."""
     while True:
-        lessons = sorted((draw() for _ in range(pool * size)), key=lambda x: len(x[0]) + len(x[1]))
+        lessons = sorted((draw() for _ in range(pool * size)), key=lambda x: len(x.question) + len(x.answer))
         for start in rng.permutation(pool) * size:
             yield lessons[start : start + size]
 
 
-def learn_to_say(
-    lm: CaptionModel,
-    glances: Sequence[Sequence[Sequence[Glance]]],
-    prompt: str,
-    settings: CaptionerConfig,
-    seed: int,
-) -> None:
-    """Train the language model and its head, in place, on questions and answers; only answers count towards the loss."""
+def learn_to_say(lm: CaptionModel, sights: Sights, prompt: str, settings: CaptionerConfig, seed: int) -> None:
+    """Train the language model and its head, in place, to answer questions; only answers count towards its loss.
+
+    Captions say little about motion and say it late, so a second probe helps: from the visual tokens before the last layer
+    it names how the body in their cell moves.
+    """
     core = lm.base.model
-    parameters = [*core.language_model.parameters(), *lm.base.lm_head.parameters()]
+    torch.manual_seed(seed)
+    probe = nn.Linear(settings.text_width, len(MOTIONS)).to(lm.device)
+    parameters = [*core.language_model.parameters(), *lm.base.lm_head.parameters(), *probe.parameters()]
     optimizer, schedule = _schedule(parameters, settings.speech_rate, settings.speech_steps)
     rng = np.random.default_rng((seed, 1))
-    batches = batches_of(lambda: draw_lesson(lm, glances, prompt, settings, rng), settings.speech_batch, rng)
+    batches = batches_of(lambda: draw_lesson(lm, sights, prompt, settings, rng), settings.speech_batch, rng)
     bar = tqdm(range(settings.speech_steps), desc="learning to say", unit="step")
     for _ in bar:
-        questions, answers, visions = zip(*next(batches))
+        questions, answers, shown = zip(*next(batches))
         ids, mask = pad_rows([torch.cat(qa) for qa in zip(questions, answers)], lm.pad_token_id)
         target = torch.full_like(ids, -100)  # what the hidden state at each place should predict
         for row, question, answer in zip(target, questions, answers):
             row[len(question) - 1 : len(question) + len(answer) - 1] = answer
         ids, mask, target = (t.to(lm.device) for t in (ids, mask, target))
-        hidden = core(**lm.forward_kwargs(ids, mask, visions), use_cache=False).last_hidden_state  # (B, L, D)
-        loss = F.cross_entropy(lm.base.lm_head(hidden[target >= 0]), target[target >= 0])
-        _step(loss, parameters, optimizer, schedule)
-        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        motions = torch.cat([g.motions for g in shown]).to(lm.device)
+        inputs = lm.forward_kwargs(ids, mask, [g.vision for g in shown])
+        states = core(**inputs, use_cache=False, output_hidden_states=True).hidden_states  # (B, L, D) after each layer
+        said = F.cross_entropy(lm.base.lm_head(states[-1][target >= 0]), target[target >= 0])
+        moved = F.cross_entropy(probe(states[-2][ids == _seer(lm).token_id]), motions)
+        _step(said + MOTION_WEIGHT * moved, parameters, optimizer, schedule)
+        bar.set_postfix(loss=f"{said.item():.2f}", motion=f"{moved.item():.2f}", refresh=False)
 
 
 def build_captioner(prompt: str, settings: CaptionerConfig, seed: int, device: torch.device) -> CaptionModel:
@@ -328,7 +351,7 @@ def train_captioner(
         with atomic_path(sight) as temporary:
             save_file(_sight_weights(lm), temporary)
     lm.base.load_state_dict(load_file(sight), strict=False)
-    learn_to_say(lm, _glances(lm, views), prompt, settings, seed)
+    learn_to_say(lm, look(lm, views), prompt, settings, seed)
     unfinished = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     save(lm.base.cpu(), lm.tokenizer, unfinished)
