@@ -107,6 +107,8 @@ class BuildExtension(build_ext):
         except Exception as error:
             if os.environ.get("SYNPO_REQUIRE_EXT") == "1":
                 raise
+            for stale in (ROOT / "synpo_kernels").glob("_C.*.so"):  # an earlier build, of other sources
+                stale.unlink()
             say("=" * 78)
             say(f"the C++ extension did not compile: {error}")
             say("installing without it: the torch code path will be used (slower, same results).")
