@@ -99,6 +99,8 @@ class JudgeConfig:
     """Who scores candidates: `offline` (no language model), `openai` (any compatible endpoint) or `local` (a chat model).
 
     The key of an endpoint is read from the environment variable `key_env` when it is needed; it is never stored.
+    A language model sees the candidates in `orders` different orders, and its scores are averaged. `structured` asks the
+    endpoint to enforce the JSON schema of an answer, `temperature` null leaves the endpoint's own, `timeout` is in seconds.
     """
 
     kind: str = "offline"
@@ -108,6 +110,10 @@ class JudgeConfig:
     requests_per_minute: float = 60.0
     max_requests: int | None = None
     orders: int = 2
+    concurrency: int = 8
+    structured: bool = True
+    temperature: float | None = 0.0
+    timeout: float = 120.0
 
 
 @dataclass(frozen=True)

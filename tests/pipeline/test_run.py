@@ -218,6 +218,7 @@ class MoodyJudge:
     name, identity, workers = "moody", "moody/1", 2
 
     def __init__(self) -> None:
+        self.order_totals: dict[Task, list[list[float]]] = {}
         self.broken = False
         self.fail = True
 

@@ -95,6 +95,10 @@ def audit(judge: Judge, judged: Sequence[tuple[Task, Sequence[Score]]]) -> list[
     totals = [x for _, x in complete]
     lengths = [[float(len(words_of(c))) for c in t.candidates] for t, _ in complete]
     found = [compare(f"{judge.name} and the length of the caption", totals, lengths)]
+    if orders := [x for t, _ in complete if len(x := judge.order_totals.get(t, [])) > 1]:
+        found.append(
+            compare(f"{judge.name} and itself, order reversed", [x[0] for x in orders], [x[1] for x in orders])
+        )
     if judge.name != OfflineJudge.name:
         other = OfflineJudge()
         other.prepare([t for t, _ in complete])

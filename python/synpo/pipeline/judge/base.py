@@ -64,14 +64,22 @@ class Failure:
 
 
 class Judge(Protocol):
-    """Scores candidates. `name` is for people; `identity` changes whenever the same task could get other scores."""
+    """Scores candidates.
+
+    Attributes:
+        name: for people.
+        identity: changes whenever the same task could get other scores; final after `prepare`.
+        workers: how many threads may call `score` at once.
+        order_totals: for tasks judged in several orders, the totals of the candidates in each, (orders, N).
+    """
 
     name: str
     identity: str
     workers: int
+    order_totals: dict[Task, list[list[float]]]
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """See the whole pool before the first verdict; `identity` is final after this."""
+        """See the whole pool before the first verdict."""
 
     def score(self, task: Task) -> list[Verdict | Failure]:
         """One outcome for each candidate, in order."""

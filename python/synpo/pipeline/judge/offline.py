@@ -96,6 +96,7 @@ class OfflineJudge:
     workers = 1
 
     def __init__(self) -> None:
+        self.order_totals: dict[Task, list[list[float]]] = {}  # one order is as good as another
         self._pool: frozenset[Task] = frozenset()
         self.identity = f"offline/{VERSION}"
 
