@@ -6,6 +6,7 @@ takes the torch path and says so once.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import cache
 from types import ModuleType
@@ -17,9 +18,13 @@ logger = logging.getLogger("synpo_kernels")
 _C: ModuleType | None = None
 reason = ""
 try:
-    from . import _C  # type: ignore[attr-defined,no-redef]
+    _C = importlib.import_module("._C", __package__)
+except ModuleNotFoundError:
+    reason = (
+        "the C++ extension is not built (pip install --no-build-isolation -e . builds it where there is a C++ compiler)"
+    )
 except ImportError as error:
-    reason = f"the C++ extension is not available ({error}); build it with `pip install --no-build-isolation -e .`"
+    reason = f"the C++ extension cannot be loaded ({error})"
 
 
 def available() -> bool:
