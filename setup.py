@@ -6,7 +6,8 @@ use libtorch's stable ABI, so one binary serves every torch from 2.11 on.
 
     torch or a C++ compiler missing   pure-Python package, the reason printed; the torch code path does the work
     a compile that fails              the same, loudly; SYNPO_REQUIRE_EXT=1 makes it an error instead
-    csrc/cuda/*.cu                    built when nvcc is found (CUDA_HOME, or nvcc on PATH): SYNPO_BUILD_CUDA=auto|0|1
+    csrc/cuda/*.cu                    built when nvcc is found (CUDA_HOME, or nvcc on PATH); SYNPO_BUILD_CUDA=0 leaves them
+                                      out, =1 makes a missing toolkit or a failed compile an error
     SYNPO_CUDA_ARCHS="80 90"          the GPU architectures to build for
 """
 
@@ -130,6 +131,7 @@ class BuildExtension(build_ext):
         ext.extra_compile_args += [
             "-std=c++17",
             "-O3",
+            "-g0",
             "-ffp-contract=off",
             "-fno-trapping-math",
             "-fvisibility=hidden",
@@ -143,12 +145,24 @@ class BuildExtension(build_ext):
         ]
         sources, toolkit = cuda_sources()
         if toolkit is not None:
-            ext.extra_objects += [self.compile_cuda(source, toolkit, torch) for source in sources]
-            ext.define_macros.append(("SYNPO_WITH_CUDA", "1"))
-            ext.library_dirs.append(str(next(p for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir())))
-            ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+            sources = self.add_cuda(ext, sources, toolkit, torch)
         shown = " ".join([*ext.extra_compile_args, *(f"CUDA:{source.name}" for source in sources)])
         ext.define_macros.append(("SYNPO_COMPILE_FLAGS", f'"{shown}"'))
+
+    def add_cuda(self, ext: Extension, sources: list[Path], toolkit: Path, torch: Path) -> list[Path]:
+        """Compile the CUDA sources into the extension; the ones it now holds: none after a failure, unless CUDA was asked for."""
+        try:
+            objects = [self.compile_cuda(source, toolkit, torch) for source in sources]
+        except Exception as error:
+            if os.environ.get("SYNPO_BUILD_CUDA") == "1":
+                raise
+            say(f"the CUDA sources did not compile, the extension is built for the CPU only: {error}")
+            return []
+        ext.extra_objects += objects
+        ext.define_macros.append(("SYNPO_WITH_CUDA", "1"))
+        ext.library_dirs.append(str(next(p for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir())))
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        return sources
 
     def compile_cuda(self, source: Path, toolkit: Path, torch: Path) -> str:
         """One .cu to an object file. Static cudart and stable headers: the binary also loads beside a CPU-only torch."""
