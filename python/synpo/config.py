@@ -79,7 +79,8 @@ class PairsConfig:
 
     `candidates` samples a video, each refined by `refinements` self-retrospective passes; the best and the worst become a
     pair when their totals differ by `margin` or more. `clip_seconds` and `max_clips` cut a video into clips:
-    n = clamp(⌊duration / clip_seconds⌋ + 1, 2, max_clips).
+    n = clamp(⌊duration / clip_seconds⌋ + 1, 2, max_clips). `batch_size` answers are written together; all candidates of a
+    video always are, so memory is needed for `candidates` of them at least.
     """
 
     prompt: str = "Describe the video in detail."

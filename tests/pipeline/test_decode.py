@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from synpo.config import ContrastConfig, SamplingConfig
-from synpo.model.adapter import CaptionModel, Prompt
+from synpo.config import ContrastConfig, ModelConfig, SamplingConfig
+from synpo.model.adapter import CaptionModel, Prompt, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
 from synpo.pipeline.decode import Generation, generate, uniforms
@@ -225,6 +226,31 @@ def test_logp_is_the_mean_over_the_tokens_written(captioner: CaptionModel) -> No
     assert answer.logp == pytest.approx(sum(logps) / len(logps), abs=1e-4)
 
 
+def test_eager_attention_says_the_same(captioner: CaptionModel, tiny_captioner_path: Path) -> None:
+    eager = load(ModelConfig(path=str(tiny_captioner_path), device="cpu", attention="eager"))
+    assert eager.base.config.get_text_config()._attn_implementation == "eager"
+    prompts, amateurs = video_prompts(captioner)
+    options: dict[str, Any] = {"keys": list("abcd"), "amateurs": amateurs, "contrast": ContrastConfig()}
+    said = [generate(lm, prompts, SAMPLED, **options) for lm in (captioner, eager)]
+    assert [a.tokens for a in said[0]] == [a.tokens for a in said[1]]
+
+
+def test_repetition_penalty_is_over_the_answer(captioner: CaptionModel) -> None:
+    prompt = captioner.prompt("Describe.", frames(8, 1))
+    (answer,) = generate(captioner, [prompt], replace(GREEDY, repetition_penalty=1e6), keys=["a"])
+    assert len(set(answer.tokens)) == len(answer.tokens) == 24, "no token twice under so high a penalty"
+    first, _ = naive_greedy(captioner, prompt, None, None, 1)
+    assert answer.tokens[0] == first[0], "nothing to penalise before the first token"
+
+
+def test_nan_logits_are_reported(tiny_captioner_path: Path) -> None:
+    lm = load(ModelConfig(path=str(tiny_captioner_path), device="cpu"))
+    with torch.no_grad():
+        lm.model.lm_head.weight[5] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN logits for 2 of 2 rows"):
+        generate(lm, [lm.prompt("Describe.", frames(8, i)) for i in (1, 2)], SAMPLED, keys=["a", "b"])
+
+
 def test_uniforms_are_even_and_depend_on_the_key_alone() -> None:
     numbers = uniforms([str(i) for i in range(64)], 256)
     assert torch.equal(numbers[5:6], uniforms(["5"], 256))
@@ -242,6 +268,14 @@ def test_bad_calls_are_refused(captioner: CaptionModel) -> None:
         generate(captioner, [prompt], GREEDY, keys=[])
     with pytest.raises(ValueError, match="takes both"):
         generate(captioner, [prompt], GREEDY, keys=["a"], amateurs=[prompt])
+    with pytest.raises(ValueError, match=r"context of 4096: lower frames\.maximum"):
+        generate(captioner, [prompt], replace(GREEDY, max_new_tokens=4090), keys=["a"])
+    captioner.model.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"):
+            generate(captioner, [prompt], GREEDY, keys=["a"])
+    finally:
+        captioner.model.eval()
     with pytest.raises(ValueError, match="LinearAttentionLayer"):
         config = SimpleNamespace(get_text_config=lambda decoder=True: SimpleNamespace(
             per_layer_config=[SimpleNamespace()], layer_types=["linear_attention"]))  # fmt: skip

@@ -82,7 +82,8 @@ def generate(
         R answers, in order.
 
     Raises:
-        ValueError: the lengths do not match, or the model's layers keep a past that cannot be merged.
+        ValueError: the lengths do not match, the model is in training mode, a prompt and its answer would not fit its context,
+            or its layers keep a past that cannot be merged.
         FloatingPointError: the model gave NaN logits.
     """
     if len(keys) != len(prompts) or (amateurs is not None and len(amateurs) != len(prompts)):
@@ -92,10 +93,19 @@ def generate(
         )
     if (amateurs is None) != (contrast is None):
         raise ValueError("contrastive decoding takes both amateurs and contrast; plain decoding neither")
+    if lm.model.training:
+        raise ValueError("the model is in training mode, with dropout on: call model.eval() before decoding")
     if not prompts:
         return []
     device = lm.device
     limit = sampling.max_new_tokens
+    longest = max(len(p.input_ids) for p in (*prompts, *(amateurs or ())))
+    context = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest + limit > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and an answer of {limit} do not fit the model's context of {context}: lower "
+            "frames.maximum or max_new_tokens"
+        )
     check_every = check_every or (1 if device.type == "cpu" else 8)
     ends = torch.tensor(lm.eos_token_ids, device=device)
     draws = uniforms(keys, limit).to(device) if sampling.temperature > 0 else None

@@ -93,7 +93,8 @@ def cut_clips(run: Run, videos: Sequence[str]) -> dict[str, list[Clip]]:
             except VideoError as error:
                 run.leave_out(video, "clips", error)
             else:
-                store.append(*(c for c in clips[video] if c.id not in store))
+                if new := [c for c in clips[video] if c.id not in store]:
+                    store.append(*new)
             bar.update()
     return clips
 

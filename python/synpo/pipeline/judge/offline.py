@@ -97,14 +97,13 @@ class OfflineJudge:
 
     def __init__(self) -> None:
         self.order_totals: dict[Task, list[list[float]]] = {}  # one order is as good as another
-        self._pool: frozenset[Task] = frozenset()
+        self._pool: dict[Task, tuple[np.ndarray, np.ndarray]] = {}  # task → unscaled figures
         self.identity = f"offline/{VERSION}"
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Learn from all captions of the pool. Raises ValueError if there are none."""
         if not any(t.candidates for t in tasks):
             raise ValueError("the offline judge needs at least one candidate to learn from")
-        self._pool = frozenset(tasks)
         self.identity = f"offline/{VERSION}/{record_id(*tasks)}"
         texts = [(*t.evidence, *t.candidates) for t in tasks]
         claims = document_frequency({c for text in video for c in claims_of(text)} for video in texts)
@@ -114,16 +113,16 @@ class OfflineJudge:
         self._bigrams = Bigrams(text for t in tasks for text in t.candidates)
         shared = sorted((c for c, n in claims.items() if n > 1), key=lambda c: (-claims[c], c))
         self._learn_company(texts, shared[:KNOWN_CLAIMS])
-        raw = [self._raw(t) for t in tasks]
-        self._factuality = _Scale(np.concatenate([r[0] for r in raw]))
-        self._consistency = _Scale(np.concatenate([r[1] for r in raw]))
+        self._pool = {t: self._raw(t) for t in tasks}
+        self._factuality = _Scale(np.concatenate([facts for facts, _ in self._pool.values()]))
+        self._consistency = _Scale(np.concatenate([agreement for _, agreement in self._pool.values()]))
         self._model_logps = np.sort(np.concatenate([t.logps for t in tasks]))
         self._word_logps = np.sort(np.concatenate([self._logps(t) for t in tasks]))
 
     def score(self, task: Task) -> list[Verdict | Failure]:
         if task not in self._pool:
             raise ValueError(f"the offline judge was not prepared with the candidates of {task.video}")
-        facts, agreement = self._raw(task)
+        facts, agreement = self._pool[task]
         factuality, consistency = self._factuality(facts), self._consistency(agreement)
         words, tokens = self._logps(task), task.logps
         verdicts: list[Verdict | Failure] = []
