@@ -34,9 +34,9 @@ def facts() -> dict[str, str]:
     """Name → finding, in reading order."""
     import torch
 
-    import synpo_kernels
     from synpo import __version__
     from synpo_kernels._ext import describe
+    from synpo_kernels.dispatch import BACKENDS
 
     found = {
         "synpo": __version__,
@@ -53,7 +53,9 @@ def facts() -> dict[str, str]:
     else:
         found["cuda"] = "no device"
     found["C++ extension"] = describe()
-    for name, (usable, reason) in synpo_kernels.backends().items():
+    here = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    for name, (supports, _) in BACKENDS.items():
+        usable, reason = supports(here)
         found[f"loss backend {name}"] = f"{'yes' if usable else 'no'}: {reason}"
     return found
 

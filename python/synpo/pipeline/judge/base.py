@@ -16,7 +16,7 @@ SCALES = {"factuality": 5.0, "fluency": 5.0, "consistency": 3.0}
 FACTUALITY_WEIGHT = 1.1
 
 
-class JudgeError(RuntimeError):
+class JudgeError(ValueError):
     """A judge that cannot work at all (no key, no endpoint, refused): the run stops, what is scored is kept."""
 
 

@@ -1,0 +1,80 @@
+"""The command line: quick help, one-line errors, and flags that reach the configuration."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from synpo.cli import _config, build_parser, main
+
+COMMANDS = ("demo", "pairs", "train", "eval", "doctor")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['synpo', '--help']\n"
+        "from synpo.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'av', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    paths = [str(Path(__file__).resolve().parent.parent / p) for p in ("", "python")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_flags_lie_over_set_and_set_over_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 1\nmodel: {path: from-file, dtype: float16}\npairs: {candidates: 3, margin: 1}\n")
+    args = build_parser().parse_args(
+        ["pairs", "--config", str(file), "--set", "pairs.candidates=5", "--set", "model.path=from-set"]
+        + ["--model", "from-flag", "--videos", "v", "--pairs", "p.jsonl"]
+    )
+    config = _config(args)
+    assert (config.model.path, config.model.dtype, config.seed) == ("from-flag", "float16", 1)
+    assert (config.pairs.candidates, config.pairs.margin) == (5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "pairs.candidats=5"], "did you mean 'candidates'"),
+        (["--set", "judge"], "section.key=value"),
+        (["--config", "missing.yaml"], "missing.yaml does not exist"),
+        (["--model", "./no-such-folder"], "./no-such-folder does not exist"),
+        ([], "give --model"),
+    ],
+)
+def test_unusable_input_is_one_line_and_exit_code_2(arguments, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SYNPO_DEBUG", raising=False)
+    (tmp_path / "a.mp4").write_bytes(b"not a video")
+    code = main(["pairs", *arguments, "--videos", str(tmp_path), "--pairs", str(tmp_path / "pairs.jsonl")])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert said in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_a_folder_without_videos_is_said(tmp_path, capsys):
+    code = main(["eval", "--model", "x", "--videos", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert code == 2
+    assert "no video below" in capsys.readouterr().err
+
+
+def test_against_wants_a_name_and_a_file(tmp_path, capsys):
+    code = main(["eval", "--videos", str(tmp_path), "--output", str(tmp_path / "out"), "--against", "captions.jsonl"])
+    assert code == 2
+    assert "NAME=FILE" in capsys.readouterr().err
