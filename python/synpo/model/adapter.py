@@ -239,6 +239,16 @@ def _attention(name: str, device: torch.device) -> str:
     return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
 
 
+def check_paths(config: ModelConfig) -> None:
+    """Raise ConfigError when no model is named, or a folder that is named is missing. Reads nothing."""
+    if not config.path:
+        raise ConfigError("no model: give --model a checkpoint folder or hub id (model.path in the config)")
+    if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
+        raise ConfigError(f"model folder {config.path} does not exist")
+    if config.adapter and not Path(config.adapter).is_dir():
+        raise ConfigError(f"adapter folder {config.adapter} does not exist")
+
+
 def load(config: ModelConfig) -> CaptionModel:
     """Load a checkpoint folder or hub id for captioning or training.
 
@@ -247,12 +257,8 @@ def load(config: ModelConfig) -> CaptionModel:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-    path = config.path
-    if not path:
-        raise ConfigError("no model: give --model a checkpoint folder or hub id (model.path in the config)")
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ConfigError(f"model folder {path} does not exist")
-    path = os.path.expanduser(path)
+    check_paths(config)
+    path = os.path.expanduser(config.path)
     shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     device = _device(config.device)
     try:
@@ -272,7 +278,5 @@ def load(config: ModelConfig) -> CaptionModel:
     if config.adapter:
         from peft import PeftModel
 
-        if not Path(config.adapter).is_dir():
-            raise ConfigError(f"adapter folder {config.adapter} does not exist")
         model = PeftModel.from_pretrained(model, config.adapter)
     return CaptionModel(model.to(device).eval(), tokenizer, vision)

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from synpo.config import Config, ConfigError
-from synpo.model.adapter import CaptionModel
+from synpo.model.adapter import CaptionModel, check_paths
 from synpo.pipeline.judge import Judge, make_judge
 from synpo.pipeline.judge.audit import audit
 from synpo.pipeline.pairs import make_pairs
@@ -95,5 +95,4 @@ def _check(config: Config) -> None:
     ):
         if value < least:
             raise ConfigError(f"pairs.{name}: expected at least {least}, got {value}")
-    if not config.model.path:
-        raise ConfigError("no model: give --model a checkpoint folder or hub id (model.path in the config)")
+    check_paths(config.model)

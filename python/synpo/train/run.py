@@ -26,7 +26,7 @@ from synpo.config import Config, ConfigError, build, suggest
 from synpo.data.pairs import load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import load
-from synpo.records import write_json
+from synpo.records import record_id, write_json
 from synpo.train.diagnostics import read_log, warnings_of
 from synpo.train.lora import apply_lora
 from synpo.train.plots import plot_gradient_balance, plot_rewards
@@ -91,7 +91,13 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     """
     console = Console(stderr=True, soft_wrap=True)
     args = settings(config, output)
-    wanted = {"config": asdict(config), "videos": str(videos) if videos else None, "pairs": str(pairs)}
+    chosen = load_pairs(pairs)
+    wanted = {
+        "config": asdict(config),
+        "videos": str(videos) if videos else None,
+        "pairs": str(pairs),
+        "content of the pairs": record_id(*chosen),
+    }
     if resume and (output / "config.json").exists():
         _check_same(json.loads((output / "config.json").read_text(encoding="utf-8")), wanted, output)
     elif not resume:
@@ -101,7 +107,6 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         return _result(output)
 
     set_seed(config.seed)
-    chosen = load_pairs(pairs)
     if config.model.adapter and OBJECTIVES[args.loss_type].needs_reference:
         raise ConfigError(
             f"train.loss_type: {args.loss_type} compares with the model without its adapter, which is not where training "
