@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import losses
-from .autograd import FrozenHead, TrainedHead
-from .dispatch import choose
-from .head import Head
+from . import losses, ops
 from .losses import IGNORE_INDEX
 
 
@@ -60,24 +57,12 @@ def linear_logprobs(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_head(hidden, weight, labels, bias, softcap, ignore_index)
-    chosen = choose(backend, hidden)
-    bias = None if bias is None else bias.contiguous()
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    rows = None
-    if ignore_index is not None:
-        rows = (flat_labels != ignore_index).nonzero().squeeze(1)
-        flat, flat_labels = flat.index_select(0, rows), flat_labels.index_select(0, rows)
-    with torch.autocast(device_type, enabled=False):
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if torch.is_grad_enabled() and trained:
-            logps = TrainedHead.apply(flat, weight, bias, softcap, logit_scale, flat_labels, chosen)
-        elif torch.is_grad_enabled() and flat.requires_grad:
-            logps = FrozenHead.apply(flat, Head(weight, bias, softcap, logit_scale), flat_labels, chosen)
-        else:
-            head = Head(weight, bias, softcap, logit_scale)
-            logps = chosen.forward(flat, head, flat_labels, want_direction=False).logps
-    if rows is not None:
-        logps = logps.new_zeros(labels.numel()).index_copy(0, rows, logps)
+    bias = None if bias is None else bias.contiguous()
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    finished = torch.is_grad_enabled() and hidden.requires_grad and not trained  # the gradient, in the forward pass
+    op = ops.frozen if finished else ops.trained
+    logps, _ = op(flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend)
     return logps.view(labels.shape)
 
 
@@ -109,7 +94,7 @@ def _check_head(
         raise ValueError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if labels.device.type == "cpu" and labels.numel():
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         kept = labels if ignore_index is None else labels[labels != ignore_index]
         if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= weight.shape[0]):
             raise ValueError(

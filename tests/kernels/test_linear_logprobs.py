@@ -286,7 +286,7 @@ def test_frozen_head_takes_no_weight_gradient(backend, device) -> None:
     while node is not None:
         saved += list(getattr(node, "saved_tensors", ()))
         node = node.next_functions[0][0] if node.next_functions else None
-    assert weight.grad is None and all(tensor.shape != weight.shape for tensor in saved)
+    assert [tensor.shape for tensor in saved] == [hidden.shape]  # U alone
 
 
 def test_no_grad_skips_the_second_product(backend, device, monkeypatch) -> None:

@@ -1,0 +1,199 @@
+"""The custom ops between the public API and the backends: implementation, shapes for tracing, autograd.
+
+An op is opaque to torch.compile, which sees its fake implementation alone, so a compiled step neither breaks nor traces
+the loops over the vocabulary. Backends are chosen inside, where real tensors are.
+
+    linear_logprobs_frozen     finishes its gradient in the forward pass: it keeps U = ∂logp/∂x, the size of x. Backward
+                               is one elementwise product, needs neither W nor logits, takes any upstream gradient and
+                               may run any number of times.
+    linear_logprobs_trained    keeps x, W and two numbers a row; `linear_logprobs_gradients` recomputes the slices.
+                               Without gradients it is the plain forward pass.
+
+Rows whose label is `ignore_index` are left out of every product; their results and gradients are 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import choose
+from .head import Head, compute_dtype
+from .passes import Forward
+
+
+def forward(
+    x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, backend: str, *, want_direction: bool
+) -> Forward:
+    """x (N, D), labels (N,) → `Forward` with N rows, 0 where ignored."""
+    chosen = choose(backend, x)
+    with torch.autocast(x.device.type, enabled=False):  # the products choose their own precision
+        if ignore_index is None:
+            return chosen.forward(x, head, labels, want_direction=want_direction)
+        rows = (labels != ignore_index).nonzero().squeeze(1)
+        found = chosen.forward(x[rows], head, labels[rows], want_direction=want_direction)
+        return Forward(
+            _spread(found.logps, rows, len(x)),
+            _spread(found.normalizer, rows, len(x)),
+            None if found.direction is None else _spread(found.direction, rows, len(x)),
+        )
+
+
+def gradients(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    ignore_index: int | None,
+    backend: str,
+    found: Forward,
+    upstream: Tensor,
+    want: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (hidden, weight, bias) for upstream (N,); one that is not wanted is empty."""
+    chosen = choose(backend, x)
+    rows = None
+    with torch.autocast(x.device.type, enabled=False):
+        if ignore_index is not None:
+            rows = (labels != ignore_index).nonzero().squeeze(1)
+            found = Forward(found.logps[rows], found.normalizer[rows], None)
+        kept = x if rows is None else x[rows]
+        kept_labels, kept_upstream = (labels, upstream) if rows is None else (labels[rows], upstream[rows])
+        result = chosen.gradients(kept, head, kept_labels, found, kept_upstream, want=want)
+    hidden = result.hidden
+    if hidden is not None and rows is not None:
+        hidden = _spread(hidden, rows, len(x))
+    given = (hidden, result.weight, result.bias)
+    d_hidden, d_weight, d_bias = (x.new_empty(0) if gradient is None else gradient for gradient in given)
+    return d_hidden, d_weight, d_bias
+
+
+def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:
+    """Values of the kept rows among `total` rows, 0 elsewhere."""
+    return values.new_zeros(total, *values.shape[1:]).index_copy_(0, rows, values)
+
+
+@torch.library.custom_op("synpo_kernels::linear_logprobs_frozen", mutates_args=())
+def frozen(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """x (N, D), W (V, D), labels (N,) → logps (N,), U (N, D); differentiable in x alone."""
+    head = Head(weight, bias, softcap, logit_scale)
+    found = forward(x, head, labels, ignore_index, backend, want_direction=True)
+    assert found.direction is not None
+    return found.logps, found.direction
+
+
+@frozen.register_fake
+def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype)), x.new_empty(x.shape)
+
+
+def _keep_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+@once_differentiable
+def _frozen_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    (direction,) = ctx.saved_tensors
+    gradient = None if upstream is None else (direction * upstream[:, None]).to(direction.dtype)
+    return (gradient, *[None] * 7)
+
+
+frozen.register_autograd(_frozen_backward, setup_context=_keep_direction)
+
+
+@torch.library.custom_op("synpo_kernels::linear_logprobs_trained", mutates_args=())
+def trained(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """x (N, D), W (V, D), b (V,), labels (N,) → logps (N,), log-sum-exp (N,); logps differentiable in x, W and b."""
+    head = Head(weight, bias, softcap, logit_scale)
+    found = forward(x, head, labels, ignore_index, backend, want_direction=False)
+    return found.logps, found.normalizer
+
+
+@trained.register_fake
+def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend):  # type: ignore[no-untyped-def]
+    logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
+    return logps, torch.empty_like(logps)
+
+
+@torch.library.custom_op("synpo_kernels::linear_logprobs_gradients", mutates_args=())
+def trained_gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logps: Tensor,
+    normalizer: Tensor,
+    upstream: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    backend: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂L/∂x (N, D), ∂L/∂W (V, D), ∂L/∂b (V,) for upstream (N,); one that is not wanted is empty."""
+    head, found = Head(weight, bias, softcap, logit_scale), Forward(logps, normalizer, None)
+    return gradients(x, head, labels, ignore_index, backend, found, upstream, (want_hidden, want_weight, want_bias))
+
+
+@trained_gradients.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    labels,
+    logps,
+    normalizer,
+    upstream,
+    softcap,
+    logit_scale,
+    ignore_index,
+    backend,
+    want_hidden,
+    want_weight,
+    want_bias,
+):
+    shapes = ((want_hidden, x.shape), (want_weight, weight.shape), (want_bias, weight.shape[:1]))
+    return tuple(x.new_empty(shape if wanted else (0,)) for wanted, shape in shapes)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, labels, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, bias, labels, *output)
+
+
+@once_differentiable
+def _trained_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 8
+    want = ctx.needs_input_grad[:3]
+    found = trained_gradients(*ctx.saved_tensors, upstream, *ctx.options, *want)
+    return (*(gradient if wanted else None for gradient, wanted in zip(found, want)), *[None] * 5)
+
+
+trained.register_autograd(_trained_backward, setup_context=_keep_inputs)
