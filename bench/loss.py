@@ -1,0 +1,282 @@
+"""The loss from hidden states, forward and backward: ours beside the usual code and other people's kernels.
+
+    python -m bench.loss [--smoke] [--shapes gpu 1024x32000x4096:bfloat16] [--providers synpo naive]
+                         [--head frozen trained] [--device cuda] [--time-budget 240] [--out bench/results/today]
+
+A provider first has to reproduce loss and gradients of a small problem of the same kind in float64, then the gradient of
+one pair of the very problem that is timed; one that does not prints no speed. Times are of one forward and backward,
+providers taking turns. Writes OUT.json, OUT.csv and OUT.png, anew after every case. See bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from bench import measure  # before torch
+
+import torch  # isort: skip
+from torch import Tensor  # isort: skip
+
+from bench import cases, floor, peers, report, truth
+
+WARM_UPS = 2
+HEADS = ("frozen", "trained")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case; times in milliseconds, memory in MiB, errors relative in norm."""
+
+    case: str
+    head: str
+    provider: str
+    objective: str
+    status: str  # ok, wrong, absent, failed
+    reason: str = ""
+    loss_error: float | None = None  # on the small problem, with the next two
+    dx_error: float | None = None
+    dw_error: float | None = None
+    pair_dx_error: float | None = None  # on the problem that is timed, of its first pair
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    runs: int = 0
+    over_floor: float | None = None  # p50 / the best time of the products alone
+    peak_mib: float | None = None  # above the inputs, gradients included
+    extra_mib: float | None = None  # the same less the gradients
+
+
+class Abort(RuntimeError):
+    """The CUDA context is lost: nothing more can be measured in this process."""
+
+
+def step(loss_of: peers.LossFunction, problem: cases.Problem) -> Tensor:
+    """One forward and backward; the gradients are left in the leaves of `problem`.
+
+    The labels are a fresh alias: a peer marks the tensor object it is given for its compiler, which would recompile others.
+    """
+    problem.hidden.grad = problem.weight.grad = None
+    loss = loss_of(problem.hidden, problem.weight, problem.labels.detach())
+    loss.backward()
+    return loss
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line."""
+    text = str(error).strip() or repr(error)
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
+def attempt(run: Callable[[], Row | None], row: Row, status: str) -> Row | None:
+    """`run`'s row (None: go on). Peers may raise anything, which becomes their row; a lost CUDA context ends the run."""
+    try:
+        found = run()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return found
+    except Exception as error:
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as lost:
+                raise Abort(f"{row.provider} lost the CUDA context on {row.case}: {reason_of(error)}") from lost
+        return replace(row, status=status, reason=reason_of(error))
+
+
+class Bench:
+    """One device, the providers that loaded on it, and the rows so far."""
+
+    def __init__(self, device: torch.device, wanted: list[str]) -> None:
+        self.device = device
+        self.rows: list[Row] = []
+        self.loaded: dict[str, tuple[peers.Provider, peers.LossFunction]] = {}
+        self.absent: dict[str, str] = {}
+        self.gated: dict[tuple[cases.Case, str], list[Row]] = {}
+        chosen = [p for p in peers.providers() if not wanted or any(p.name.startswith(word) for word in wanted)]
+        if not chosen:
+            raise SystemExit(f"no provider is called {wanted}; there are {[p.name for p in peers.providers()]}")
+        for provider in chosen:
+            try:
+                self.loaded[provider.name] = provider, provider.load(device)
+            except Exception as error:  # whatever a foreign package raises on import is its reason to be absent
+                self.absent[provider.name] = reason_of(error)
+                print(f"absent: {provider.name:18} {reason_of(error)}", flush=True)
+
+    def gate(self, case: cases.Case, head: str) -> list[Row]:
+        """Every loaded provider against float64 on a small problem of the same kind; done once for a kind."""
+        key = case.small(), head
+        if key not in self.gated:
+            self.gated[key] = self._gate(cases.make(case.small(), self.device).with_head(head == "trained"), head)
+        return [replace(row, case=case.name) for row in self.gated[key]]
+
+    def _gate(self, problem: cases.Problem, head: str) -> list[Row]:
+        case = problem.case
+        expected: dict[str, truth.Truth] = {}
+        rows = []
+        for name, (provider, loss_of) in self.loaded.items():
+            blank = Row(case.name, head, name, provider.objective, "ok")
+
+            def check(
+                blank: Row = blank, objective: str = provider.objective, loss_of: peers.LossFunction = loss_of
+            ) -> Row:
+                if objective not in expected:
+                    expected[objective] = truth.truth(problem, objective, want_weight=problem.trained)
+                found = truth.compare(step(loss_of, problem), problem, expected[objective])
+                complaint = found.complaint(case.dtype)
+                return replace(
+                    blank,
+                    status="wrong" if complaint else "ok",
+                    reason=complaint or "",
+                    loss_error=found.loss,
+                    dx_error=found.hidden,
+                    dw_error=found.weight,
+                )
+
+            row = attempt(check, blank, "failed")
+            assert row is not None
+            rows.append(row)
+        return rows + [Row(case.name, head, name, "", "absent", reason) for name, reason in self.absent.items()]
+
+    def measure(self, problem: cases.Problem, head: str, seconds: float) -> None:
+        """Gate, warm up, check at full size, time and weigh every provider on `problem`."""
+        case = problem.case
+        problem = problem.with_head(head == "trained")
+        rows = {row.provider: row for row in self.gate(case, head)}
+        pair = truth.first_pair(problem)
+        objectives = {row.objective for row in rows.values() if row.status == "ok"}
+        expected = {objective: truth.truth(pair, objective).hidden / case.pairs for objective in objectives}
+        for name, row in rows.items():
+            if row.status != "ok":
+                continue
+            provider, loss_of = self.loaded[name]
+
+            def warm(row: Row = row, objective: str = provider.objective, loss_of: peers.LossFunction = loss_of) -> Row:
+                for _ in range(WARM_UPS):
+                    step(loss_of, problem)
+                assert problem.hidden.grad is not None
+                off = truth.error(problem.hidden.grad[[0, case.pairs]], expected[objective])
+                if off > truth.TOLERANCE[case.dtype]:
+                    return replace(row, status="wrong", reason=f"dX off by {off:.1e} at full size", pair_dx_error=off)
+                return replace(row, pair_dx_error=off)
+
+            print(f"warming up {name} on {case.name}, {head} head", file=sys.stderr, flush=True)
+            rows[name] = attempt(warm, row, "failed") or row
+        expected.clear()
+        runs: dict[str, Callable[[], object]] = {
+            name: lambda loss_of=self.loaded[name][1]: step(loss_of, problem)
+            for name, row in rows.items()
+            if row.status == "ok"
+        }
+        products = floor.products(problem)
+        for run in products.values():
+            run()
+        title = f"{case.name} {head}"
+        timings = measure.interleave({**products, **runs}, device=self.device, seconds=seconds, title=title)
+        least = min(timings[name].p50 for name in products)
+        for name in products:
+            blank = Row(case.name, head, name, "", "floor", "matrix products alone")
+            self.rows.append(_timed(blank, timings[name], least))
+        del products
+        gradients = problem.hidden.nbytes + (problem.weight.nbytes if problem.trained else 0)
+        for name, row in rows.items():
+            if name in runs:
+                problem.hidden.grad = problem.weight.grad = None
+                row = _timed(row, timings[name], least)
+                peak = measure.peak_bytes(runs[name], self.device)
+                if peak is not None:
+                    row = replace(row, peak_mib=peak / 2**20, extra_mib=max(0, peak - gradients) / 2**20)
+            self.rows.append(row)
+        problem.hidden.grad = problem.weight.grad = None
+
+
+def _timed(row: Row, timing: measure.Timing, least: float) -> Row:
+    return replace(
+        row, p20_ms=timing.p20, p50_ms=timing.p50, p80_ms=timing.p80, runs=timing.runs, over_floor=timing.p50 / least
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="two tiny shapes, two seconds each: does it run at all")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help=f"NxVxD[:dtype], or a sweep: {', '.join(cases.SWEEPS)} (gpu or cpu)",
+    )
+    parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="those whose names begin so (all)")
+    parser.add_argument("--head", nargs="+", default=list(HEADS), choices=HEADS, help="(both)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
+    parser.add_argument(
+        "--time-budget", type=float, default=240.0, help="seconds in all; what no longer fits is left out"
+    )
+    parser.add_argument("--note", default="", help="a remark to keep beside the figures")
+    parser.add_argument("--out", type=Path, help="path without suffix (bench/results/<date>_<chip>)")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    try:
+        texts = ["smoke"] if options.smoke else options.shapes or ["gpu" if device.type == "cuda" else "cpu"]
+        wanted = [case for text in texts for case in cases.parse(text)]
+    except ValueError as error:
+        parser.error(str(error))
+    facts = measure.machine(device)
+    if options.note:
+        facts["note"] = options.note
+    out = options.out or Path(__file__).parent / "results" / f"{facts['date']}_{measure.chip_slug(device)}"
+    for key, value in facts.items():
+        print(f"{key:20} {value}")
+    return run(Bench(device, options.providers), wanted, options.head, options.time_budget, facts, out)
+
+
+def run(
+    bench: Bench, wanted: list[cases.Case], heads: list[str], budget: float, facts: dict[str, str], out: Path
+) -> int:
+    """Measure every case with every head until the budget is spent; 0 where all that loaded of ours was right."""
+    end = time.monotonic() + budget
+    facts["copy"] = (
+        f"{measure.copy_rate(bench.device, seconds=min(1.0, budget / 20)) / 1e9:.1f} GB/s, bytes read and written"
+    )
+    left_out: list[str] = []
+    todo = [(case, head) for head in heads for case in wanted]
+    aborted = None
+    for done, (case, head) in enumerate(todo):
+        left = end - time.monotonic()
+        if left <= 0:
+            left_out.append(f"{case.name}, {head} head: the time budget of {budget:.0f} s was spent")
+            continue
+        try:
+            # half of a case's share is for warming up, the gate and memory
+            bench.measure(cases.make(case, bench.device), head, 0.5 * left / (len(todo) - done))
+        except Abort as lost:
+            aborted = str(lost)
+            left_out += [f"{case.name}, {head} head: {aborted}" for case, head in todo[done:]]
+            break
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            left_out.append(f"{case.name}, {head} head: {reason_of(error)}")
+            continue
+        report.print_table(bench.rows, case.name, head)
+        report.write(out, facts, [asdict(row) for row in bench.rows], left_out)
+    report.write(out, facts, [asdict(row) for row in bench.rows], left_out)
+    report.plot(out, facts, bench.rows)
+    for line in left_out:
+        print(f"left out: {line}")
+    print(f"written: {out}.json, .csv" + (", .png" if out.with_name(out.name + ".png").exists() else ""))
+    if aborted:
+        return 3
+    wrong = [row for row in bench.rows if row.provider.startswith("synpo ") and row.status in ("wrong", "failed")]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

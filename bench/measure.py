@@ -1,0 +1,224 @@
+"""What every benchmark here measures with: time, memory, and the machine it ran on.
+
+Time    providers take turns, and the first of a round changes, so that a busy or a warming machine is so for all of them.
+        CUDA events on a GPU, after a flush of its L2 cache; the wall clock on a CPU. Milliseconds, 20th/50th/80th percentile.
+Memory  the peak of one call above what was held before it. GPU: torch's allocator. CPU (Linux): the kernel's own mark of
+        the largest resident set, reset before the call, after the C heap gave its free pages back; that counts everything
+        the process touches, a library's scratch too, but not what an earlier call already left resident (thread stacks, a
+        library's cached buffers).
+
+Import this module before torch: it decides an environment variable that must be set first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBE = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
+
+
+def _cpu_facts() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def settle_onednn() -> None:
+    """Keep oneDNN off AMX where a virtual machine advertises it and a bf16 product then dies; leave it alone elsewhere."""
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or "amx_tile" not in _cpu_facts():
+        return
+    if subprocess.run([sys.executable, "-c", PROBE], capture_output=True).returncode:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
+
+
+settle_onednn()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call."""
+
+    p20: float
+    p50: float
+    p80: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Timing:
+        ordered = sorted(values)
+
+        def at(share: float) -> float:
+            place = share * (len(ordered) - 1)
+            low, high = math.floor(place), math.ceil(place)
+            return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+        return cls(at(0.2), at(0.5), at(0.8), len(ordered))
+
+
+class Stopwatch:
+    """Milliseconds that one call takes on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush: Tensor | None = None
+        if device.type == "cuda":
+            size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 64 << 20)
+            self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        if self._flush is None:
+            start = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - start)
+        self._flush.zero_()
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    seconds: float,
+    least: int = 3,
+    most: int = 100,
+    title: str = "",
+) -> dict[str, Timing]:
+    """Time `runs` in turns until `seconds` are over; each gets at least `least` runs, at most `most`.
+
+    A run that has used up its equal share of the time waits, once it has its `least`, so that a slow one does not take
+    the repetitions of the others. The first call of each is not warm: call it before, or take the figures of a cold one.
+    """
+    watch = Stopwatch(device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    share = seconds / max(1, len(names))
+    end = time.perf_counter() + seconds
+    with tqdm(total=most, desc=title, unit="round", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for turn in range(most):
+            waiting = time.perf_counter() < end
+            due = [n for n in names if turn < least or (waiting and sum(times[n]) < 1e3 * share)]
+            if not due:
+                break
+            first = turn % len(due)
+            for name in due[first:] + due[:first]:
+                times[name].append(watch(runs[name]))
+            bar.update()
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """Largest memory held during one call above what was held before it; None where the system does not say.
+
+    Call `run` once before, so that what is compiled or cached on the first call is not counted.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        kept = run()
+        torch.cuda.synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    kept = run()
+    after = _resident("VmHWM")
+    del kept
+    return after - before
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) << 10
+
+
+def copy_rate(device: torch.device, *, seconds: float = 1.0) -> float:
+    """Bytes read plus written per second by a large copy."""
+    numbers = (1 << 31 if device.type == "cuda" else 1 << 28) // 4
+    source = torch.rand(numbers, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    timing = interleave({"copy": lambda: target.copy_(source)}, device=device, seconds=seconds, most=20)["copy"]
+    return 2 * source.nbytes / (1e-3 * timing.p50)
+
+
+def _cpu_name() -> str:
+    names = [line.split(":", 1)[1].strip() for line in _cpu_facts().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _commit() -> str:
+    """Commit of the checkout ($SYNPO_COMMIT where the history is not at hand), marked where files differ from it."""
+    if given := os.environ.get("SYNPO_COMMIT"):
+        return given
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Facts that every figure carries, in reading order."""
+    from synpo_kernels import _ext
+
+    flags = next((line for line in _cpu_facts().splitlines() if line.startswith("flags")), "").split()
+    facts = {
+        "date": date.today().isoformat(),
+        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "simd": " ".join(flag for flag in flags if flag.startswith(("avx512f", "avx512_bf16", "avx512_fp16", "amx"))),
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "liger-kernel", "cut-cross-entropy", "trl")},
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "not set"),
+        "extension": _ext.describe(),
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        chip = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        facts = {"gpu": chip, "cuda": str(torch.version.cuda), **facts}
+    return facts
+
+
+def chip_slug(device: torch.device) -> str:
+    """The chip's name as part of a file name: 'nvidia-h200', 'amd-epyc'."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
+    return "-".join(word for word in words if word not in ("r", "tm", "cpu", "processor"))[:40]

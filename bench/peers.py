@@ -1,0 +1,142 @@
+"""Everything that can compute the loss: ours in every backend, plain PyTorch, and other people's kernels.
+
+A provider maps (hidden (S, T, D), weight (V, D), labels (S, T)) to a scalar whose backward fills the gradients. Packages
+are imported when a provider is loaded; one that is missing, or refuses the device, is listed as absent with its reason.
+
+Objective. All compute SynPO, but for Liger's preference loss: its functions see a completion's mean log-probability only,
+so they cannot express the language reward (a mean of probabilities). Its SimPO is the nearest work of the same cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.cases import IGNORE_INDEX
+from bench.truth import synpo
+from synpo_kernels import FusedLinearSynPOLoss, dispatch
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the loss; `load` imports what it needs and returns the function for a device."""
+
+    name: str
+    load: Callable[[torch.device], LossFunction]
+    note: str
+    objective: str = "synpo"
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("synpo ")
+
+
+def _ours(backend: str, device: torch.device) -> LossFunction:
+    supports, _ = dispatch.BACKENDS[backend]
+    usable, reason = supports(torch.empty(0, device=device))
+    if not usable:
+        raise RuntimeError(reason)
+    module = FusedLinearSynPOLoss(backend=backend)
+    return lambda hidden, weight, labels: module(hidden, weight, labels).loss
+
+
+def _from_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The usual code: logits, upcast, log-softmax over the vocabulary, gather."""
+    logits = (hidden @ weight.T).float()
+    kept = labels != IGNORE_INDEX
+    picked = logits.log_softmax(-1).gather(-1, labels.where(kept, 0)[..., None])[..., 0]
+    return synpo(picked.where(kept, 0.0), labels)
+
+
+def _naive(device: torch.device) -> LossFunction:
+    return _from_logits
+
+
+def _compiled(device: torch.device) -> LossFunction:
+    return torch.compile(_from_logits, dynamic=False)
+
+
+def _liger_simpo(compiled: bool, device: torch.device) -> LossFunction:
+    from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
+
+    module = LigerFusedLinearSimPOLoss(beta=2.0, gamma=1.0, compute_nll_loss=False, compiled=compiled)
+    return lambda hidden, weight, labels: module(weight, hidden, labels)[0]
+
+
+def _per_token(nll: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossFunction:
+    """SynPO on top of a peer that gives (N, D), (V, D), (N,) → -logp (N,)."""
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        logps = -nll(hidden.flatten(0, 1), weight, labels.flatten()).float()
+        return synpo(logps.view(labels.shape), labels)
+
+    return loss
+
+
+def _needs_cuda(device: torch.device, what: str) -> None:
+    if device.type != "cuda":
+        raise RuntimeError(f"{what} runs on CUDA devices only")
+
+
+def _liger_cross_entropy(device: torch.device) -> LossFunction:
+    _needs_cuda(device, "its Triton kernel")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    module = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="none")
+    return _per_token(lambda hidden, weight, labels: module(weight, hidden, labels))
+
+
+def _liger_hopper(device: torch.device) -> LossFunction:
+    _needs_cuda(device, "its CuTe kernel")
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    return _per_token(LigerFusedScaledCrossEntropySM90Function.apply)
+
+
+def _cut_cross_entropy(filter_eps: str | None, device: torch.device) -> LossFunction:
+    from cut_cross_entropy import linear_cross_entropy
+
+    if device.type == "cuda":
+        options = {"impl": "cce", "filter_eps": filter_eps}
+    elif filter_eps is not None:
+        options = {"impl": "torch_compile"}
+    else:
+        raise RuntimeError("on a CPU its torch_compile implementation runs, which skips nothing")
+    return _per_token(
+        lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, reduction="none", **options)
+    )
+
+
+def _trl(device: torch.device) -> LossFunction:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk_size
+
+    def nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        kept = labels != IGNORE_INDEX
+        logps = ChunkedLogProbFunction.apply(hidden[kept], weight, None, labels[kept], 1.0, chunk_size, None, 1.0, ())[
+            0
+        ]
+        return -logps.new_zeros(labels.shape).masked_scatter(kept, logps)
+
+    return _per_token(nll)
+
+
+def providers() -> Iterator[Provider]:
+    """All of them, ours first."""
+    for backend in dispatch.BACKENDS:
+        yield Provider(f"synpo {backend}", partial(_ours, backend), f"FusedLinearSynPOLoss(backend={backend!r})")
+    yield Provider("naive", _naive, "full logits in fp32, log-softmax, gather")
+    yield Provider("naive compiled", _compiled, "torch.compile of naive")
+    yield Provider("liger simpo", partial(_liger_simpo, True), "SimPO: the nearest work of the same cost", "simpo")
+    yield Provider("liger simpo eager", partial(_liger_simpo, False), "the same without its torch.compile", "simpo")
+    yield Provider("liger fused ce", _liger_cross_entropy, "LigerFusedLinearCrossEntropyLoss(reduction='none')")
+    yield Provider("liger hopper", _liger_hopper, "fused scaled cross entropy in CuTe, sm_90 only")
+    yield Provider("cce", partial(_cut_cross_entropy, "high"), "cut-cross-entropy; skips small gradients on CUDA")
+    yield Provider("cce exact", partial(_cut_cross_entropy, None), "cut-cross-entropy with filter_eps=None")
+    yield Provider("trl", _trl, "ChunkedLogProbFunction, the chunked log-probability head")
