@@ -36,9 +36,7 @@ def test_references_vary_and_follow_from_their_seed() -> None:
 
 
 def test_a_caption_in_words() -> None:
-    caption = (
-        "A large red circle slides to the right, passes in front of the star and turns blue. Later a cross leaves."
-    )
+    caption = "A large red circle slides right, passes in front of the star and turns blue. Later a cross leaves."
     assert parse(caption) == {
         *thing("circle", "red", "left to right", "large", turns="blue", passes="star"),
         Fact("cross", "comes", "later"),

@@ -42,7 +42,8 @@ from synpo.pipeline.retrospect import retrospective_prompt
 from synpo.records import atomic_path, record_id
 from synpo.video import FrameSampling, amateur_frames, read_frames
 
-MOTION_WEIGHT = 0.5  # of the probe's loss beside that of the answers
+PLACE_WEIGHT = 8.0  # in the loss of sight: an error of an eighth of the frame counts as one nat of what is there
+MOTION_WEIGHT = 0.5  # in the loss of speech, of its probe's
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class CaptionerConfig:
     speech_steps: int = 1000
     speech_batch: int = 32  # captions
     speech_rate: float = 3e-3
+    clean_share: float = 0.6  # of the steps of speech, the first ones: captions are right
     web_errors: float = 0.6
     second_look_errors: float = 0.25
     second_looks: float = 0.3  # share of captions that answer the retrospective question
@@ -196,7 +198,8 @@ def learn_to_see(lm: CaptionModel, views: Sequence[View], settings: CaptionerCon
         images = ((pixels[rows].float() / 255 - seer.mean) / seer.std).to(lm.device)
         tokens = core.get_video_features(images[None], return_dict=True).pooler_output[0, :-1]  # (rows · G · G, D)
         there, where, *what = probe(tokens).split([1, 2, *sizes], dim=-1)
-        loss = F.binary_cross_entropy_with_logits(there[:, 0], full.float()) + F.l1_loss(where[full], place[full])
+        loss = F.binary_cross_entropy_with_logits(there[:, 0], full.float())
+        loss = loss + PLACE_WEIGHT * F.l1_loss(where[full], place[full])
         for column, logits in enumerate(what):
             loss = loss + F.cross_entropy(logits, kind[:, column])
         _step(loss, parameters, optimizer, schedule)
@@ -242,9 +245,12 @@ class Lesson(NamedTuple):
 
 
 def draw_lesson(
-    lm: CaptionModel, sights: Sights, prompt: str, settings: CaptionerConfig, rng: np.random.Generator
+    lm: CaptionModel, sights: Sights, prompt: str, settings: CaptionerConfig, rng: np.random.Generator, clean: bool
 ) -> Lesson:
-    """A question and an answer about a random view: half of them about whole videos, half about clips."""
+    """A question and an answer about a random view: half of them about whole videos, half about clips.
+
+    `clean`: the answer is true. An earlier caption that the question quotes is wrong as often as web captions even so.
+    """
     row = sights[int(rng.integers(len(sights)))]
     both = row[0] if rng.random() < 0.5 else row[int(rng.integers(1, len(row)))]
     shown = both[int(rng.random() < settings.amateur_views)]
@@ -253,7 +259,8 @@ def draw_lesson(
         question = retrospective_prompt(prompt, describe(distort(truth, rng, errors), rng))
         errors = settings.second_look_errors
     ids = lm.prompt(question, shown.view.frames, shown.vision).input_ids
-    return Lesson(ids, lm.completion(describe(distort(truth, rng, errors), rng)), shown)
+    answer = describe(truth if clean else distort(truth, rng, errors), rng)
+    return Lesson(ids, lm.completion(answer), shown)
 
 
 def batches_of(
@@ -278,10 +285,13 @@ def learn_to_say(lm: CaptionModel, sights: Sights, prompt: str, settings: Captio
     parameters = [*core.language_model.parameters(), *lm.base.lm_head.parameters(), *probe.parameters()]
     optimizer, schedule = _schedule(parameters, settings.speech_rate, settings.speech_steps)
     rng = np.random.default_rng((seed, 1))
-    batches = batches_of(lambda: draw_lesson(lm, sights, prompt, settings, rng), settings.speech_batch, rng)
+    clean, web = (
+        batches_of(lambda c=c: draw_lesson(lm, sights, prompt, settings, rng, c), settings.speech_batch, rng)  # type: ignore[misc]
+        for c in (True, False)
+    )
     bar = tqdm(range(settings.speech_steps), desc="learning to say", unit="step")
-    for _ in bar:
-        questions, answers, shown = zip(*next(batches))
+    for step in bar:
+        questions, answers, shown = zip(*next(clean if step < settings.clean_share * settings.speech_steps else web))
         ids, mask = pad_rows([torch.cat(qa) for qa in zip(questions, answers)], lm.pad_token_id)
         target = torch.full_like(ids, -100)  # what the hidden state at each place should predict
         for row, question, answer in zip(target, questions, answers):
@@ -310,6 +320,10 @@ def build_captioner(prompt: str, settings: CaptionerConfig, seed: int, device: t
         text_layers=settings.text_layers,
         seed=seed,
     )
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.model.language_model.parameters():
+        if weight.dim() == 2:  # the usual deviation, 0.02, is for far wider models: here hardly anything would flow
+            nn.init.normal_(weight, std=settings.text_width**-0.5, generator=generator)
     half = (0.5, 0.5, 0.5)
     vision = OneVision(model, tokenizer, mean=half, std=half)
     return CaptionModel(cast(nn.Module, model).to(device), tokenizer, vision)

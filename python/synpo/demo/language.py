@@ -20,10 +20,10 @@ import numpy as np
 from synpo.demo.world import COLOURS, DIRECTIONS, SHAPES, SIZES, Fact, Facts
 
 WORDINGS: Mapping[tuple[str, str], tuple[str, ...]] = {
-    ("motion", "left to right"): ("moves from left to right", "goes from left to right", "slides to the right"),
-    ("motion", "right to left"): ("moves from right to left", "goes from right to left", "slides to the left"),
-    ("motion", "top to bottom"): ("moves from top to bottom", "goes from top to bottom", "slides down"),
-    ("motion", "bottom to top"): ("moves from bottom to top", "goes from bottom to top", "slides up"),
+    ("motion", "left to right"): ("moves right", "goes right", "slides right"),
+    ("motion", "right to left"): ("moves left", "goes left", "slides left"),
+    ("motion", "top to bottom"): ("moves down", "goes down", "slides down"),
+    ("motion", "bottom to top"): ("moves up", "goes up", "slides up"),
     ("motion", "bounce"): ("bounces up and down", "keeps bouncing"),
     ("motion", "still"): ("stays still", "does not move"),
     ("goes", "away"): ("leaves", "goes out of view"),
