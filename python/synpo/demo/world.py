@@ -131,7 +131,7 @@ def facts_of(scene: Scene, start: float = 0.0, end: float | None = None) -> Fact
 
 def _body(rng: np.random.Generator, shape: str, later: bool, duration: float) -> Body:
     size = str(rng.choice(SIZES, p=(0.5, 0.5)))
-    radius = rng.uniform(0.13, 0.145) if size == "small" else rng.uniform(0.205, 0.23)
+    radius = rng.uniform(0.13, 0.15) if size == "small" else rng.uniform(0.22, 0.25)
     colour, other = (str(c) for c in rng.choice(COLOURS, 2, replace=False))
     motion = str(rng.choice(MOTIONS, p=(0.2, 0.2, 0.15, 0.15, 0.15, 0.15)))
     start = duration * float(rng.choice((0.42, 0.62))) if later else 0.0
@@ -147,7 +147,7 @@ def _body(rng: np.random.Generator, shape: str, later: bool, duration: float) ->
         along = (near, far) if sum(step) > 0 else (1 - near, 1 - far)
         origin, target = (((a, lane) if step[0] else (lane, a)) for a in along)
     elif motion == "bounce":
-        floor = rng.uniform(0.75, 1.0) - radius
+        floor = rng.uniform(0.9, 1.0) - radius
         origin, target = (lane, floor), (lane, max(floor - rng.uniform(0.4, 0.5), radius))
         hops = float(rng.choice((1.5, 2.0))) if later else float(rng.choice((2.0, 2.5, 3.0)))
     else:
@@ -202,7 +202,7 @@ def make_scene(seed: int, index: int, split: str = "train") -> Scene:
     rng = np.random.default_rng((seed, number, index))
     while True:  # draw again until nothing touches that should not
         duration = round(float(rng.uniform(*DURATIONS)) * FPS) / FPS
-        count = int(rng.choice((1, 2, 3), p=(0.3, 0.5, 0.2)))
+        count = int(rng.choice((1, 2, 3), p=(0.5, 0.4, 0.1)))
         shapes = [str(s) for s in rng.choice(SHAPES, count, replace=False)]
         bodies = [_body(rng, shape, i > 0 and rng.random() < 0.4, duration) for i, shape in enumerate(shapes)]
         bodies.sort(key=lambda b: b.motion in DIRECTIONS)  # movers in front

@@ -1,0 +1,234 @@
+"""`synpo demo`: the whole system on a small video world, from rendering to a report.
+
+    scenes ─ render ─→ videos/{train,pairs,held-out} ─ SFT on noisy captions ─→ captioner
+    captioner + videos/pairs ─ synpo pairs ─→ pairs.jsonl
+    captioner + pairs ─ synpo train ─→ sft, dpo, synpo         the same start, the same pairs, the same schedule
+    base, sft, dpo, synpo on videos/held-out ─→ CIDEr, facts ─→ report.html, report.json
+
+The stages are the functions behind `synpo pairs`, `synpo train` and `synpo eval`, with the settings of config.yaml in the output
+folder: each can be run again by hand. Every stage resumes, so a killed demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from synpo.config import Config, ConfigError, EvalConfig, LoraSection, ModelConfig, PairsConfig, SamplingConfig
+from synpo.demo.captioner import CaptionerConfig, train_captioner
+from synpo.demo.language import errors_in, parse, references
+from synpo.demo.render import render_all
+from synpo.demo.show import show
+from synpo.demo.world import Scene, facts_of, make_split
+from synpo.evaluate.caption import caption_videos
+from synpo.evaluate.run import EvalResult, FactSheet, evaluate
+from synpo.model.adapter import load
+from synpo.pipeline.run import build_pairs
+from synpo.records import read_jsonl, write_json, write_jsonl
+from synpo.train.run import train
+
+OBJECTIVES = {"SFT": "sft", "DPO": "dpo", "SynPO": "synpo"}  # as they are shown, and as `train.loss_type` names them
+VIDEOS = {"train": 1200, "pairs": 400, "held-out": 150}  # split → videos at scale 1
+REFERENCES = 5  # captions a held-out video
+CANDIDATES, MARGIN = 8, 2.0  # the offline judge spreads less than the paper's, hence a margin below its 4
+BATCH, MAX_NEW_TOKENS = 64, 64  # rows decoded together; no caption of this world is longer
+LORA = LoraSection(r=32, alpha=64)
+TRAIN = {
+    "learning_rate": 3e-4,
+    "num_train_epochs": 4,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a demo of this seed and scale consists of. The same plan resumes; another needs another folder."""
+
+    seed: int
+    scale: float
+    videos: dict[str, int]
+    captioner: CaptionerConfig
+    config: Config
+
+    @classmethod
+    def make(cls, output: Path, seed: int, scale: float) -> Plan:
+        if not scale > 0:
+            raise ConfigError(f"--scale takes a positive number, got {scale}")
+        sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS)
+        config = Config(
+            seed=seed,
+            model=ModelConfig(path=str(output / "captioner")),
+            pairs=PairsConfig(
+                margin=MARGIN,
+                candidates=CANDIDATES,
+                batch_size=BATCH,
+                candidate_sampling=sampling,
+                clip_sampling=replace(sampling, temperature=0.5, top_p=0.9),
+            ),
+            lora=LORA,
+            train=dict(TRAIN),
+            eval=EvalConfig(
+                batch_size=BATCH,
+                sampling=replace(sampling, temperature=0.0, top_k=0, top_p=1.0),
+            ),
+        )
+        schooling = CaptionerConfig()
+        schooling = replace(
+            schooling,
+            sight_steps=max(10, round(schooling.sight_steps * scale)),
+            speech_steps=max(10, round(schooling.speech_steps * scale)),
+        )
+        videos = {name: max(4, round(count * scale)) for name, count in VIDEOS.items()}
+        return cls(seed, scale, videos, schooling, config)
+
+
+@dataclass
+class Clock:
+    """Wall time of every stage, kept on disk, so that the report of a resumed run still tells what each took."""
+
+    path: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path.exists():
+            self.seconds = json.loads(self.path.read_text(encoding="utf-8"))
+
+    @contextmanager
+    def stage(self, console: Console, name: str) -> Iterator[None]:
+        """Time a stage. One that had been finished before keeps the longer time it took then."""
+        console.rule(f"[bold]{name}", align="left")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = max(time.perf_counter() - start, self.seconds.get(name, 0.0))
+        write_json(self.path, self.seconds)
+
+
+def _open(output: Path, plan: Plan, resume: bool) -> None:
+    """Make the output folder, or check that it holds this very demo. `resume` False empties a folder a demo made."""
+    mark = output / "demo.json"
+    wanted = json.loads(json.dumps(asdict(plan)))
+    if output.exists() and any(output.iterdir()):
+        if not mark.exists():
+            raise ConfigError(f"{output} is not empty and no demo made it; name another folder with --output")
+        if not resume:
+            shutil.rmtree(output)
+        elif (held := json.loads(mark.read_text(encoding="utf-8"))) != wanted:
+            raise ConfigError(
+                f"{output} holds a demo of seed {held.get('seed')} and scale {held.get('scale')} or of another version, not of "
+                f"seed {plan.seed} and scale {plan.scale}; name another --output, or start over with --no-resume"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(mark, wanted)
+    (output / "config.yaml").write_text(yaml.safe_dump(asdict(plan.config), sort_keys=False), encoding="utf-8")
+
+
+def _pairs(plan: Plan, output: Path) -> None:
+    """Preference pairs, unless the file is there: it is written last, and whole."""
+    summary = output / "pairs-summary.json"
+    if not summary.exists():
+        result = build_pairs(plan.config, output / "videos" / "pairs", output / "pairs.jsonl")
+        write_json(summary, asdict(result) | {"path": str(result.path)})
+
+
+def _evaluate(
+    plan: Plan, output: Path, scenes: list[Scene], told: dict[str, list[str]]
+) -> tuple[EvalResult, dict[str, dict[str, str]]]:
+    """Caption the held-out videos with all four captioners and score the captions against references and exact facts."""
+    captions = {}
+    for system in ("base", *OBJECTIVES):
+        folder = OBJECTIVES.get(system, system)
+        adapter = str(output / folder / "adapter") if system in OBJECTIVES else None
+        config = replace(plan.config, model=replace(plan.config.model, adapter=adapter))
+        found, problems = caption_videos(
+            load(config.model),
+            config,
+            output / "videos" / "held-out",
+            list(told),
+            output / "captions" / f"{folder}.jsonl",
+        )
+        if problems:
+            raise ConfigError(f"held-out videos cannot be read: {problems}; start over with --no-resume")
+        captions[system] = {video: found[video] for video in told}
+    sheet = FactSheet({scene.video: facts_of(scene) for scene in scenes}, parse)
+    return evaluate(captions, told, sheet, seed=plan.seed, meteor=False), captions
+
+
+def _habits(captions: dict[str, dict[str, str]], scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """system → learnt error → share of the videos it could apply to in which the caption falls into it."""
+    shares: dict[str, dict[str, float]] = {}
+    for system, said in captions.items():
+        seen: dict[str, list[bool]] = {}
+        for scene in scenes:
+            for habit, fell in errors_in(said[scene.video], facts_of(scene)).items():
+                seen.setdefault(habit, []).append(fell)
+        shares[system] = {habit: sum(falls) / len(falls) for habit, falls in sorted(seen.items())}
+    return shares
+
+
+def demo(output: Path, seed: int = 0, scale: float = 1.0, resume: bool = True) -> Path:
+    """Run the demo in `output` and return the path of its report.
+
+    Args:
+        seed: of everything random. scale: multiplies the numbers of videos and the steps of the captioner's
+            schooling.
+        resume: go on from what `output` holds (default), or start over.
+
+    Raises:
+        ConfigError: `output` holds something else.
+    """
+    console = Console()
+    plan = Plan.make(output, seed, scale)
+    _open(output, plan, resume)
+    clock = Clock(output / "seconds.json")
+    scenes = {split: make_split(seed, split, count) for split, count in plan.videos.items()}
+    with clock.stage(console, "videos"):
+        for split in VIDEOS:
+            render_all(scenes[split], output / "videos" / split)
+    with clock.stage(console, "captioner"):
+        train_captioner(
+            scenes["train"],
+            output / "videos" / "train",
+            output / "captioner",
+            plan.config.pairs.prompt,
+            seed=seed,
+            settings=plan.captioner,
+            sampling=plan.config.frames,
+        )
+    with clock.stage(console, "pairs"):
+        _pairs(plan, output)
+    trained: dict[str, Any] = {}
+    for name, loss_type in OBJECTIVES.items():
+        with clock.stage(console, f"train {name}"):
+            config = replace(plan.config, train={**plan.config.train, "loss_type": loss_type})
+            trained[name] = train(config, output / "videos" / "pairs", output / "pairs.jsonl", output / loss_type)
+    told = {scene.video: references(facts_of(scene), REFERENCES, scene.seed) for scene in scenes["held-out"]}
+    write_jsonl(output / "references.jsonl", ({"video": v, "captions": c} for v, c in told.items()))
+    with clock.stage(console, "evaluation"):
+        result, captions = _evaluate(plan, output, scenes["held-out"], told)
+    pairs = {
+        "pairs": sum(1 for _ in read_jsonl(output / "pairs.jsonl")),
+        "summary": json.loads((output / "pairs-summary.json").read_text(encoding="utf-8")),
+    }
+    return show(
+        output,
+        plan=asdict(plan),
+        scenes=scenes["held-out"],
+        told=told,
+        result=result,
+        captions=captions,
+        habits=_habits(captions, scenes["held-out"]),
+        trained=trained,
+        pairs=pairs,
+        seconds=clock.seconds,
+        console=console,
+    )
