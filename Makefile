@@ -36,8 +36,9 @@ lint: $(READY)  ## ruff, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## CPU benchmarks (BENCH_ARGS="--json out.json")
-	$(BIN)/python bench/contrast.py $(BENCH_ARGS)
+bench: $(READY)  ## benchmarks, about five minutes on a CPU (BENCH_ARGS="--shapes cpu --head frozen"); see bench/README.md
+	$(BIN)/python -m bench.contrast --seconds 5
+	$(BIN)/python -m bench.loss $(BENCH_ARGS)
 
 clean:  ## remove what building and testing leave behind; .venv stays
 	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

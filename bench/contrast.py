@@ -1,6 +1,6 @@
 """Contrastive sampling: the op against the same step written in torch, on this machine.
 
-    python bench/contrast.py [--shapes 8x32000 64x152064] [--dtype float32] [--seconds 20] [--json FILE]
+    python -m bench.contrast [--shapes 8x32000 64x152064] [--dtype float32] [--seconds 20] [--json FILE]
 
 Variants (all: alpha 0.5, temperature 0.5, top-k 32, top-p 0.9, one given uniform number a row):
     read       both inputs summed: what reading them costs here, the floor of an op without a cut-off
@@ -10,7 +10,7 @@ Variants (all: alpha 0.5, temperature 0.5, top-k 32, top-p 0.9, one given unifor
     lean       lerp, top-k on the raw logits, softmax over k
     warpers    Hugging Face logits processors, where transformers is installed
 and `+p`: with a plausibility cut-off of 0.1. A time is printed only after every variant drew the op's tokens from the same
-logits. Variants take turns, so that a busy machine is busy for all of them; medians with 20th and 80th percentile.
+logits. How times are taken: bench/measure.py. Milliseconds, median with 20th and 80th percentile.
 """
 
 from __future__ import annotations
@@ -18,22 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-# A bf16 or fp16 op in oneDNN may pick AMX where a virtual machine advertises it and its host refuses it.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+from bench import measure  # before torch
 
-import torch
-from torch import Tensor
+import torch  # isort: skip
+from torch import Tensor  # isort: skip
 
-from synpo_kernels import _ext
 from synpo_kernels.contrast import contrastive_sample
 
 ALPHA, TEMPERATURE, TOP_K, TOP_P, PLAUSIBILITY = 0.5, 0.5, 32, 0.9, 0.1
@@ -126,40 +120,6 @@ def check(runs: dict[str, Callable[[], Tensor]]) -> None:
             raise SystemExit(f"{name} drew {wrong} of {expected.numel()} tokens differently: no times are printed")
 
 
-def measure(runs: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds per call, variants interleaved, until `seconds` are over (at least 5 rounds)."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["op"]) < 5:
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def machine() -> dict[str, str]:
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "cpu": cpu,
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "extension": _ext.describe(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="BxV ...")
@@ -171,9 +131,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    where = machine()
+    device = torch.device("cpu")
+    where = measure.machine(device)
     for key, value in where.items():
-        print(f"{key:10} {value}")
+        print(f"{key:20} {value}")
     rows = []
     for shape in args.shapes:
         batch, vocab = map(int, shape.split("x"))
@@ -186,16 +147,15 @@ def main() -> None:
         check(runs)
         if args.only:
             runs = {name: run for name, run in runs.items() if name in {"read", "op", *args.only}}
-        times = measure(runs, args.seconds)
-        base = statistics.median(times["op"])
+        for run in runs.values():
+            run()
+        timings = measure.interleave(runs, device=device, seconds=args.seconds, least=5, most=10_000)
+        base = timings["op"].p50
         print(f"\nB = {batch}, V = {vocab}, {args.dtype}")
-        print(f"{'variant':12} {'median ms':>10} {'p20':>9} {'p80':>9} {'/ op':>7} {'runs':>5}")
-        for name, values in times.items():
-            low, *_, high = statistics.quantiles(values, n=5)
-            median = statistics.median(values)
-            rows.append({"batch": batch, "vocab": vocab, "dtype": args.dtype, "variant": name, "median_ms": median})
-            rows[-1] |= {"p20_ms": low, "p80_ms": high, "runs": len(values)}
-            print(f"{name:12} {median:10.3f} {low:9.3f} {high:9.3f} {median / base:7.1f} {len(values):5d}")
+        print(f"{'variant':12} {'p50 ms':>10} {'p20':>9} {'p80':>9} {'/ op':>7} {'runs':>5}")
+        for name, took in timings.items():
+            rows.append({"batch": batch, "vocab": vocab, "dtype": args.dtype, "variant": name, **asdict(took)})
+            print(f"{name:12} {took.p50:10.3f} {took.p20:9.3f} {took.p80:9.3f} {took.p50 / base:7.1f} {took.runs:5d}")
     if args.json:
         args.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bench import measure  # before torch
@@ -168,11 +169,8 @@ class Bench:
             print(f"warming up {name} on {case.name}, {head} head", file=sys.stderr, flush=True)
             rows[name] = attempt(warm, row, "failed") or row
         expected.clear()
-        runs: dict[str, Callable[[], object]] = {
-            name: lambda loss_of=self.loaded[name][1]: step(loss_of, problem)
-            for name, row in rows.items()
-            if row.status == "ok"
-        }
+        timed = [name for name, row in rows.items() if row.status == "ok"]
+        runs = {name: partial(step, self.loaded[name][1], problem) for name in timed}
         products = floor.products(problem)
         for run in products.values():
             run()
@@ -267,8 +265,8 @@ def run(
             continue
         report.print_table(bench.rows, case.name, head)
         report.write(out, facts, [asdict(row) for row in bench.rows], left_out)
+        report.plot(out, facts, bench.rows)
     report.write(out, facts, [asdict(row) for row in bench.rows], left_out)
-    report.plot(out, facts, bench.rows)
     for line in left_out:
         print(f"left out: {line}")
     print(f"written: {out}.json, .csv" + (", .png" if out.with_name(out.name + ".png").exists() else ""))

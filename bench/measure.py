@@ -104,20 +104,18 @@ def interleave(
     most: int = 100,
     title: str = "",
 ) -> dict[str, Timing]:
-    """Time `runs` in turns until `seconds` are over; each gets at least `least` runs, at most `most`.
+    """Time `runs` in turns; each has an equal share of `seconds`, at least `least` runs and at most `most`.
 
-    A run that has used up its equal share of the time waits, once it has its `least`, so that a slow one does not take
-    the repetitions of the others. The first call of each is not warm: call it before, or take the figures of a cold one.
+    So a slow one does not take the repetitions of the others; one that needs more than its share for `least` runs makes
+    the whole last longer. Nothing is warmed up here: call each before.
     """
     watch = Stopwatch(device)
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     share = seconds / max(1, len(names))
-    end = time.perf_counter() + seconds
     with tqdm(total=most, desc=title, unit="round", leave=False, disable=not sys.stderr.isatty()) as bar:
         for turn in range(most):
-            waiting = time.perf_counter() < end
-            due = [n for n in names if turn < least or (waiting and sum(times[n]) < 1e3 * share)]
+            due = [name for name in names if turn < least or sum(times[name]) < 1e3 * share]
             if not due:
                 break
             first = turn % len(due)
@@ -161,7 +159,7 @@ def _resident(field: str) -> int:
 
 def copy_rate(device: torch.device, *, seconds: float = 1.0) -> float:
     """Bytes read plus written per second by a large copy."""
-    numbers = (1 << 31 if device.type == "cuda" else 1 << 28) // 4
+    numbers = (1 << 31 if device.type == "cuda" else 1 << 27) // 4
     source = torch.rand(numbers, device=device)
     target = torch.empty_like(source)
     target.copy_(source)

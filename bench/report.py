@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ def _or_dash(value: float | None, form: str) -> str:
 def write(out: Path, facts: dict[str, str], rows: list[dict[str, Any]], left_out: list[str]) -> None:
     """OUT.json (all) and OUT.csv (the rows), each replaced at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {name: None if value == math.inf else value for name, value in row.items()} for row in rows
+    ]  # no inf in JSON
     _replace(out, ".json", json.dumps({"machine": facts, "rows": rows, "left_out": left_out}, indent=1) + "\n")
     if rows:
         path = out.with_name(out.name + ".csv.part")

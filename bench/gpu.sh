@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Everything there is to know about this checkout on a GPU, in one command and within eight minutes:
+#
+#     bench/gpu.sh OUTDIR [--cpu]
+#
+# builds the extension in place, then doctor, the kernel tests compiled, ahead-of-time compilation, compute-sanitizer and the
+# loss benchmark. Needs no network and no installed synpo. A part that fails is recorded and the rest goes on; the exit code
+# tells at the end. OUTDIR gets status.json, logs.txt, loss.{json,csv,png} and, where time is left, sweep.{json,csv,png}
+# (ours.* instead where a peer brought the benchmark down).
+#
+#   --cpu          rehearse the script on a machine without a GPU: same parts, a few tests and kernels, tiny shapes
+#   PYTHON         interpreter with torch (.venv/bin/python, else python3)
+#   GPU_BUDGET     seconds in all (470)
+#   PARTS          run these alone, as "build loss sweep" (facts build doctor aot tests kernels memcheck racecheck loss sweep)
+#   SYNPO_COMMIT   what to record as the commit where the history is not at hand
+set -u
+OUT=${1:?usage: bench/gpu.sh OUTDIR [--cpu]}
+MODE=${2:-}
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+ROOT=$PWD
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=$(command -v python3); fi
+fi
+export PYTHONPATH="$ROOT:$ROOT/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+unset TRITON_INTERPRET
+BUDGET=${GPU_BUDGET:-470}
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+SECONDS=0
+left() { echo $((BUDGET - SECONDS)); }
+
+# part NAME LIMIT COMMAND...: run within LIMIT seconds and what is left, log, record "name <tab> exit code <tab> seconds"
+part() {
+    local name=$1 limit=$2 start=$SECONDS code
+    shift 2
+    if [ -n "${PARTS:-}" ] && ! [[ " $PARTS " == *" $name "* ]]; then
+        skip "$name" "not among PARTS"
+        return 1
+    fi
+    [ "$limit" -gt "$(left)" ] && limit=$(left)
+    if [ "$limit" -le 0 ]; then
+        skip "$name" "the budget of $BUDGET s was spent"
+        return 1
+    fi
+    echo "== $name: started, at most $limit s"
+    timeout -k 5 "$limit" "$@" >"$WORK/$name.log" 2>&1
+    code=$?
+    printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - start)) >>"$WORK/parts"
+    printf '== %s: exit code %s, %s s\n%s\n' "$name" "$code" $((SECONDS - start)) \
+        "$(tail -n "${SHOW:-3}" "$WORK/$name.log" | cut -c1-180)"
+    return "$code"
+}
+
+skip() {
+    echo "$2" >"$WORK/$1.log"
+    printf '%s\tskipped\t0\n' "$1" >>"$WORK/parts"
+    echo "== $1: skipped, $2"
+}
+
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+facts() {
+    uname -a
+    "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(torch|triton|transformers|liger|cut-cross|trl|numpy|pytest|hypothesis)'
+    if command -v nvidia-smi >/dev/null; then nvidia-smi; fi
+}
+export PYTHON
+export -f facts
+
+find_sanitizer() {
+    command -v compute-sanitizer ||
+        ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1
+}
+
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
+if [ "$MODE" = --cpu ]; then
+    export CUDA_VISIBLE_DEVICES=
+    TESTS=(tests/kernels/test_dispatch.py tests/kernels/test_losses.py)
+    AOT=(--arch 90 --only "exp bf16")
+    LOSS=(--device cpu --smoke)
+    REST=(--device cpu --shapes 64x512x32:float32 --head frozen)
+else
+    TESTS=(tests/kernels)
+    AOT=()
+    LOSS=(--device cuda --shapes gpu)
+    REST=(--device cuda --shapes gpu-sweep gpu-formats --head frozen --providers synpo naive cce liger trl)
+    if has xdist; then PYTEST+=(-n 6); fi
+    if has pytest_timeout; then PYTEST+=(--timeout 90); fi
+fi
+
+part facts 40 bash -c facts
+# in place: nothing is installed or downloaded; the same compile an editable install does
+part build 120 env SYNPO_REQUIRE_EXT=1 "$PYTHON" setup.py -q build_ext --inplace --build-temp "$WORK/build"
+
+# What is not timed runs side by side.
+SHOW=40 part doctor 60 "$PYTHON" -c 'from synpo.doctor import report; report()' &
+part aot 150 "$PYTHON" -m synpo_kernels.aot "${AOT[@]}" &
+SHOW=12 part tests 150 "${PYTEST[@]}" "${TESTS[@]}" &
+if [ "$MODE" = --cpu ]; then
+    for name in kernels memcheck racecheck; do skip "$name" "no GPU in this rehearsal"; done
+elif part kernels 80 "$PYTHON" -m bench.sanitize; then # compiles what the sanitizer then watches
+    SANITIZER=$(find_sanitizer)
+    for tool in memcheck racecheck; do
+        if [ -n "$SANITIZER" ]; then
+            part "$tool" 80 "$SANITIZER" --tool "$tool" --error-exitcode 9 "$PYTHON" -m bench.sanitize &
+        else
+            skip "$tool" "compute-sanitizer was not found"
+        fi
+    done
+fi
+wait
+
+# A figure is written when its case is done, so that a benchmark cut short keeps what it has.
+SPARE=$(($(left) - 30))
+SHOW=90 part loss "$SPARE" "$PYTHON" -m bench.loss "${LOSS[@]}" --time-budget $((SPARE - 20)) --out "$OUT/loss"
+CODE=$?
+if [ "$CODE" -eq 3 ]; then
+    SPARE=$(($(left) - 10))
+    SHOW=60 part ours "$SPARE" "$PYTHON" -m bench.loss "${LOSS[@]}" --providers synpo naive --time-budget $((SPARE - 15)) --out "$OUT/ours"
+elif [ "$(left)" -gt 45 ]; then
+    SPARE=$(($(left) - 10))
+    SHOW=90 part sweep "$SPARE" "$PYTHON" -m bench.loss "${REST[@]}" --time-budget $((SPARE - 15)) --out "$OUT/sweep"
+fi
+
+rm -f "$OUT"/*.part "$OUT"/*.part.png
+while IFS=$'\t' read -r name code took; do
+    printf '%s\n===== %s: exit code %s, %s s\n' "" "$name" "$code" "$took"
+    cat "$WORK/$name.log"
+done <"$WORK/parts" >"$OUT/logs.txt"
+awk -F'\t' 'BEGIN { print "{\"parts\": [" }
+    { printf "%s {\"name\": \"%s\", \"exit\": \"%s\", \"seconds\": %s}", (NR > 1 ? ",\n" : ""), $1, $2, $3 }
+    END { print "\n]}" }' "$WORK/parts" >"$OUT/status.json"
+echo
+column -t -s $'\t' "$WORK/parts" 2>/dev/null || cat "$WORK/parts"
+FAILED=$(awk -F'\t' '$2 != "0" && $2 != "skipped" { printf " %s", $1 }' "$WORK/parts")
+if [ -n "$FAILED" ]; then
+    echo "failed:$FAILED (after $SECONDS s; see logs.txt)"
+    exit 1
+fi
+echo "all parts passed in $SECONDS s"
