@@ -60,7 +60,8 @@ def cases(archs: list[int], hidden: int) -> Iterator[Case]:
 
     bf16 in every variant; the other formats in their lightest and heaviest.
     """
-    from .kernels.configs import exact_config, tile_config
+    from .kernels.configs import exact_config, product_config, tile_config
+    from .kernels.counted_product import counted_product_kernel
     from .kernels.exact_rows import exact_rows_kernel
     from .kernels.exp_tile import exp_tile_kernel
 
@@ -76,17 +77,36 @@ def cases(archs: list[int], hidden: int) -> Iterator[Case]:
                 "exp+softcap": {**full, "HAS_BIAS": False, "HAS_TARGET": False},
                 "exp sums only": {**plain, "HAS_TARGET": False, "WRITE": False},
                 "exp ragged D": {**plain, "HAS_TARGET": False, "D": hidden + 8},
+                "exp counted": {**plain, "HAS_TARGET": False, "HAS_COUNT": True},
+                "exp+target+softcap+bias counted": {**full, "HAS_TARGET": True, "HAS_COUNT": True},
             }
             for name, constants in exponentials.items():
                 if dtype != "bf16" and name not in ("exp", "exp+target+softcap+bias"):
                     continue
-                config = tile_config(arch // 10, 4 if dtype == "fp32" else 2, "softcap" in name)
-                constants["GROUP_N"] = config.group_n
+                softcap, counted = "softcap" in name, "counted" in name
+                config = tile_config(arch // 10, 4 if dtype == "fp32" else 2, softcap=softcap, counted=counted)
+                constants = {"GROUP_N": config.group_n, "HAS_COUNT": False, **constants, **_blocks("NVD", config)}
                 yield Case(f"{name} {label}", exp_tile_kernel, arch, dtype, config, constants)
             config = exact_config(arch // 10)
-            yield Case(f"exact {label}", exact_rows_kernel, arch, dtype, config, full)
+            constants = {**full, **_blocks("NVD", config)}
+            yield Case(f"exact {label}", exact_rows_kernel, arch, dtype, config, constants)
             if dtype == "bf16":
-                yield Case(f"exact sums only {label}", exact_rows_kernel, arch, dtype, config, {**full, "WRITE": False})
+                constants["WRITE"] = False
+                yield Case(f"exact sums only {label}", exact_rows_kernel, arch, dtype, config, constants)
+            config = product_config(arch // 10, 4 if dtype == "fp32" else 2)
+            constants = {"GROUP_M": config.group_n, "PRECISION": precision, "stride_bd": 1, **_blocks("MDK", config)}
+            for name, form in (
+                ("product", {"SUM_COUNTED": False, "stride_ak": 1}),
+                ("product over rows", {"SUM_COUNTED": True, "stride_am": 1}),
+            ):
+                yield Case(f"{name} {label}", counted_product_kernel, arch, dtype, config, {**constants, **form})
+
+
+def _blocks(sizes: str, config: Any) -> dict[str, Any]:
+    """A tile's rows, columns and inner size under the names of a kernel; strides of 1 are constants at launch too."""
+    tile = (config.block_n, config.block_v, config.block_d)
+    blocks: dict[str, Any] = {f"BLOCK_{size}": block for size, block in zip(sizes, tile)}
+    return blocks | ({"stride_xd": 1, "stride_wd": 1} if sizes == "NVD" else {})
 
 
 def compile_case(case: Case) -> Report:
@@ -95,14 +115,11 @@ def compile_case(case: Case) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    blocks = {"BLOCK_N": case.config.block_n, "BLOCK_V": case.config.block_v, "BLOCK_D": case.config.block_d}
-    # torch strides of 1 are specialised to constants at launch, and 16-byte divisibility is noted
-    constants = {**case.constants, **blocks, "stride_xd": 1, "stride_wd": 1}
+    constants = case.constants
     names = case.kernel.arg_names
     types = {name: _argument_type(name, case.dtype) for name in names if name not in constants}
-    aligned = [
-        name for name in types if name.endswith("_ptr") or name in ("stride_xn", "stride_wv", "stride_on", "stride_un")
-    ]
+    # triton notes divisibility by 16 at launch: pointers, strides, and the sizes M, D and K of real shapes
+    aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride") or name in ("M", "D", "K")]
     source = ASTSource(
         fn=case.kernel,
         signature={name: types.get(name, "constexpr") for name in names},
@@ -121,8 +138,8 @@ def _compile_task(task: tuple[int, int, str]) -> Report:
 
 def _argument_type(name: str, dtype: str) -> str:
     if name.endswith("_ptr"):
-        special = {"label_ptr": "i64", "flag_ptr": "i8"}
-        same_as_input = name in ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "direction_ptr")
+        special = {"label_ptr": "i64", "flag_ptr": "i8", "count_ptr": "i32"}
+        same_as_input = name in ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "direction_ptr", "a_ptr", "b_ptr")
         return "*" + special.get(name, dtype if same_as_input else "fp32")
     return "fp32" if name in ("logit_scale", "softcap") else "i32"
 
@@ -182,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no kernel is called {sorted(unknown)}; there are {sorted({case.name for case in every})}")
     wanted = [case for case in every if not options.only or case.name in options.only]
     print(
-        f"{'kernel':<30}{'chip':<9}{'tile':<14}{'warps':>5}{'stages':>7}{'registers':>10}{'spilled':>8}{'shared':>8}  uses"
+        f"{'kernel':<38}{'chip':<9}{'tile':<14}{'warps':>5}{'stages':>7}{'registers':>10}{'spilled':>8}{'shared':>8}  uses"
     )
     failed = 0
     tasks = [(case.arch, options.hidden, case.name) for case in wanted]
@@ -191,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         for case, report in zip(wanted, pool.map(_compile_task, tasks)):
             tile = "x".join(str(size) for size in (case.config.block_n, case.config.block_v, case.config.block_d))
             print(
-                f"{case.name:<30}sm_{case.arch:<6}{tile:<14}{case.config.num_warps:>5}{case.config.num_stages:>7}"
+                f"{case.name:<38}sm_{case.arch:<6}{tile:<14}{case.config.num_warps:>5}{case.config.num_stages:>7}"
                 f"{report.registers:>10}{report.spilled:>8}{report.shared:>8}  {' '.join(report.marks)}",
                 flush=True,
             )

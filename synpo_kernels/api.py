@@ -40,8 +40,7 @@ def linear_logprobs(
         bias: (V,) dtype and device of weight.
         softcap: cap(r) = softcap · tanh(r / softcap), Gemma's final-logit soft cap; None: none.
         logit_scale: factor on the logits before the cap.
-        ignore_index: None says that no label is ignored. On a CUDA device that also avoids the one read-back to the host
-            that finding the kept rows costs.
+        ignore_index: None says that no label is ignored, which saves finding the kept rows.
         backend: "auto", "chunked" (any device) or "triton" (CUDA).
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import passes
-from .head import Head, compute_dtype, matmul
+from .head import Head, add_matmul, compute_dtype, matmul
 from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
 
 
@@ -37,7 +37,15 @@ class TorchTiles:
         return part.cap(out)
 
     def __call__(
-        self, x: Tensor, part: Head, labels: Tensor, anchor: Tensor, at_target: Tensor | None, keep: bool, out: Tensor
+        self,
+        x: Tensor,
+        part: Head,
+        labels: Tensor,
+        anchor: Tensor,
+        at_target: Tensor | None,
+        keep: bool,
+        out: Tensor,
+        first_row: int,
     ) -> Tensor:
         _, slope = self.logits(x, part, out)
         out.sub_(anchor[:, None]).exp_()
@@ -53,12 +61,24 @@ class TorchTiles:
             out.mul_(slope)
         return sums
 
+    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+        add_matmul(total, slice_, b)
+
+    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+        add_matmul(total, slice_.T, b)
+
 
 TILES = TorchTiles()
 
 
-def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> Forward:
+def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, None]:
+    """Indices of the rows to compute; see `dispatch.Partition`. The host learns their number."""
+    return (labels != ignore_index).nonzero().squeeze(1), None
+
+
+def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None) -> Forward:
     """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
+    assert count is None, "`partition` gives the rows to compute alone"
     target, slope = target_logits(x, head, labels)
     result, total = _around(x, head, labels, target, target, slope, want_direction)
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
@@ -79,9 +99,17 @@ def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> F
 
 
 def gradients(
-    x: Tensor, head: Head, labels: Tensor, forward: Forward, upstream: Tensor, *, want: tuple[bool, bool, bool]
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    forward: Forward,
+    upstream: Tensor,
+    *,
+    want: tuple[bool, bool, bool],
+    count: Tensor | None = None,
 ) -> Gradients:
     """Gradients through a trained head; see `passes.gradients`."""
+    assert count is None, "`partition` gives the rows to compute alone"
     return passes.gradients(x, head, labels, forward, upstream, TILES, want=want)
 
 

@@ -20,8 +20,20 @@ from .head import Head
 from .passes import Forward, Gradients
 
 
+class Partition(Protocol):
+    """labels (N,), ignore_index → (rows, count), the rows to compute.
+
+    With a count of None these are `rows`. Else `rows` are all N, the first `count` of them to be computed, and count is
+    () int32 on the device, not known to the host; a pass gets it and may leave the other rows' input unread.
+    """
+
+    def __call__(self, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]: ...
+
+
 class ForwardPass(Protocol):
-    def __call__(self, x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> Forward: ...
+    def __call__(
+        self, x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None
+    ) -> Forward: ...
 
 
 class GradientPass(Protocol):
@@ -34,14 +46,16 @@ class GradientPass(Protocol):
         upstream: Tensor,
         *,
         want: tuple[bool, bool, bool],
+        count: Tensor | None = None,
     ) -> Gradients: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """x (N, D), labels (N,) without ignored rows → `Forward`; and the gradients of a trained head."""
+    """x (N, D), labels (N,) in [0, V) → `Forward`; and the gradients of a trained head."""
 
     name: str
+    partition: Partition
     forward: ForwardPass
     gradients: GradientPass
 
@@ -72,13 +86,13 @@ def triton_supports(hidden: Tensor) -> tuple[bool, str]:
 
 
 def _chunked() -> Backend:
-    return Backend("chunked", chunked.forward, chunked.gradients)
+    return Backend("chunked", chunked.partition, chunked.forward, chunked.gradients)
 
 
 def _triton() -> Backend:
     from . import fused  # imports triton
 
-    return Backend("triton", fused.forward, fused.gradients)
+    return Backend("triton", fused.partition, fused.forward, fused.gradients)
 
 
 BACKENDS: dict[str, tuple[Callable[[Tensor], tuple[bool, str]], Callable[[], Backend]]] = {

@@ -2,20 +2,22 @@
 
 bf16 and fp32 take one pass, P̂ in the input's own format (bf16 has the exponent range of fp32). fp16 cannot hold P̂: its
 sums come from a first pass that writes nothing, and a second one, around the log-sum-exp, holds 2¹⁴ · p. The host reads
-nothing back.
+nothing back: of ignored rows it never learns how many there are. They are moved behind the others, the kernels read the
+count where it is, and blocks past it return at once.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import passes
-from .head import Head
-from .kernels import exact_rows, exp_tile
-from .kernels.configs import exact_config, tile_config
+from .head import Head, add_matmul
+from .kernels import counted_product, exact_rows, exp_tile
+from .kernels.configs import exact_config, product_config, tile_config
 from .passes import Forward, Gradients, accumulate, directions, target_logits
 
 FP16_MAGNIFY = 2.0**14
@@ -31,8 +33,14 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+@dataclass(frozen=True)
 class TritonTiles:
-    """A slice of exponentials by one kernel; see `passes.Tiles`."""
+    """A slice of exponentials by one kernel; see `passes.Tiles`.
+
+    Products with the slice are the library's where every row counts; past a `count` they are a kernel's that stops there.
+    """
+
+    count: Tensor | None  # () int32, the first rows that are wanted; None: all
 
     def operand(self, matrix: Tensor) -> Tensor:
         return matrix
@@ -41,9 +49,18 @@ class TritonTiles:
         return dtype
 
     def __call__(
-        self, x: Tensor, part: Head, labels: Tensor, anchor: Tensor, at_target: Tensor | None, keep: bool, out: Tensor
+        self,
+        x: Tensor,
+        part: Head,
+        labels: Tensor,
+        anchor: Tensor,
+        at_target: Tensor | None,
+        keep: bool,
+        out: Tensor,
+        first_row: int,
     ) -> Tensor:
-        config = tile_config(_major(x.device), x.element_size(), part.softcap is not None)
+        softcap, counted = part.softcap is not None, self.count is not None
+        config = tile_config(_major(x.device), x.element_size(), softcap=softcap, counted=counted)
         tiles_v = -(-part.weight.shape[0] // config.block_v)
         sums = torch.empty(tiles_v, x.shape[0], dtype=torch.float32, device=x.device)
         if x.shape[0]:
@@ -56,6 +73,8 @@ class TritonTiles:
                 at_target,
                 out,
                 sums,
+                count=self.count,
+                first_row=first_row,
                 logit_scale=part.logit_scale,
                 softcap=part.softcap,
                 write=keep,
@@ -64,15 +83,46 @@ class TritonTiles:
             )
         return sums.sum(0)
 
+    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+        self._add(total, slice_, b, first_row, transposed=False)
 
-TILES = TritonTiles()
+    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+        self._add(total, slice_.T, b, first_row, transposed=True)
+
+    def _add(self, total: Tensor, a: Tensor, b: Tensor, first_row: int, *, transposed: bool) -> None:
+        if self.count is None:
+            add_matmul(total, a, b)
+        elif a.numel():
+            counted_product.launch(
+                a,
+                b,
+                total,
+                self.count,
+                first_row=first_row,
+                sum_counted=transposed,
+                precision=_precision(),
+                config=product_config(_major(a.device), a.element_size()),
+            )
 
 
-def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x; see `passes`."""
+def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """All rows, those to compute first and in order; and their number, on the device. See `dispatch.Partition`."""
+    kept = labels != ignore_index
+    before = kept.cumsum(0)  # kept rows up to and including this one
+    row = torch.arange(len(labels), device=labels.device)
+    count = kept.sum(dtype=torch.int32)
+    place = torch.where(kept, before - 1, count + row - before)
+    return torch.empty_like(row).scatter_(0, place, row), count
+
+
+def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None) -> Forward:
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 past the count; see `passes`."""
     twice = x.dtype == torch.float16
+    tiles = TritonTiles(count)
     target, slope = target_logits(x, head, labels)
-    total, pull = accumulate(x, head, labels, target, TILES, want_pull=want_direction and not twice)
+    target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
+    total, pull = accumulate(x, head, labels, target, tiles, want_pull=want_direction and not twice)
+    total = _counted(total, count)  # what lies behind was not written
     logps = (target - target) - torch.log1p(total)  # the difference is 0, or NaN where the row is not finite
     direction = None
     if pull is not None:
@@ -84,7 +134,7 @@ def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> F
             head.weight,
             head.bias,
             labels,
-            (total > passes.OVERFLOW).to(torch.int8),
+            _counted((total > passes.OVERFLOW).to(torch.int8), count),
             target,
             slope,
             logps,
@@ -96,15 +146,30 @@ def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool) -> F
         )
     if want_direction and twice:
         anchor = target - logps - math.log(FP16_MAGNIFY)
-        _, pull = accumulate(x, head, labels, anchor, TILES, want_pull=True)
+        _, pull = accumulate(x, head, labels, anchor, tiles, want_pull=True)
         assert pull is not None
         direction = directions(head, labels, slope, -torch.expm1(logps), pull.div_(FP16_MAGNIFY))
     return Forward(logps, target - logps, direction)
 
 
 def gradients(
-    x: Tensor, head: Head, labels: Tensor, forward: Forward, upstream: Tensor, *, want: tuple[bool, bool, bool]
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    forward: Forward,
+    upstream: Tensor,
+    *,
+    want: tuple[bool, bool, bool],
+    count: Tensor | None = None,
 ) -> Gradients:
-    """Gradients through a trained head; see `passes.gradients`."""
+    """Gradients through a trained head, ∂L/∂x 0 past the count; see `passes.gradients`."""
     magnify = FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
-    return passes.gradients(x, head, labels, forward, upstream, TILES, want=want, magnify=magnify)
+    tiles, upstream = TritonTiles(count), _counted(upstream, count)
+    return passes.gradients(x, head, labels, forward, upstream, tiles, want=want, magnify=magnify)
+
+
+def _counted(values: Tensor, count: Tensor | None) -> Tensor:
+    """(N,) values with 0 past the count."""
+    if count is None:
+        return values
+    return values.where(torch.arange(len(values), device=values.device) < count, 0)

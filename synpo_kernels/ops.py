@@ -33,13 +33,11 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):  # the products choose their own precision
         if ignore_index is None:
             return chosen.forward(x, head, labels, want_direction=want_direction)
-        rows = (labels != ignore_index).nonzero().squeeze(1)
-        found = chosen.forward(x[rows], head, labels[rows], want_direction=want_direction)
-        return Forward(
-            _spread(found.logps, rows, len(x)),
-            _spread(found.normalizer, rows, len(x)),
-            None if found.direction is None else _spread(found.direction, rows, len(x)),
-        )
+        rows, count = chosen.partition(labels, ignore_index)
+        aimed = _aimed(labels, ignore_index)[rows]
+        found = chosen.forward(x[rows], head, aimed, want_direction=want_direction, count=count)
+    direction = None if found.direction is None else _spread(found.direction, rows, len(x))
+    return Forward(_spread(found.logps, rows, len(x)), _spread(found.normalizer, rows, len(x)), direction)
 
 
 def gradients(
@@ -54,20 +52,25 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (hidden, weight, bias) for upstream (N,); one that is not wanted is empty."""
     chosen = choose(backend, x)
-    rows = None
     with torch.autocast(x.device.type, enabled=False):
-        if ignore_index is not None:
-            rows = (labels != ignore_index).nonzero().squeeze(1)
-            found = Forward(found.logps[rows], found.normalizer[rows], None)
-        kept = x if rows is None else x[rows]
-        kept_labels, kept_upstream = (labels, upstream) if rows is None else (labels[rows], upstream[rows])
-        result = chosen.gradients(kept, head, kept_labels, found, kept_upstream, want=want)
-    hidden = result.hidden
-    if hidden is not None and rows is not None:
-        hidden = _spread(hidden, rows, len(x))
-    given = (hidden, result.weight, result.bias)
-    d_hidden, d_weight, d_bias = (x.new_empty(0) if gradient is None else gradient for gradient in given)
+        if ignore_index is None:
+            result = chosen.gradients(x, head, labels, found, upstream, want=want)
+            hidden = result.hidden
+        else:
+            rows, count = chosen.partition(labels, ignore_index)
+            known = Forward(found.logps[rows], found.normalizer[rows], None)
+            aimed = _aimed(labels, ignore_index)[rows]
+            result = chosen.gradients(x[rows], head, aimed, known, upstream[rows], want=want, count=count)
+            hidden = None if result.hidden is None else _spread(result.hidden, rows, len(x))
+    d_hidden, d_weight, d_bias = (
+        x.new_empty(0) if gradient is None else gradient for gradient in (hidden, result.weight, result.bias)
+    )
     return d_hidden, d_weight, d_bias
+
+
+def _aimed(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels that can be looked up: 0 in place of ignore_index."""
+    return labels.where(labels != ignore_index, 0)
 
 
 def _spread(values: Tensor, rows: Tensor, total: int) -> Tensor:

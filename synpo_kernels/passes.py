@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .head import Head, add_matmul, compute_dtype, matmul
+from .head import Head, compute_dtype
 
 OVERFLOW = 1e26  # about e⁶⁰: a row whose exponential sum passes this is computed again around its largest logit
 SLICE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}  # the slice of the logits that exists at any moment
@@ -40,7 +40,15 @@ class Tiles(Protocol):
         """Format in which a slice is kept, for inputs of `dtype`."""
 
     def __call__(
-        self, x: Tensor, part: Head, labels: Tensor, anchor: Tensor, at_target: Tensor | None, keep: bool, out: Tensor
+        self,
+        x: Tensor,
+        part: Head,
+        labels: Tensor,
+        anchor: Tensor,
+        at_target: Tensor | None,
+        keep: bool,
+        out: Tensor,
+        first_row: int,
     ) -> Tensor:
         """Write c/logit_scale · exp(z - anchor) of a slice into `out`; return the row sums of exp(z - anchor).
 
@@ -49,10 +57,17 @@ class Tiles(Protocol):
                 counted from the chunk's first column, so most lie outside it. anchor: (n,).
             at_target: (n,) stands in the label's column in place of the exponential, times the same slope; None: 0.
             keep: whether `out` is wanted. out: (n, w), free to work in either way.
+            first_row: number of x's first row among all rows, for tiles that know how many rows are wanted.
 
         Returns:
-            (n,) in the compute dtype, the label's column left out.
+            (n,) in the compute dtype, the label's column left out; undefined at rows that are not wanted, as `out` is.
         """
+
+    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+        """total (n, D) += slice_ (n, w) @ b (w, D), in the compute dtype."""
+
+    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+        """total (w, D) += slice_ᵀ (w, n) @ b (n, D), in the compute dtype."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +134,10 @@ def accumulate(
         for rows in cut(x.shape[0], MAX_ROWS):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             weights = scratch[: shape[0] * shape[1]].view(shape)
-            total[rows] += tiles(
-                operand[rows], part, labels[rows] - columns.start, anchor[rows], None, want_pull, weights
-            )
+            near = labels[rows] - columns.start
+            total[rows] += tiles(operand[rows], part, near, anchor[rows], None, want_pull, weights, rows.start)
             if pull is not None:
-                add_matmul(pull[rows], weights.to(part.weight.dtype), part.weight)
+                tiles.add_product(pull[rows], weights.to(part.weight.dtype), part.weight, rows.start)
     return total, pull
 
 
@@ -181,14 +195,16 @@ def gradients(
         for rows in cut(x.shape[0], MAX_ROWS):
             n = rows.stop - rows.start
             residual = scratch[: n * width].view(n, width)
-            tiles(operand[rows], part, labels[rows] - columns.start, anchor[rows], at_target[rows], True, residual)
+            near = labels[rows] - columns.start
+            tiles(operand[rows], part, near, anchor[rows], at_target[rows], True, residual, rows.start)
             residual = residual.to(part.weight.dtype)
             if d_hidden is not None:
-                add_matmul(d_hidden[rows], residual, part.weight)
+                tiles.add_product(d_hidden[rows], residual, part.weight, rows.start)
             if chunk_weight is not None:
-                add_matmul(chunk_weight, residual.T, weighted[rows])
+                tiles.add_transposed_product(chunk_weight, residual, weighted[rows], rows.start)
             if want_bias:
-                chunk_bias += matmul(residual.T, unit[rows, None].to(residual.dtype)).squeeze(1)
+                factors = unit[rows, None].to(residual.dtype)
+                tiles.add_transposed_product(chunk_bias[:, None], residual, factors, rows.start)
         factor = -largest * (head.logit_scale / magnify)
         if d_weight is not None and chunk_weight is not None:
             d_weight[columns] = chunk_weight.mul_(factor)

@@ -25,8 +25,10 @@ class ChipConfig:
     """The tiles of one chip generation."""
 
     half: TileConfig  # 16-bit inputs
-    half_softcap: TileConfig  # a soft cap keeps logit and slope of every element alive: smaller tiles, or they spill
+    half_counted: TileConfig  # 16-bit inputs with a count of rows
+    half_small: TileConfig  # where more is alive an element (a soft cap's slope, a sum to add to): larger tiles spill
     full: TileConfig  # float32 inputs
+    full_product: TileConfig  # float32 inputs of a counted product
 
 
 INTERPRETER = TileConfig(16, 32, 16, 2, 1, 1)
@@ -35,18 +37,24 @@ INTERPRETER = TileConfig(16, 32, 16, 2, 1, 1)
 CHIPS: dict[int, ChipConfig] = {
     8: ChipConfig(
         half=TileConfig(128, 128, 32, 8, 4, 4),
-        half_softcap=TileConfig(128, 128, 32, 8, 8, 4),
+        half_counted=TileConfig(128, 128, 32, 8, 4, 4),
+        half_small=TileConfig(128, 128, 32, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
+        full_product=TileConfig(64, 64, 32, 8, 8, 3),
     ),
     9: ChipConfig(
         half=TileConfig(128, 256, 64, 8, 8, 3),
-        half_softcap=TileConfig(128, 128, 64, 8, 8, 4),
+        half_counted=TileConfig(128, 256, 64, 8, 8, 3),
+        half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
+        full_product=TileConfig(64, 64, 32, 8, 4, 3),
     ),
     10: ChipConfig(
         half=TileConfig(128, 256, 64, 8, 8, 3),
-        half_softcap=TileConfig(128, 128, 64, 8, 8, 4),
+        half_counted=TileConfig(128, 128, 64, 8, 8, 4),  # 128 columns more spill here
+        half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
+        full_product=TileConfig(64, 64, 32, 8, 4, 3),
     ),
 }
 
@@ -54,17 +62,30 @@ CHIPS: dict[int, ChipConfig] = {
 EXACT = TileConfig(16, 64, 64, 1, 4, 2)
 
 
-def tile_config(major: int | None, itemsize: int, softcap: bool) -> TileConfig:
+def tile_config(major: int | None, itemsize: int, *, softcap: bool, counted: bool) -> TileConfig:
     """Parameters for a chip (major compute capability, None: the interpreter) and the bytes of an input number.
 
     A chip without an entry takes that of the newest older one, compute capability 8 at least.
     """
     if major is None:
         return INTERPRETER
-    chip = CHIPS[max((entry for entry in CHIPS if entry <= major), default=min(CHIPS))]
+    chip = _chip(major)
     if itemsize == 4:
         return chip.full
-    return chip.half_softcap if softcap else chip.half
+    if softcap:
+        return chip.half_small
+    return chip.half_counted if counted else chip.half
+
+
+def product_config(major: int | None, itemsize: int) -> TileConfig:
+    """Parameters of a counted product, as `tile_config`."""
+    if major is None:
+        return INTERPRETER
+    return _chip(major).full_product if itemsize == 4 else _chip(major).half_small
+
+
+def _chip(major: int) -> ChipConfig:
+    return CHIPS[max((entry for entry in CHIPS if entry <= major), default=min(CHIPS))]
 
 
 def exact_config(major: int | None) -> TileConfig:

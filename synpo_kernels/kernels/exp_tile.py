@@ -34,8 +34,10 @@ def exp_tile_kernel(
     at_target_ptr,
     out_ptr,
     sum_ptr,
+    count_ptr,
     N,
     V,
+    first_row,
     logit_scale,
     softcap,
     stride_xn,
@@ -51,16 +53,21 @@ def exp_tile_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TARGET: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
     WRITE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid: cdiv(N, BLOCK_N) · cdiv(V, BLOCK_V) programs in one dimension; a program owns one tile.
 
     Pointers: x (N, D), w (V, D), bias (V,), label (N,) int64 counted from the chunk's first column, anchor (N,) fp32,
-    at_target (N,) fp32 put in the label's column, out (N, V), sum (cdiv(V, BLOCK_V), N) fp32. bias, at_target and out
-    are touched only with HAS_BIAS, HAS_TARGET, WRITE.
+    at_target (N,) fp32 put in the label's column, out (N, V), sum (cdiv(V, BLOCK_V), N) fp32, count () int32 rows that
+    are wanted, of which first_row lie before this slice. bias, at_target, out and count are touched only with HAS_BIAS,
+    HAS_TARGET, WRITE, HAS_COUNT. A tile of rows past the count alone is neither computed nor written.
     """
     tile_n, tile_v = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    if HAS_COUNT:  # noqa: SIM102 (a branch the compiler drops)
+        if tile_n * BLOCK_N >= tl.load(count_ptr) - first_row:
+            return
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row = tl.minimum(n, N - 1).to(tl.int64)  # past the edge: a real row, masked below
@@ -97,6 +104,8 @@ def launch(
     out: Tensor,
     sums: Tensor,
     *,
+    count: Tensor | None = None,
+    first_row: int = 0,
     logit_scale: float,
     softcap: float | None,
     write: bool,
@@ -115,8 +124,10 @@ def launch(
         anchor if at_target is None else at_target,
         out,
         sums,
+        labels if count is None else count,
         n,
         v,
+        first_row,
         logit_scale,
         0.0 if softcap is None else softcap,
         *x.stride(),
@@ -130,6 +141,7 @@ def launch(
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_TARGET=at_target is not None,
+        HAS_COUNT=count is not None,
         WRITE=write,
         PRECISION=precision,
         num_warps=config.num_warps,

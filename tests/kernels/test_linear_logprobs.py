@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from synpo_kernels import linear_logprobs, passes
+from synpo_kernels import chunked, fused, linear_logprobs, passes
 from synpo_kernels.reference import naive_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -108,6 +108,24 @@ def test_every_head(head, trained, backend, device, monkeypatch) -> None:
     monkeypatch.setitem(passes.SLICE_BYTES, device.type, 8192)
     monkeypatch.setattr(passes, "MAX_ROWS", 20)  # more than one block of rows
     check(make((43, 150, 24), device, head=head), torch.float32, trained, backend)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.6])
+def test_ignored_rows_reach_nothing(kept, dtype, trained, backend, device, monkeypatch) -> None:
+    """Kept rows scattered over blocks of rows; the others hold NaN, which shows wherever it is read."""
+    monkeypatch.setitem(passes.SLICE_BYTES, device.type, 4096)
+    monkeypatch.setattr(passes, "MAX_ROWS", 20)
+    problem = make((61, 70, 24), device, dtype, head="bias", ignored=False)
+    ignored = torch.rand(61, generator=torch.Generator().manual_seed(2)) >= kept
+    problem.labels[ignored.to(device)] = -100
+    expected, expected_gradients = problem.run(naive_logprobs, torch.float64, trained)
+    problem.hidden[ignored.to(device)] = torch.nan
+    found, gradients = problem.run(linear_logprobs, dtype, trained, backend=backend)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    for got, reference in zip(gradients, expected_gradients):
+        assert (got.double() - reference).norm() <= 2 * GRADIENT_TOLERANCE[dtype] * reference.norm()
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
@@ -291,8 +309,9 @@ def test_frozen_head_takes_no_weight_gradient(backend, device) -> None:
 
 def test_no_grad_skips_the_second_product(backend, device, monkeypatch) -> None:
     calls = []
-    add_matmul = passes.add_matmul
-    monkeypatch.setattr(passes, "add_matmul", lambda *a: (calls.append(1), add_matmul(*a)))
+    tiles = {"chunked": chunked.TorchTiles, "triton": fused.TritonTiles}[backend]
+    add_product = tiles.add_product
+    monkeypatch.setattr(tiles, "add_product", lambda *a: (calls.append(1), add_product(*a)))
     hidden, weight = torch.randn(6, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device)
     labels = torch.randint(0, 20, (6,), device=device)
     with torch.no_grad():

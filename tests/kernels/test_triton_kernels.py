@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from synpo_kernels import ops
+from synpo_kernels import fused, ops
 from synpo_kernels.head import Head
-from synpo_kernels.kernels import exact_rows, exp_tile
-from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, tile_config
+from synpo_kernels.kernels import counted_product, exact_rows, exp_tile
+from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
 
 STRIDE = (1 << 30) + 64  # elements between rows: row 2 lies past 2³¹
 OPTIONS = {"logit_scale": 1.0, "softcap": None, "precision": "ieee"}
@@ -91,6 +91,45 @@ def test_every_tile_is_visited_once(group, device) -> None:
     assert sums.T.tolist() == [[32.0, 32.0, 6.0]] * n
 
 
+@pytest.mark.parametrize("first_row", [0, 20])
+@pytest.mark.parametrize("counted", [0, 1, 16, 33, 50])
+@pytest.mark.parametrize("shape", [(50, 70, 40), (50, 33, 1)], ids=str)
+def test_counted_product(shape, counted, first_row, device) -> None:
+    """Rows past the count hold NaN; they enter no sum and their result is left alone."""
+    n, v, d = shape
+    generator = torch.Generator().manual_seed(0)
+    slice_, w, x = (torch.randn(*size, generator=generator).to(device) for size in ((n, v), (v, d), (n, d)))
+    slice_[counted:], x[counted:] = torch.nan, torch.nan
+    count = torch.tensor(first_row + counted, dtype=torch.int32, device=device)
+    options = {"first_row": first_row, "precision": "ieee", "config": INTERPRETER}
+    rows = torch.full((n, d), 7.0, device=device)
+    counted_product.launch(slice_, w, rows, count, sum_counted=False, **options)
+    torch.testing.assert_close(rows[:counted], 7 + slice_[:counted] @ w, rtol=1e-5, atol=1e-5)
+    assert (rows[counted:] == 7).all()
+    columns = torch.full((v, d), 7.0, device=device)
+    counted_product.launch(slice_.T, x, columns, count, sum_counted=True, **options)
+    torch.testing.assert_close(columns, 7 + slice_[:counted].T @ x[:counted], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("counted", "written"), [(0, 0), (1, 16), (16, 16), (17, 32), (40, 40)])
+def test_rows_past_the_count_are_not_computed(counted, written, device) -> None:
+    """Tiles of 16 rows: one that holds no counted row writes nothing."""
+    n, v, first_row = 40, 50, 100
+    x, w = torch.zeros(n, 16, device=device), torch.zeros(v, 16, device=device)
+    labels, anchor = torch.full((n,), -1, device=device), torch.zeros(n, device=device)
+    out, sums = torch.full((n, v), torch.nan, device=device), torch.full((2, n), torch.nan, device=device)
+    count = torch.tensor(first_row + counted, dtype=torch.int32, device=device)
+    options = {"write": True, "config": INTERPRETER, "count": count, "first_row": first_row, **OPTIONS}
+    exp_tile.launch(x, w, None, labels, anchor, None, out, sums, **options)
+    assert (out[:written] == 1).all() and out[written:].isnan().all()
+    assert (sums.sum(0)[:written] == v).all() and sums[:, written:].isnan().all()
+
+
+def test_partition_keeps_the_order(device) -> None:
+    rows, count = fused.partition(torch.tensor([-100, 5, -100, 0, 2, -100], device=device), -100)
+    assert rows.tolist() == [1, 3, 4, 0, 2, 5] and count.item() == 3 and count.dtype == torch.int32
+
+
 class HostReads(TorchDispatchMode):
     """Names of operations that make the host wait for a number of the device."""
 
@@ -113,19 +152,24 @@ class HostReads(TorchDispatchMode):
 def test_no_host_read_in_a_step(trained, device) -> None:
     """Inside the ops, where the mode sees every operation."""
     x, head = torch.randn(6, 8, device=device), Head(torch.randn(20, 8, device=device))
-    labels = torch.randint(0, 20, (6,), device=device)
+    labels = torch.tensor([3, -100, 19, 0, -100, 7], device=device)
+    for given in (-100, None):
+        aimed = labels if given == -100 else labels.clamp(min=0)
+        with HostReads() as reads:
+            found = ops.forward(x, head, aimed, given, "triton", want_direction=not trained)
+            if trained:
+                ops.gradients(x, head, aimed, given, "triton", found, torch.ones_like(found.logps), (True, True, False))
+        assert reads.found == []
     with HostReads() as reads:
-        found = ops.forward(x, head, labels, None, "triton", want_direction=not trained)
-        if trained:
-            ops.gradients(x, head, labels, None, "triton", found, torch.ones_like(found.logps), (True, True, False))
-    assert reads.found == []
-    with HostReads() as reads:
-        ops.forward(x, head, labels, None, "chunked", want_direction=True)
+        ops.forward(x, head, labels.clamp(min=0), None, "chunked", want_direction=True)
     assert reads.found == ["aten::nonzero"]  # the mode sees what there is to see
 
 
 @pytest.mark.parametrize(("major", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (12, 10)])
 def test_a_chip_without_an_entry_takes_an_older_one(major, known) -> None:
-    assert tile_config(major, 2, False) is CHIPS[known].half
-    assert tile_config(major, 2, True) is CHIPS[known].half_softcap
-    assert tile_config(major, 4, True) is CHIPS[known].full
+    chip = CHIPS[known]
+    assert tile_config(major, 2, softcap=False, counted=False) is chip.half
+    assert tile_config(major, 2, softcap=False, counted=True) is chip.half_counted
+    assert tile_config(major, 2, softcap=True, counted=True) is product_config(major, 2) is chip.half_small
+    assert tile_config(major, 4, softcap=True, counted=False) is chip.full
+    assert product_config(major, 4) is chip.full_product
