@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from synpo.demo.world import Scene
 from synpo.evaluate.report import Highlight, Plot, Report, Sample, write_report
 from synpo.evaluate.run import EvalResult
 from synpo.evaluate.table import Table, print_table
-from synpo.train.diagnostics import read_log
+from synpo.train.diagnostics import ends, read_log
 from synpo.train.plots import plot_gradient_balance, plot_rewards
 from synpo.train.run import TrainResult
 
@@ -58,17 +57,11 @@ def _habit_table(habits: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("Learnt errors", ["system", *kinds], rows, good=best, notes=[note])
 
 
-def _ends(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
-    """Mean of a logged value over the first and over the last tenth of the steps."""
-    tenth = max(1, len(rows) // 10)
-    return fmean(row[key] for row in rows[:tenth]), fmean(row[key] for row in rows[-tenth:])
-
-
 def _training_table(trained: Mapping[str, TrainResult], logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """How likely chosen and rejected captions were when training began and when it ended."""
     rows = []
     for name, run in trained.items():
-        chosen, rejected = (_ends(logs[name], f"synpo/{side}_logp") for side in ("chosen", "rejected"))
+        chosen, rejected = (ends(logs[name], f"synpo/{side}_logp") for side in ("chosen", "rejected"))
         rows.append(
             [
                 name,
@@ -79,7 +72,7 @@ def _training_table(trained: Mapping[str, TrainResult], logs: Mapping[str, Seque
                 f"{run.metrics['seconds']:.0f}",
             ]
         )
-    note = "mean log-likelihood of a token, first → last tenth of the steps"
+    note = "mean log-likelihood of a token, first → last fifth of the steps"
     header = ["objective", "pairs", "steps", "log p, chosen", "log p, rejected", "seconds"]
     return Table("Training", header, rows, notes=[note])
 

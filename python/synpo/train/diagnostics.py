@@ -31,18 +31,23 @@ def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def ends(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
+    """Mean of one logged value over the beginning and over the end of a run, a fifth of its steps each (at least one).
+
+    Raises KeyError where no row has it.
+    """
+    count = max(1, round(SHARE * len(rows)))
+    before, after = mean_of(rows[:count], name), mean_of(rows[-count:], name)
+    if before is None or after is None:
+        raise KeyError(name)
+    return before, after
+
+
 def warnings_of(rows: Sequence[Mapping[str, Any]], loss_type: str) -> list[str]:
     """What went wrong in a run of `loss_type`, one sentence each; empty when nothing did or it was too short to tell."""
     if len(rows) < ENOUGH:
         return []
-    count = round(SHARE * len(rows))
-    first, last = rows[:count], rows[-count:]
-
-    def change(name: str) -> tuple[float, float]:
-        before, after = mean_of(first, name), mean_of(last, name)
-        assert before is not None and after is not None
-        return before, after
-
+    last = rows[-round(SHARE * len(rows)) :]
     found = []
     rejected, chosen = (mean_of(last, f"synpo/grad_balance/{side}") for side in ("rejected", "chosen"))
     if rejected is not None and chosen is not None and rejected > chosen:
@@ -56,14 +61,14 @@ def warnings_of(rows: Sequence[Mapping[str, Any]], loss_type: str) -> list[str]:
             f"the sigmoid saturates: {saturation:.0%} of its slope is gone at the end, pairs no longer teach. Lower "
             "train.alpha, or stop earlier (train.num_train_epochs)."
         )
-    before, after = change("synpo/chosen_prob")
+    before, after = ends(rows, "synpo/chosen_prob")
     if after < COLLAPSED * before:
         found.append(
             f"the chosen answers became unlikely: token probability {before:.3g} at the start, {after:.3g} at the end. "
             "Lower train.learning_rate"
             + (", or raise train.beta." if loss_type == "synpo" else ", or use loss_type synpo.")
         )
-    before, after = change("synpo/margin")
+    before, after = ends(rows, "synpo/margin")
     if after < before:
         found.append(
             f"the margin fell from {before:.3g} to {after:.3g}: chosen and rejected are not being told apart. Raise "

@@ -14,12 +14,13 @@ import dataclasses
 import json
 import shutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from transformers import set_seed
 
 from synpo.config import Config, ConfigError, build, suggest
@@ -27,7 +28,7 @@ from synpo.data.pairs import load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import load
 from synpo.records import record_id, write_json
-from synpo.train.diagnostics import read_log, warnings_of
+from synpo.train.diagnostics import ends, read_log, warnings_of
 from synpo.train.lora import apply_lora
 from synpo.train.plots import plot_gradient_balance, plot_rewards
 from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
@@ -145,10 +146,28 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         "last": rows[-1],
         "warnings": warnings,
     }
+    write_json(output / "metrics.json", metrics)
+    console.print(_summary(rows))
     for warning in warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}")
-    write_json(output / "metrics.json", metrics)
+    console.print(f"adapter: {output / 'adapter'}, plots and {LOG_NAME} beside it", markup=False)
     return _result(output)
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What training changed: means over the first and over the last fifth of the steps."""
+    table = Table("", "start", "end", title="Training", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, key in (
+        ("log-likelihood of a chosen token", "synpo/chosen_logp"),
+        ("log-likelihood of a rejected token", "synpo/rejected_logp"),
+        ("chosen more likely than rejected", "rewards/accuracies"),
+        ("gradient through the chosen side", "synpo/grad_balance/chosen"),
+        ("gradient through the rejected side", "synpo/grad_balance/rejected"),
+    ):
+        table.add_row(label, *(f"{value:.3f}" for value in ends(rows, key)))
+    return table
 
 
 def _result(output: Path) -> TrainResult:
