@@ -11,6 +11,7 @@ providers taking turns. Writes OUT.json, OUT.csv and OUT.png, anew after every c
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from torch import Tensor  # isort: skip
 
 from bench import cases, floor, peers, report, truth
 
-WARM_UPS = 2
+WARM_UPS = {"cpu": 1, "cuda": 2}
 HEADS = ("frozen", "trained")
 
 
@@ -50,6 +51,7 @@ class Row:
     over_floor: float | None = None  # p50 / the best time of the products alone
     peak_mib: float | None = None  # above the inputs, gradients included
     extra_mib: float | None = None  # the same less the gradients
+    load: float | None = None  # of the machine when the case was begun: processes running or waiting, over a minute
 
 
 class Abort(RuntimeError):
@@ -148,7 +150,8 @@ class Bench:
         """Gate, warm up, check at full size, time and weigh every provider on `problem`."""
         case = problem.case
         problem = problem.with_head(head == "trained")
-        rows = {row.provider: row for row in self.gate(case, head)}
+        load = measure.load()
+        rows = {row.provider: replace(row, load=load) for row in self.gate(case, head)}
         pair = truth.first_pair(problem)
         objectives = {row.objective for row in rows.values() if row.status == "ok"}
         expected = {objective: truth.truth(pair, objective).hidden / case.pairs for objective in objectives}
@@ -158,7 +161,7 @@ class Bench:
             provider, loss_of = self.loaded[name]
 
             def warm(row: Row = row, objective: str = provider.objective, loss_of: peers.LossFunction = loss_of) -> Row:
-                for _ in range(WARM_UPS):
+                for _ in range(WARM_UPS[self.device.type]):
                     step(loss_of, problem)
                 assert problem.hidden.grad is not None
                 off = truth.error(problem.hidden.grad[[0, case.pairs]], expected[objective])
@@ -178,7 +181,7 @@ class Bench:
         timings = measure.interleave({**products, **runs}, device=self.device, seconds=seconds, title=title)
         least = min(timings[name].p50 for name in products)
         for name in products:
-            blank = Row(case.name, head, name, "", "floor", "matrix products alone")
+            blank = Row(case.name, head, name, "", "floor", "matrix products alone", load=load)
             self.rows.append(_timed(blank, timings[name], least))
         del products
         gradients = problem.hidden.nbytes + (problem.weight.nbytes if problem.trained else 0)
@@ -219,6 +222,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--note", default="", help="a remark to keep beside the figures")
     parser.add_argument("--out", type=Path, help="path without suffix (bench/results/<date>_<chip>)")
+    parser.add_argument(
+        "--append", action="store_true", help="keep the cases that OUT.json holds and this run does not"
+    )
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -234,7 +240,12 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or Path(__file__).parent / "results" / f"{facts['date']}_{measure.chip_slug(device)}"
     for key, value in facts.items():
         print(f"{key:20} {value}")
-    return run(Bench(device, options.providers), wanted, options.head, options.time_budget, facts, out)
+    bench = Bench(device, options.providers)
+    if options.append and out.with_name(out.name + ".json").exists():
+        again = {(case.name, head) for case in wanted for head in options.head}
+        kept = json.loads(out.with_name(out.name + ".json").read_text())["rows"]
+        bench.rows = [Row(**row) for row in kept if (row["case"], row["head"]) not in again]
+    return run(bench, wanted, options.head, options.time_budget, facts, out)
 
 
 def run(

@@ -190,6 +190,11 @@ def _commit() -> str:
         return "unknown"
 
 
+def load() -> float | None:
+    """Processes that ran or waited for a core, on average over the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """Facts that every figure carries, in reading order."""
     from synpo_kernels import _ext
@@ -200,7 +205,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
         "simd": " ".join(flag for flag in flags if flag.startswith(("avx512f", "avx512_bf16", "avx512_fp16", "amx"))),
         "threads": str(torch.get_num_threads()),
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+        "load": "unknown" if load() is None else f"{load():.1f}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{name: _version(name) for name in ("triton", "liger-kernel", "cut-cross-entropy", "trl")},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from bench import measure  # before torch
 
@@ -32,7 +33,7 @@ def finished(step: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("provider", list(peers.providers()), ids=lambda provider: provider.name.replace(" ", "_"))
-def test_forward_and_backward(benchmark, provider: peers.Provider, problem: cases.Problem) -> None:
+def test_forward_and_backward(benchmark: Any, provider: peers.Provider, problem: cases.Problem) -> None:
     try:
         loss_of = provider.load(DEVICE)
     except (ImportError, RuntimeError) as error:
@@ -40,6 +41,7 @@ def test_forward_and_backward(benchmark, provider: peers.Provider, problem: case
     step = partial(loss.step, loss_of, problem)
     step()
     pair = truth.truth(truth.first_pair(problem), provider.objective).hidden / CASE.pairs
+    assert problem.hidden.grad is not None
     assert truth.error(problem.hidden.grad[[0, CASE.pairs]], pair) < truth.TOLERANCE[CASE.dtype]
     benchmark.extra_info |= measure.machine(DEVICE)
     benchmark.pedantic(partial(finished, step), rounds=10, warmup_rounds=1)

@@ -142,6 +142,18 @@ def test_a_wrong_provider_shows_no_speed(monkeypatch, tmp_path, capsys) -> None:
     assert "wrong_gradient     wrong: dX off by 1.0e-01; 2e-03 is allowed" in out
 
 
+def test_append_keeps_other_cases(monkeypatch, tmp_path) -> None:
+    measured(monkeypatch, tmp_path)
+    measured(monkeypatch, tmp_path)
+    other = ["--shapes", "32x300x32:float32", "--head", "frozen", "--device", "cpu", "--time-budget", "20", "--append"]
+    loss.main([*other, "--out", f"{tmp_path}/out"])
+    loss.main([*other, "--out", f"{tmp_path}/out"])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        (f"{n}x300x32 float32", name) for n in (64, 32) for name in ("products whole", "products", "naive")
+    ]
+
+
 def test_the_exit_code_tells_that_ours_is_wrong(monkeypatch, tmp_path) -> None:
     code, _ = measured(monkeypatch, tmp_path, provider("synpo broken", lambda x, w, y: naive(x, w, y) * 2))
     assert code == 1
