@@ -44,13 +44,10 @@ def _habit_table(habits: Mapping[str, Mapping[str, float]]) -> Table:
     """Learnt errors by captioner, in per cent of the videos each could apply to."""
     kinds = list(next(iter(habits.values())))
     rows = [[system, *(f"{100 * shares[kind]:.0f}" for kind in kinds)] for system, shares in habits.items()]
-    lowest = [min(shares[kind] for shares in habits.values()) for kind in kinds]
-    best = {
-        (r, c)
-        for r, shares in enumerate(habits.values())
-        for c, kind in enumerate(kinds, 1)
-        if shares[kind] == lowest[c - 1]
-    }
+    best = set()
+    for column, kind in enumerate(kinds, 1):
+        values = [shares[kind] for shares in habits.values()]
+        best |= {(row, column) for row, value in enumerate(values) if value == min(values) < max(values)}
     note = (
         "per cent of the held-out videos where the error could be made; the captioner learnt them from noisy captions"
     )
