@@ -7,6 +7,8 @@ done again around its largest logit, which reads one number back from a CUDA dev
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,11 @@ from .head import Head, add_matmul, compute_dtype, matmul
 from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
 
 
+@dataclass(frozen=True)
 class TorchTiles:
     """A slice of exponentials by torch operations; see `passes.Tiles`."""
+
+    low: bool
 
     def operand(self, matrix: Tensor) -> Tensor:
         if matrix.dtype == torch.bfloat16 and matrix.is_cuda:
@@ -68,26 +73,26 @@ class TorchTiles:
         add_matmul(total, slice_.T, b)
 
 
-TILES = TorchTiles()
-
-
 def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, None]:
     """Indices of the rows to compute; see `dispatch.Partition`. The host learns their number."""
     return (labels != ignore_index).nonzero().squeeze(1), None
 
 
-def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None) -> Forward:
+def forward(
+    x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None, low: bool = False
+) -> Forward:
     """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
     assert count is None, "`partition` gives the rows to compute alone"
+    tiles = TorchTiles(low)
     target, slope = target_logits(x, head, labels)
-    result, total = _around(x, head, labels, target, target, slope, want_direction)
+    result, total = _around(x, head, labels, target, target, slope, tiles, want_direction)
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
     if flagged.numel() == 0:
         return result
     rows, row_labels = x[flagged], labels[flagged]
     row_slope = None if slope is None else slope[flagged]
-    largest = _largest_logits(rows, head)
-    again, _ = _around(rows, head, row_labels, target[flagged], largest, row_slope, want_direction)
+    largest = _largest_logits(rows, head, tiles)
+    again, _ = _around(rows, head, row_labels, target[flagged], largest, row_slope, tiles, want_direction)
     for whole, part in (
         (result.logps, again.logps),
         (result.normalizer, again.normalizer),
@@ -107,17 +112,25 @@ def gradients(
     *,
     want: tuple[bool, bool, bool],
     count: Tensor | None = None,
+    low: bool = False,
 ) -> Gradients:
     """Gradients through a trained head; see `passes.gradients`."""
     assert count is None, "`partition` gives the rows to compute alone"
-    return passes.gradients(x, head, labels, forward, upstream, TILES, want=want)
+    return passes.gradients(x, head, labels, forward, upstream, TorchTiles(low), want=want)
 
 
 def _around(
-    x: Tensor, head: Head, labels: Tensor, target: Tensor, anchor: Tensor, slope: Tensor | None, want_direction: bool
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    target: Tensor,
+    anchor: Tensor,
+    slope: Tensor | None,
+    tiles: TorchTiles,
+    want_direction: bool,
 ) -> tuple[Forward, Tensor]:
     """One pass with exponents measured from `anchor`; also returns the sum, to see whether it overflowed."""
-    total, pull = passes.accumulate(x, head, labels, anchor, TILES, want_pull=want_direction)
+    total, pull = passes.accumulate(x, head, labels, anchor, tiles, want_pull=want_direction)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
     logps = excess - torch.log1p(total + torch.expm1(excess))
@@ -127,13 +140,13 @@ def _around(
     return Forward(logps, target - logps, direction), total
 
 
-def _largest_logits(x: Tensor, head: Head) -> Tensor:
+def _largest_logits(x: Tensor, head: Head, tiles: TorchTiles) -> Tensor:
     """(N,) max_v z_v in the compute dtype."""
     largest = torch.full((x.shape[0],), -torch.inf, dtype=compute_dtype(x.dtype), device=x.device)
-    operand = TILES.operand(x)
-    for columns, part, scratch in vocabulary_chunks(x, head, TILES):
+    operand = tiles.operand(x)
+    for columns, part, scratch in vocabulary_chunks(x, head, tiles):
         for rows in cut(x.shape[0], passes.MAX_ROWS):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
-            logits, _ = TILES.logits(operand[rows], part, scratch[: shape[0] * shape[1]].view(shape))
+            logits, _ = tiles.logits(operand[rows], part, scratch[: shape[0] * shape[1]].view(shape))
             largest[rows] = torch.maximum(largest[rows], logits.amax(1))
     return largest

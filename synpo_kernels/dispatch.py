@@ -32,7 +32,14 @@ class Partition(Protocol):
 
 class ForwardPass(Protocol):
     def __call__(
-        self, x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None
+        self,
+        x: Tensor,
+        head: Head,
+        labels: Tensor,
+        *,
+        want_direction: bool,
+        count: Tensor | None = None,
+        low: bool = False,
     ) -> Forward: ...
 
 
@@ -47,6 +54,7 @@ class GradientPass(Protocol):
         *,
         want: tuple[bool, bool, bool],
         count: Tensor | None = None,
+        low: bool = False,
     ) -> Gradients: ...
 
 

@@ -41,6 +41,7 @@ class TritonTiles:
     """
 
     count: Tensor | None  # () int32, the first rows that are wanted; None: all
+    low: bool
 
     def operand(self, matrix: Tensor) -> Tensor:
         return matrix
@@ -115,10 +116,12 @@ def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(row).scatter_(0, place, row), count
 
 
-def forward(x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None) -> Forward:
+def forward(
+    x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None, low: bool = False
+) -> Forward:
     """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 past the count; see `passes`."""
     twice = x.dtype == torch.float16
-    tiles = TritonTiles(count)
+    tiles = TritonTiles(count, low)
     target, slope = target_logits(x, head, labels)
     target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
     total, pull = accumulate(x, head, labels, target, tiles, want_pull=want_direction and not twice)
@@ -161,10 +164,11 @@ def gradients(
     *,
     want: tuple[bool, bool, bool],
     count: Tensor | None = None,
+    low: bool = False,
 ) -> Gradients:
     """Gradients through a trained head, ∂L/∂x 0 past the count; see `passes.gradients`."""
     magnify = FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
-    tiles, upstream = TritonTiles(count), _counted(upstream, count)
+    tiles, upstream = TritonTiles(count, low), _counted(upstream, count)
     return passes.gradients(x, head, labels, forward, upstream, tiles, want=want, magnify=magnify)
 
 

@@ -27,11 +27,17 @@ from .head import Head, compute_dtype
 
 OVERFLOW = 1e26  # about e⁶⁰: a row whose exponential sum passes this is computed again around its largest logit
 SLICE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}  # the slice of the logits that exists at any moment
+LOW_SLICE_BYTES = 2 << 20  # the same where memory comes first
+LOW_ROW_BYTES = 15 << 20  # and what is held there of a block of rows
 MAX_ROWS = 8192  # rows of a slice; more rows are taken in blocks
 
 
 class Tiles(Protocol):
     """What a backend brings to the passes."""
+
+    @property
+    def low(self) -> bool:
+        """Whether memory comes first."""
 
     def operand(self, matrix: Tensor) -> Tensor:
         """x or a chunk of W in the format the products are taken in."""
@@ -93,15 +99,26 @@ def cut(total: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, total)) for first in range(0, total, step)]
 
 
+def low_rows(x: Tensor) -> int:
+    """Rows to take at a time where memory comes first.
+
+    At most three numbers in the compute dtype are held for each of x: x gathered and widened, and a sum or rows of W.
+    """
+    rows = LOW_ROW_BYTES // max(1, 3 * x.shape[-1] * compute_dtype(x.dtype).itemsize)
+    return max(1, rows - rows % 64, rows % 64)
+
+
 def vocabulary_chunks(x: Tensor, head: Head, tiles: Tiles) -> Iterator[tuple[slice, Head, Tensor]]:
     """Yield (columns, the head's chunk as operand, scratch for one slice).
 
-    The slice of the logits, and the chunk of W where the operand is a widened copy, each stay within `SLICE_BYTES`.
+    The slice of the logits, and the chunk of W where the operand is a widened copy, each stay within `SLICE_BYTES` (or
+    `LOW_SLICE_BYTES`).
     """
     kept = tiles.slice_dtype(x.dtype)
     rows = min(x.shape[0], MAX_ROWS)
     widest = rows if kept == head.weight.dtype else max(rows, head.weight.shape[1])
-    budget = SLICE_BYTES.get(x.device.type, SLICE_BYTES["cpu"]) // kept.itemsize
+    allowed = LOW_SLICE_BYTES if tiles.low else SLICE_BYTES.get(x.device.type, SLICE_BYTES["cpu"])
+    budget = allowed // kept.itemsize
     width = max(1, budget // max(1, widest))
     width = min(head.weight.shape[0], max(width - width % 256, width % 256))  # whole tiles, unless a tile is too wide
     scratch = torch.empty(rows * width, dtype=kept, device=x.device)

@@ -70,9 +70,9 @@ def test_never_more_than_a_slice_of_the_logits(trained, dtype, monkeypatch) -> N
     n, v, d = 256, 4096, 16
     x, head, labels = torch.randn(n, d).to(dtype), Head(torch.randn(v, d).to(dtype)), torch.randint(0, v, (n,))
     with LargestTensor() as largest:  # inside the ops, where the mode sees every operation
-        found = ops.forward(x, head, labels, -100, "chunked", want_direction=not trained)
+        found = ops.forward(x, head, labels, -100, "chunked", want_direction=not trained, low=False)
         if trained:
-            ops.gradients(x, head, labels, -100, "chunked", found, torch.ones(n), (True, True, False))
+            ops.gradients(x, head, labels, -100, "chunked", found, torch.ones(n), (True, True, False), False)
     weight = head.weight
     allowed = max(budget, weight.untyped_storage().nbytes())
     assert budget / 2 < largest.bytes <= allowed < n * v * 4 / 8

@@ -27,6 +27,7 @@ def arguments(dtype: torch.dtype, *, trained: bool, biased: bool, backend: str =
 def test_opcheck(ignore_index, dtype, biased) -> None:
     torch.library.opcheck(ops.frozen, arguments(dtype, trained=False, biased=biased, ignore_index=ignore_index))
     given = arguments(dtype, trained=True, biased=biased, ignore_index=ignore_index)
+    given = (*given, False)
     torch.library.opcheck(ops.trained, given)
     x, weight, bias, labels, *options = (a.detach() if isinstance(a, Tensor) else a for a in given)
     found = ops.trained(x, weight, bias, labels, *options)

@@ -153,15 +153,16 @@ def test_no_host_read_in_a_step(trained, device) -> None:
     """Inside the ops, where the mode sees every operation."""
     x, head = torch.randn(6, 8, device=device), Head(torch.randn(20, 8, device=device))
     labels = torch.tensor([3, -100, 19, 0, -100, 7], device=device)
-    for given in (-100, None):
+    for given, low in [(-100, False), (None, False), (-100, True)]:
+        g, want = torch.ones(6, device=device), (True, True, False)
         aimed = labels if given == -100 else labels.clamp(min=0)
         with HostReads() as reads:
-            found = ops.forward(x, head, aimed, given, "triton", want_direction=not trained)
+            found = ops.forward(x, head, aimed, given, "triton", want_direction=not trained, low=low)
             if trained:
-                ops.gradients(x, head, aimed, given, "triton", found, torch.ones_like(found.logps), (True, True, False))
+                ops.gradients(x, head, aimed, given, "triton", found, g, want, low)
         assert reads.found == []
     with HostReads() as reads:
-        ops.forward(x, head, labels.clamp(min=0), None, "chunked", want_direction=True)
+        ops.forward(x, head, labels.clamp(min=0), None, "chunked", want_direction=True, low=False)
     assert reads.found == ["aten::nonzero"]  # the mode sees what there is to see
 
 
