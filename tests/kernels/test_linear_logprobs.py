@@ -112,7 +112,7 @@ def test_every_head(head, trained, backend, device, monkeypatch) -> None:
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kept", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("kept", [0.0, 0.3])
 def test_ignored_rows_reach_nothing(kept, dtype, trained, backend, device, monkeypatch) -> None:
     """Kept rows scattered over blocks of rows; the others hold NaN, which shows wherever it is read."""
     monkeypatch.setitem(passes.SLICE_BYTES, device.type, 4096)
