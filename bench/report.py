@@ -33,6 +33,10 @@ def print_table(rows: Sequence[Row], case: str, head: str) -> None:
             f"{_or_dash(row.loss_error, '9.1e')} {row.runs:5d}"
         )
 
+    floors = [row for row in rows if (row.case, row.head, row.status) == (case, head, "floor")]
+    if any((row.p80_ms or 0.0) > 1.5 * (row.p20_ms or 0.0) for row in floors):
+        print("the machine was too busy for these times: the products alone spread by more than half (p80 / p20)")
+
 
 def _or_dash(value: float | None, form: str) -> str:
     return format("-", f">{int(form.split('.')[0])}") if value is None else format(value, form)
