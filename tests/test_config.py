@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from synpo.config import Config, ConfigError, ModelConfig, build, load_config, parse_override, suggest
 
 

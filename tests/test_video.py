@@ -6,6 +6,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from synpo.video import (
     FrameSampling,
     VideoError,
@@ -15,7 +17,6 @@ from synpo.video import (
     read_frames,
     resolve_video,
 )
-from torch import Tensor
 
 SUFFIX_CODECS = {"mp4": "libx264", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "ts": "mpeg2video"}
 

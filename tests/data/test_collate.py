@@ -1,6 +1,7 @@
 """The batch layout, literally."""
 
 import torch
+
 from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from synpo.data.pairs import load_pairs
 from synpo.records import Pair, RecordError, write_records
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+
 from synpo.config import ConfigError
 from synpo.data import tokenize
 from synpo.data.tokenize import PairDataset, PairEncoder, PairError

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from synpo.config import ModelConfig
 from synpo.demo import captioner as schooling
 from synpo.demo.captioner import (

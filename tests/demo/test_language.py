@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from synpo.demo.language import HABITS, WORDINGS, describe, distort, errors_in, parse, references
 from synpo.demo.world import COLOURS, SHAPES, SIZES, Fact, Facts, facts_of, make_split
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from synpo.demo import render as rendering
 from synpo.demo.render import RGB, SIDE, frames_of, render, render_all
 from synpo.demo.world import FPS, SHAPES, Body, Scene, make_split

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+
 from synpo.config import ConfigError
 from synpo.demo import run
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from synpo.evaluate.benchmarks import match_videos, read_references
 
 

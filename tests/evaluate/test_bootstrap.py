@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from synpo.evaluate.bootstrap import Metric, bootstrap_interval, mean_metric, paired_bootstrap
 
 

@@ -1,6 +1,7 @@
 """Fact scores on sets small enough to count by hand."""
 
 import pytest
+
 from synpo.evaluate.facts import fact_scores
 
 TRUE = {"a": {"red", "circle", "left"}, "b": {"blue"}, "c": {("square", "bounces"), "green"}}

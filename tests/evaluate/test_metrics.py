@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
+
 from synpo.evaluate import metrics
 from synpo.evaluate.metrics import CaptionScores, caption_metrics
 from synpo.evaluate.ptb import tokenize

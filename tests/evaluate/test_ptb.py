@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pycocoevalcap
 import pytest
+
 from synpo.evaluate.ptb import tokenize
 
 RECORDED = {

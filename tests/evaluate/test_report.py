@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from synpo.evaluate.bootstrap import Interval
 from synpo.evaluate.report import Highlight, Plot, Report, Sample, plain, write_report
 from synpo.evaluate.report_parts import chart_html, duration, stages_html

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+
 from synpo.evaluate.run import EvalResult, FactSheet, evaluate, read_captions
 from synpo.evaluate.table import Table, print_table
 

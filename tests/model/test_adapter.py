@@ -7,10 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from synpo.config import ModelConfig
-from synpo.model.adapter import CaptionModel, load, pad_rows
-from synpo.model.tiny import byte_tokenizer, tiny_text_model
-from synpo.model.vision import Processor
 from torch import Tensor
 from transformers import (
     CohereConfig,
@@ -24,6 +20,11 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+
+from synpo.config import ModelConfig
+from synpo.model.adapter import CaptionModel, load, pad_rows
+from synpo.model.tiny import byte_tokenizer, tiny_text_model
+from synpo.model.vision import Processor
 
 TEXTS = ["A small red circle moves.", "It stops."]
 

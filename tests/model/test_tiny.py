@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from synpo.config import ConfigError, ModelConfig
 from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model, word_tokenizer

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from synpo.model.tiny import byte_tokenizer, tiny_captioner, tiny_text_model
 from synpo.model.vision import OneVision, sequential_positions, vision_for
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from synpo.config import ModelConfig
 from synpo.model.adapter import CaptionModel, load
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel
 from synpo.pipeline.caption import describe

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from synpo.pipeline.clips import clip_count, frames_of, split_video
 from synpo.video import FrameSampling, VideoError, amateur_frames
 

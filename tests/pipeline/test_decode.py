@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
 from synpo.config import ContrastConfig, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
 from synpo.pipeline.decode import Generation, generate, uniforms
 from synpo.pipeline.streams import read
-from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=24)
 SAMPLED = SamplingConfig(temperature=0.8, top_k=16, top_p=0.9, max_new_tokens=24)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+
 from synpo.pipeline.judge.audit import audit, compare, kappa, ranks, spearman
 from synpo.pipeline.judge.base import Task, Verdict
 from synpo.pipeline.judge.offline import OfflineJudge

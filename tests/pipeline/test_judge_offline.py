@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from synpo.pipeline.judge.audit import compare, spearman
 from synpo.pipeline.judge.base import Task, Verdict
 from synpo.pipeline.judge.ngrams import Bigrams, claims_of, document_frequency, grams_of, mean_similarity

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from synpo.config import Config, ConfigError, ModelConfig, PairsConfig, SamplingConfig
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict
 from synpo.pipeline.judge.offline import OfflineJudge

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from synpo.config import LoraSection, ModelConfig
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel, load

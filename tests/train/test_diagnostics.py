@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from synpo.train.diagnostics import read_log, warnings_of
 from synpo.train.plots import plot_gradient_balance, plot_rewards
 

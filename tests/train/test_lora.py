@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from synpo.config import ConfigError, LoraSection
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, tiny_captioner, tiny_text_model

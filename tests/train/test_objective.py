@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from synpo.config import ConfigError
 from synpo.data.collate import PairCollator
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.train.objective import PairObjective, parameters_of
-from torch import Tensor
-
 from synpo_kernels import OBJECTIVES, sequence_stats
 
 

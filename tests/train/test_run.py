@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from synpo.config import ConfigError
 from synpo.data.collate import PairCollator
 from synpo.model.adapter import CaptionModel
 from synpo.train.trainer import DivergenceError, SynPOConfig, SynPOTrainer
-from torch import Tensor
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,9 @@ def _habit_table(habits: Mapping[str, Mapping[str, float]]) -> Table:
     return Table("Learnt errors", ["system", *kinds], rows, good=best, notes=[note])
 
 
-def _training_table(trained: Mapping[str, TrainResult], logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+def _training_table(
+    trained: Mapping[str, TrainResult], logs: Mapping[str, Sequence[Mapping[str, Any]]], rates: Mapping[str, float]
+) -> Table:
     """How likely chosen and rejected captions were when training began and when it ended."""
     rows = []
     for name, run in trained.items():
@@ -62,6 +64,7 @@ def _training_table(trained: Mapping[str, TrainResult], logs: Mapping[str, Seque
         rows.append(
             [
                 name,
+                f"{rates[name]:g}",
                 str(run.metrics["pairs"]),
                 str(run.metrics["steps"]),
                 f"{chosen[0]:.2f} → {chosen[1]:.2f}",
@@ -69,8 +72,8 @@ def _training_table(trained: Mapping[str, TrainResult], logs: Mapping[str, Seque
                 f"{run.metrics['seconds']:.0f}",
             ]
         )
-    note = "mean log-likelihood of a token, first → last fifth of the steps"
-    header = ["objective", "pairs", "steps", "log p, chosen", "log p, rejected", "seconds"]
+    note = "mean log-likelihood of a token, first → last fifth of the steps; each at the learning rate that did best elsewhere"
+    header = ["objective", "rate", "pairs", "steps", "log p, chosen", "log p, rejected", "seconds"]
     return Table("Training", header, rows, notes=[note])
 
 
@@ -113,6 +116,7 @@ def show(
     console: Console,
 ) -> Path:
     """Print the tables and write report.html, report.json and the plots into `output`; returns the path of the report."""
+    rates = {name: settings["learning_rate"] for name, settings in plan["objectives"].items()}
     logs = {name: read_log(run.log) for name, run in trained.items()}
     plots = [
         Plot(
@@ -127,7 +131,7 @@ def show(
             plot_gradient_balance(logs, output / "gradient_balance.png"),
         ),
     ]
-    tables = [result.to_table(), _habit_table(habits), _training_table(trained, logs)]
+    tables = [result.to_table(), _habit_table(habits), _training_table(trained, logs, rates)]
     if (difference := result.to_difference_table()) is not None:
         tables.insert(1, difference)
     by_video = {scene.video: scene for scene in scenes}
