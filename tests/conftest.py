@@ -8,6 +8,12 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
+
+# Where there is no GPU the Triton kernels run in Triton's interpreter. The switch counts when triton is first imported, by
+# whichever test comes first; tests that need it unset (ahead-of-time compilation) start a process of their own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 

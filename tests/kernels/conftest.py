@@ -1,8 +1,4 @@
-"""Where there is no GPU the Triton kernels run in Triton's interpreter, with three of its faults mended.
-
-The switch must be set before a kernel module is imported; tests that need it unset (ahead-of-time compilation) start a
-process of their own.
-"""
+"""Where there is no GPU the Triton kernels run in Triton's interpreter (tests/conftest.py), with three of its faults mended."""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +8,6 @@ import torch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 INTERPRET = not torch.cuda.is_available()
-if INTERPRET:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def mend_interpreter() -> None:
