@@ -78,3 +78,9 @@ def test_a_failure_leaves_no_half_video(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="killed"):
         render(SCENES[0], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_scene_gives_the_same_bytes(tmp_path: Path) -> None:
+    for scene in make_split(seed=0, split="train", count=16):
+        first, again = (render(scene, tmp_path / name).read_bytes() for name in ("first", "again"))
+        assert first == again, scene.id

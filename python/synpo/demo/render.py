@@ -21,6 +21,7 @@ from synpo.demo.world import FPS, Body, Scene, path_of
 from synpo.records import atomic_path
 
 SIDE = 96
+X264 = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}  # with mbtree x264 writes other bytes now and then
 RGB = {
     "red": (215, 40, 40),
     "green": (45, 170, 60),
@@ -96,7 +97,7 @@ def render(scene: Scene, folder: str | os.PathLike[str]) -> Path:
     if target.exists():
         return target
     with atomic_path(target) as temporary, av.open(os.fspath(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "18"})
+        stream = container.add_stream("libx264", rate=FPS, options=X264)
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
