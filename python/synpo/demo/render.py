@@ -21,7 +21,11 @@ from synpo.demo.world import FPS, Body, Scene, path_of
 from synpo.records import atomic_path
 
 SIDE = 96
-X264 = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}  # with mbtree x264 writes other bytes now and then
+X264 = {
+    "preset": "veryfast",
+    "crf": "18",
+    "x264-params": "mbtree=0",
+}  # with mbtree x264 writes other bytes now and then
 RGB = {
     "red": (215, 40, 40),
     "green": (45, 170, 60),
