@@ -91,7 +91,7 @@ def forward(
         return result
     rows, row_labels = x[flagged], labels[flagged]
     row_slope = None if slope is None else slope[flagged]
-    largest = _largest_logits(rows, head, tiles)
+    largest = largest_logits(rows, head, tiles)
     again, _ = _around(rows, head, row_labels, target[flagged], largest, row_slope, tiles, want_direction)
     for whole, part in (
         (result.logps, again.logps),
@@ -140,7 +140,7 @@ def _around(
     return Forward(logps, target - logps, direction), total
 
 
-def _largest_logits(x: Tensor, head: Head, tiles: TorchTiles) -> Tensor:
+def largest_logits(x: Tensor, head: Head, tiles: TorchTiles) -> Tensor:
     """(N,) max_v z_v in the compute dtype."""
     largest = torch.full((x.shape[0],), -torch.inf, dtype=compute_dtype(x.dtype), device=x.device)
     operand = tiles.operand(x)

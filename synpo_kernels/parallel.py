@@ -1,0 +1,228 @@
+"""Heads whose weight is spread over processes: which part is where, and one pass over all parts.
+
+    vocabulary parallel   each process holds some rows of W and all hidden states (tensor parallelism); `group` says which
+                          processes. Exponents anchored at z_y add up over shards as they do over chunks:
+                              z_y = Σ_ranks (own the label ? x W_yᵀ : 0)      s = Σ_ranks s_r      U = Σ_ranks U_r
+                          Three sums a pass, all in the forward: (N,) twice, (N, D) once where a gradient is wanted.
+    FSDP2                 each process holds a part of W and hidden states of its own, so W is gathered whole (`whole`).
+    ZeRO-3                the same, by DeepSpeed's own context (`gathered`).
+
+A DTensor sharded on its rows does not say which of the first two it is: the argument `group` decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import passes
+from .chunked import TorchTiles, largest_logits
+from .head import Head, compute_dtype
+from .passes import Forward, Tiles, accumulate
+
+ELSEWHERE, IGNORED = -1, -2  # in place of a label that another shard owns, and of one that does not count
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A DTensor as a plain tensor, gathered from all processes of its mesh; any other tensor as it is.
+
+    Differentiable: gradients are averaged over the mesh, as FSDP does, and each process keeps its part.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process's rows of a head that is spread by rows; differentiable.
+
+    Raises:
+        ValueError: a DTensor that is spread in another way.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    from torch.distributed.tensor import Shard
+
+    if tuple(parameter.placements) != (Shard(0),):
+        raise ValueError(
+            f"with a group the head must be sharded by rows over one mesh dimension, (Shard(0),), got "
+            f"{tuple(parameter.placements)}; leave group out to gather it whole"
+        )
+    return parameter.to_local()
+
+
+def partitioned(parameter: Tensor | None) -> bool:
+    """Whether ZeRO-3 holds the parameter in parts, leaving nothing here."""
+    return parameter is not None and hasattr(parameter, "ds_id") and parameter.numel() == 0
+
+
+@contextmanager
+def gathered(*parameters: Tensor | None) -> Iterator[None]:
+    """Hold ZeRO-3 parameters whole inside the block. A frozen head needs them in the forward pass alone.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, or a parameter is trained (its gradient would come after the block).
+    """
+    parts = [p for p in parameters if p is not None and partitioned(p)]
+    if any(p.requires_grad for p in parts):
+        raise ValueError(
+            "a head that is trained cannot be gathered from ZeRO-3 outside its module; freeze it (train LoRA), or use "
+            "ZeRO-2 or FSDP2"
+        )
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            "the head is partitioned by ZeRO-3 (numel 0 with a ds_id) but deepspeed cannot be imported to gather it; "
+            "install deepspeed, or gather the head and pass the full weight"
+        )
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        yield
+
+
+def aim(labels: Tensor, rows: int, ignore_index: int | None, group: dist.ProcessGroup) -> Tensor:
+    """Labels (N,) of the whole vocabulary → rows of this shard (N,), ELSEWHERE or IGNORED, which none is.
+
+    The sizes of the shards are exchanged every time: a memory of them could leave one process waiting for another that
+    remembers. The host reads nothing back from a CUDA device.
+
+    Raises:
+        ValueError: a label is outside the vocabulary (checked on CPU; on CUDA its log-probability becomes NaN).
+    """
+    sizes = labels.new_empty(dist.get_world_size(group))
+    dist.all_gather_into_tensor(sizes, labels.new_full((1,), rows), group=group)
+    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    if not labels.is_cuda:
+        counted, vocabulary = labels[kept], int(sizes.sum())
+        if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= vocabulary):
+            raise ValueError(
+                f"labels must lie in [0, {vocabulary}), the rows of all shards, or equal ignore_index={ignore_index}, "
+                f"got values from {int(counted.min())} to {int(counted.max())}"
+            )
+    mine = labels - sizes[: dist.get_rank(group)].sum()
+    mine = mine.where((mine >= 0) & (mine < rows), ELSEWHERE)
+    return mine.where(kept, IGNORED)
+
+
+def forward(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    tiles: Tiles,
+    magnify: float,
+    group: dist.ProcessGroup,
+    *,
+    want_direction: bool,
+) -> Forward:
+    """One pass over all shards; every process gets the same `Forward`.
+
+    Args:
+        x: (N, D), the same on every process. head: this process's shard, possibly without a row. labels: (N,) of `aim`,
+            none IGNORED. magnify: power of two by which the slice is held larger where U is summed (fp16 needs it).
+
+    A row whose exponential sum overflowed is done again around the largest logit of all shards; to know of it the host
+    reads one number back from a CUDA device. A label that no shard owns gives NaN.
+    """
+    target, slope = _target_logits(x, head, labels, group)
+    at_once = want_direction and magnify == 1.0
+    found, total = _around(x, head, labels, target, slope, target, tiles, group, at_once)
+    if want_direction and not at_once:
+        anchor = found.normalizer - math.log(magnify)
+        _, pull = _sums(x, head, labels, anchor, tiles, want_pull=True)
+        assert pull is not None
+        others = -torch.expm1(found.logps)
+        found = replace(found, direction=_direction(x, head, labels, slope, others, pull.div_(magnify), group))
+    flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
+    if flagged.numel() == 0:
+        return found
+    rows, row_labels, row_slope = x[flagged], labels[flagged], None if slope is None else slope[flagged]
+    simple = TorchTiles(tiles.low)
+    top = _largest_logits(rows, head, simple, target[flagged], group)
+    again, _ = _around(rows, head, row_labels, target[flagged], row_slope, top, simple, group, want_direction)
+    found.logps[flagged], found.normalizer[flagged] = again.logps, again.normalizer
+    if found.direction is not None and again.direction is not None:
+        found.direction[flagged] = again.direction
+    return found
+
+
+def _around(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    target: Tensor,
+    slope: Tensor | None,
+    anchor: Tensor,
+    tiles: Tiles,
+    group: dist.ProcessGroup,
+    want_direction: bool,
+) -> tuple[Forward, Tensor]:
+    """One pass with exponents measured from `anchor`; also returns the sum over v ≠ y, to see whether it overflowed."""
+    total, pull = _sums(x, head, labels, anchor, tiles, want_pull=want_direction)
+    dist.all_reduce(total, group=group)
+    excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
+    everything = total + excess.exp()
+    logps = excess - torch.log1p(total + torch.expm1(excess))
+    direction = None
+    if pull is not None:
+        pull.div_(everything[:, None])
+        direction = _direction(x, head, labels, slope, total / everything, pull, group)
+    return Forward(logps, target - logps, direction), total
+
+
+def _direction(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    slope: Tensor | None,
+    others: Tensor,
+    pull: Tensor,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """`passes.directions` from every shard's `pull`, which is overwritten; the owner of a label adds its row of W."""
+    pull.neg_()
+    if len(head.weight):
+        owned = labels >= 0
+        coefficient = (others if slope is None else others * slope).where(owned, 0.0)
+        toward = head.weight.index_select(0, labels.where(owned, 0)).to(pull.dtype)
+        pull.addcmul_(toward, coefficient[:, None])
+    dist.all_reduce(pull, group=group)
+    return pull.mul_(head.logit_scale).to(x.dtype)
+
+
+def _sums(
+    x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, *, want_pull: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`passes.accumulate` over this shard; zeros where it has no row."""
+    if len(head.weight):
+        return accumulate(x, head, labels, anchor, tiles, want_pull=want_pull)
+    return torch.zeros_like(anchor), x.new_zeros(x.shape, dtype=anchor.dtype) if want_pull else None
+
+
+def _target_logits(x: Tensor, head: Head, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None]:
+    """`passes.target_logits` from whichever shard owns each label; NaN where none does."""
+    owned = labels >= 0
+    found = x.new_zeros((3, len(x)), dtype=compute_dtype(x.dtype))  # z_y, its slope, owners
+    if len(head.weight):
+        target, slope = passes.target_logits(x, head, labels.where(owned, 0))
+        found[0] = target.where(owned, 0.0)
+        found[1] = owned if slope is None else slope.where(owned, 0.0)
+        found[2] = owned
+    dist.all_reduce(found, group=group)
+    target = found[0].where(found[2] == 1, torch.nan)
+    return target, None if head.softcap is None else found[1]
+
+
+def _largest_logits(x: Tensor, head: Head, tiles: TorchTiles, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(N,) max_v z_v over all shards."""
+    largest = largest_logits(x, head, tiles) if len(head.weight) else target.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
