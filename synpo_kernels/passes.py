@@ -23,7 +23,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import skipping
 from .head import Head, compute_dtype
+from .skipping import Skipping
 
 OVERFLOW = 1e26  # about e⁶⁰: a row whose exponential sum passes this is computed again around its largest logit
 SLICE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}  # the slice of the logits that exists at any moment
@@ -72,6 +74,11 @@ class Tiles(Protocol):
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         """total (n, D) += slice_ (n, w) @ b (w, D), in the compute dtype."""
 
+    def add_kept_product(
+        self, total: Tensor, slice_: Tensor, b: Tensor, order: Tensor, kept: Tensor, first_row: int
+    ) -> None:
+        """total (n, D) += slice_[:, k] @ b[k], k the first `kept` () of order (w,) int64, or all where kept is w."""
+
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         """total (w, D) += slice_ᵀ (w, n) @ b (n, D), in the compute dtype."""
 
@@ -83,6 +90,8 @@ class Forward:
     logps: Tensor  # (N,) log-probability of each label
     normalizer: Tensor  # (N,) log Σ_v exp(z_v)
     direction: Tensor | None  # (N, D) U_t = ∂logp_t/∂x_t in the dtype of x; None when it was not asked for
+    bound: Tensor | None = None  # (N,) what skipping may have changed in U_t, in norm; None where nothing is skipped
+    kept: Tensor | None = None  # () share of the columns multiplied
 
 
 @dataclass(frozen=True)
@@ -108,14 +117,16 @@ def low_rows(x: Tensor) -> int:
     return max(1, rows - rows % 64, rows % 64)
 
 
-def vocabulary_chunks(x: Tensor, head: Head, tiles: Tiles) -> Iterator[tuple[slice, Head, Tensor]]:
+def vocabulary_chunks(
+    x: Tensor, head: Head, tiles: Tiles, most_rows: int | None = None
+) -> Iterator[tuple[slice, Head, Tensor]]:
     """Yield (columns, the head's chunk as operand, scratch for one slice).
 
-    The slice of the logits, and the chunk of W where the operand is a widened copy, each stay within `SLICE_BYTES` (or
+    A slice has `most_rows` (MAX_ROWS) rows at most. It, and the chunk of W where the operand is a widened copy, each stay within `SLICE_BYTES` (or
     `LOW_SLICE_BYTES`).
     """
     kept = tiles.slice_dtype(x.dtype)
-    rows = min(x.shape[0], MAX_ROWS)
+    rows = min(x.shape[0], most_rows or MAX_ROWS)
     widest = rows if kept == head.weight.dtype else max(rows, head.weight.shape[1])
     allowed = LOW_SLICE_BYTES if tiles.low else SLICE_BYTES.get(x.device.type, SLICE_BYTES["cpu"])
     budget = allowed // kept.itemsize
@@ -136,9 +147,16 @@ def target_logits(x: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def accumulate(
-    x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, *, want_pull: bool
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    anchor: Tensor,
+    tiles: Tiles,
+    *,
+    want_pull: bool,
+    skip: Skipping | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sweep the vocabulary once around `anchor`.
+    """Sweep the vocabulary once around `anchor`; `skip` takes over the product that makes the pull.
 
     Returns:
         total: (N,) Σ_v≠y exp(z_v - anchor); pull: (N, D) Σ_v≠y exp(z_v - anchor) · c_v/logit_scale · W_v, if wanted.
@@ -147,14 +165,21 @@ def accumulate(
     total = torch.zeros_like(anchor)
     pull = torch.zeros(x.shape, dtype=total.dtype, device=x.device) if want_pull else None
     operand = tiles.operand(x)
-    for columns, part, scratch in vocabulary_chunks(x, head, tiles):
-        for rows in cut(x.shape[0], MAX_ROWS):
+    most_rows = MAX_ROWS if skip is None else skipping.ROWS
+    for columns, part, scratch in vocabulary_chunks(x, head, tiles, most_rows):
+        chunk = None if skip is None else skipping.Chunk(part.weight)
+        for rows in cut(x.shape[0], most_rows):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             weights = scratch[: shape[0] * shape[1]].view(shape)
             near = labels[rows] - columns.start
             total[rows] += tiles(operand[rows], part, near, anchor[rows], None, want_pull, weights, rows.start)
-            if pull is not None:
-                tiles.add_product(pull[rows], weights.to(part.weight.dtype), part.weight, rows.start)
+            if pull is None:
+                continue
+            weights = weights.to(part.weight.dtype)
+            if skip is None or chunk is None:
+                tiles.add_product(pull[rows], weights, part.weight, rows.start)
+            else:
+                skip.add_product(tiles, pull[rows], weights, chunk, columns, rows, total[rows])
     return total, pull
 
 
@@ -179,6 +204,7 @@ def gradients(
     *,
     want: tuple[bool, bool, bool],
     magnify: float = 1.0,
+    first_column: int = 0,
 ) -> Gradients:
     """Gradients through a trained head by recomputing each chunk around the known log-sum-exp.
 
@@ -190,6 +216,7 @@ def gradients(
     Args:
         upstream: (N,) g_t. want: whether the gradients of (hidden, weight, bias) are needed.
         magnify: power of two by which R is held larger in the slice (fp16 needs it).
+        first_column: the columns of W before it are frozen: ∂L/∂W is (V, D - first_column), and costs that much less.
 
     Each chunk of ∂L/∂W is accumulated in the compute dtype over all rows and rounded once.
     """
@@ -201,13 +228,14 @@ def gradients(
     anchor = forward.normalizer - math.log(magnify)
     at_target = torch.expm1(forward.logps) * magnify
     d_hidden = torch.zeros(x.shape, dtype=precise, device=x.device) if want_hidden else None
-    d_weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want_weight else None
+    trained = x[:, first_column:]
+    d_weight = head.weight.new_empty(len(head.weight), trained.shape[1]) if want_weight else None
     d_bias = torch.empty_like(head.weight[:, 0], memory_format=torch.contiguous_format) if want_bias else None
     operand = tiles.operand(x)
-    weighted = (x * unit[:, None]).to(operand.dtype) if want_weight else operand
+    weighted = (trained * unit[:, None]).to(operand.dtype) if want_weight else operand
     for columns, part, scratch in vocabulary_chunks(x, head, tiles):
         width = columns.stop - columns.start
-        chunk_weight = torch.zeros(width, x.shape[1], dtype=precise, device=x.device) if want_weight else None
+        chunk_weight = torch.zeros(width, trained.shape[1], dtype=precise, device=x.device) if want_weight else None
         chunk_bias = torch.zeros(width, dtype=precise, device=x.device)
         for rows in cut(x.shape[0], MAX_ROWS):
             n = rows.stop - rows.start
