@@ -12,11 +12,13 @@ A DTensor sharded on its rows does not say which of the first two it is: the arg
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,6 +89,39 @@ def gathered(*parameters: Tensor | None) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parts):
         yield
+
+
+def from_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Hand `function(hidden, weight, labels, *, bias, low_rank, group, ...)` plain tensors, however the head is spread."""
+
+    @functools.wraps(function)
+    def call(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> Tensor:
+        plain = whole if group is None else local
+        weight, bias = plain(weight), None if bias is None else plain(bias)
+        low_rank = None if low_rank is None else (whole(low_rank[0]), plain(low_rank[1]))
+        options |= {"bias": bias, "low_rank": low_rank, "group": group}
+        if not (partitioned(weight) or partitioned(bias)):
+            return function(hidden, weight, labels, **options)
+        with gathered(weight, bias):
+            return function(hidden, weight, labels, **options)
+
+    return call
+
+
+def named(group: str) -> dist.ProcessGroup:
+    """The process group of this name (an op takes no group, but takes its name)."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(group)
 
 
 def aim(labels: Tensor, rows: int, ignore_index: int | None, group: dist.ProcessGroup) -> Tensor:
