@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from . import losses, ops
+from .kept import kept
 from .losses import IGNORE_INDEX
+from .parallel import from_shards
 
 
+@from_shards
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -26,6 +30,8 @@ def linear_logprobs(
     ignore_index: int | None = IGNORE_INDEX,
     backend: str = "auto",
     memory: str = "default",
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """log softmax(z)[label] of each row, z = cap(logit_scale · (hidden @ weight.T + bias)), without holding z.
 
@@ -46,6 +52,17 @@ def linear_logprobs(
         memory: "low" holds less than 20 MiB beyond inputs, result and gradients (D up to 16,000) under a frozen head: rows
             are taken in blocks, and the backward pass computes each slice again (half as much work again). Under a
             trained head it makes the slices smaller, nothing else.
+        low_rank: (u (..., r), B (V, r)) adds u @ B.T to the raw logits, as LoRA on the head does (`lora_head`). With a frozen
+            weight it costs r/D more of everything, and one product more in the backward pass where B is trained.
+        group: processes that hold the head by rows (vocabulary parallel): weight, bias and B are this process's rows, in
+            the order of ranks, as many as it has, none included; a shard padded to equal size is passed without its
+            padding, weight[:rows]. hidden, u and labels (in the whole vocabulary) are the same on all. The result, and the
+            gradients of hidden and u, are complete on every process; those of the shard stay with it. All must use the
+            result in the same way. All communication is in the forward pass.
+
+    A weight that is a DTensor is gathered whole (FSDP2: each process has hidden states of its own), its gradient averaged
+    over its mesh; with a group, its local rows are used. A weight that ZeRO-3 has partitioned is gathered by DeepSpeed for
+    the forward pass; it must be frozen, and memory "default".
 
     Returns:
         (...) float32 (float64 for float64 inputs), 0 at ignored rows and connected to the graph even if all are ignored.
@@ -59,29 +76,74 @@ def linear_logprobs(
         dtype = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        low_rank = None if low_rank is None else (low_rank[0].to(dtype), low_rank[1].to(dtype))
     if memory not in ("default", "low"):
         raise ValueError(f"memory must be 'default' or 'low', got {memory!r}")
-    _check_head(hidden, weight, labels, bias, softcap, ignore_index)
+    _check_head(hidden, weight, labels, bias, softcap, ignore_index, sharded=group is not None)
+    extra = None
+    if low_rank is not None:
+        _check_low_rank(hidden, weight, *low_rank)
+        hidden, extra = torch.cat([hidden, low_rank[0]], -1), low_rank[1]
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     bias = None if bias is None else bias.contiguous()
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    trained = any(t is not None and t.requires_grad for t in (weight, extra, bias))
+    want_direction = torch.is_grad_enabled() and hidden.requires_grad
+    if group is not None or (extra is not None and trained):
+        shared = (softcap, logit_scale, ignore_index, backend, memory == "low", group.group_name if group else "")
+        logps, *_ = kept(flat, weight, extra, bias, flat_labels, *shared, want_direction)
+        return logps.view(labels.shape)
+    weight = weight if extra is None else torch.cat([weight, extra], 1)
     options = (flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend)
-    if torch.is_grad_enabled() and hidden.requires_grad and not trained and memory == "default":
+    if want_direction and not trained and memory == "default":
         logps, _ = ops.frozen(*options)
     else:
         logps, _ = ops.trained(*options, memory == "low")
     return logps.view(labels.shape)
 
 
+def lora_head(hidden: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """`low_rank` of `linear_logprobs` for LoRA on the head, W' = W + scaling · B A (https://arxiv.org/abs/2106.09685).
+
+    Args:
+        hidden: (..., D), after LoRA's dropout where it has one. lora_a: A (r, D). lora_b: B (V, r). scaling: usually α/r,
+            α/√r with rank stabilisation.
+
+    Returns:
+        (scaling · hidden @ A.T (..., r), B (V, r)); several adapters are concatenated, each part along its last dimension.
+    """
+    return scaling * (hidden @ lora_a.T), lora_b
+
+
+def _check_low_rank(hidden: Tensor, weight: Tensor, u: Tensor, b: Tensor) -> None:
+    if u.shape[:-1] != hidden.shape[:-1] or b.shape != (len(weight), u.shape[-1]):
+        raise ValueError(
+            f"low_rank must be (u {(*hidden.shape[:-1], 'r')}, B ({len(weight)}, 'r')), got {tuple(u.shape)} and "
+            f"{tuple(b.shape)}"
+        )
+    for name, tensor in (("u", u), ("B", b)):
+        if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} of low_rank must be {hidden.dtype} on {hidden.device} as hidden is, got {tensor.dtype} on "
+                f"{tensor.device}; cast it or use autocast"
+            )
+
+
 def _check_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, ignore_index: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    ignore_index: int | None,
+    *,
+    sharded: bool,
 ) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden (..., D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
-            "the head must belong to the model that made the hidden states (a sharded weight must be gathered first)"
+            "the head must belong to the model that made the hidden states"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not sharded:
         raise ValueError(f"weight (V, D) needs at least one vocabulary entry, got {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
@@ -101,7 +163,7 @@ def _check_head(
         raise ValueError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and labels.numel() and not sharded and not torch.compiler.is_compiling():
         kept = labels if ignore_index is None else labels[labels != ignore_index]
         if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= weight.shape[0]):
             raise ValueError(
@@ -138,7 +200,7 @@ class FusedLinearSynPOLoss(nn.Module):
     Args:
         alpha: sharpness of the preference term. beta: weight of the language reward.
         reduction: "mean" over the pairs that have tokens on both sides, or "sum".
-        softcap, logit_scale, ignore_index, backend, memory: as `linear_logprobs`.
+        softcap, logit_scale, ignore_index, backend, memory, group: as `linear_logprobs`.
     """
 
     def __init__(
@@ -152,6 +214,7 @@ class FusedLinearSynPOLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
         memory: str = "default",
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if not alpha > 0 or beta < 0:
@@ -159,7 +222,7 @@ class FusedLinearSynPOLoss(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         self.alpha, self.beta, self.reduction, self.backend, self.memory = alpha, beta, reduction, backend, memory
-        self.softcap, self.logit_scale, self.ignore_index = softcap, logit_scale, ignore_index
+        self.softcap, self.logit_scale, self.ignore_index, self.group = softcap, logit_scale, ignore_index, group
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, reduction={self.reduction!r}, backend={self.backend!r}"
@@ -172,6 +235,7 @@ class FusedLinearSynPOLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> SynPOOutput:
         """Loss of B pairs.
 
@@ -179,6 +243,7 @@ class FusedLinearSynPOLoss(nn.Module):
             hidden: (2B, T, D), chosen sequences first, then the rejected in the same order; or packed (N, D) with
                 cu_seqlens. weight, bias: the head. labels: (2B, T) or (N,), already aligned to the row that predicts them.
             cu_seqlens: (2B + 1,) int bounds of the packed sequences, chosen first; equal neighbours: an empty completion.
+            low_rank: as `linear_logprobs`.
 
         Raises:
             ValueError: as `linear_logprobs`; an odd number of sequences; a layout that is neither of the two.
@@ -202,6 +267,8 @@ class FusedLinearSynPOLoss(nn.Module):
             ignore_index=self.ignore_index,
             backend=self.backend,
             memory=self.memory,
+            low_rank=low_rank,
+            group=self.group,
         )
         stats = losses.sequence_stats(logps, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index)
         loss = losses.synpo(stats, alpha=self.alpha, beta=self.beta, reduction=self.reduction)
