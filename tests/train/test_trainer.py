@@ -72,7 +72,7 @@ def test_every_step_is_logged_with_the_metrics(captioner: CaptionModel, pairs_fo
     }
     assert all(expected <= row.keys() for row in rows[:-1])
     assert rows[-1].keys() >= {"train_runtime", "train_loss"}
-    sizes = [p.prompt.numel() * 2 + len(p.chosen) + len(p.rejected) for p in trainer.train_dataset]
+    sizes = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in trainer.train_dataset]
     assert rows[1]["num_tokens"] == sum(sizes)
     for row in rows[:-1]:
         assert row["synpo/margin"] == pytest.approx(row["synpo/chosen_prob"] - row["synpo/rejected_prob"], abs=1e-6)
@@ -170,12 +170,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_pairs(
     step = trainer.training_step
 
     def poisoned(model: Any, inputs: Any, *args: Any) -> Any:
-        row = inputs["pair_ids"].index("pair-2")
-        position = int((inputs["labels"][row] != -100).nonzero()[0])
+        pair = inputs["pair_ids"].index("pair-2")
+        position = int(inputs["rows"][inputs["cu_seqlens"][pair] + 1])
 
         def poison(module: Any, args: Any, output: Tensor) -> Tensor:
             output = output.clone()
-            output[row, position] = float("nan")
+            output[0, position] = float("nan")
             return output
 
         text_lm.base.model.norm.register_forward_hook(poison)

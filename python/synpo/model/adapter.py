@@ -134,22 +134,26 @@ class CaptionModel:
         with torch.no_grad():
             return self.vision.encode(visions)
 
-    def forward_kwargs(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> dict[str, Tensor]:
+    def forward_kwargs(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
         """Keyword arguments of the model's top-level forward for ids (B, L), mask (B, L) and one visual part a row.
 
         Includes explicit `position_ids`, so that padding on either side changes nothing: (B, L), or (3, B, L) for mrope.
         """
-        if self.vision is None:
-            return {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": sequential_positions(attention_mask),
-            }
         return {
-            **self.vision.inputs(input_ids, visions),
+            **self.inputs(input_ids, visions),
             "attention_mask": attention_mask,
-            "position_ids": self.vision.positions(input_ids, attention_mask, visions),
+            "position_ids": self.positions(input_ids, attention_mask, visions),
         }
+
+    def inputs(self, input_ids: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
+        """The part of `forward_kwargs` that says what is read: ids (B, L) and what is seen, in the order of placeholders."""
+        return {"input_ids": input_ids} if self.vision is None else self.vision.inputs(input_ids, visions)
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> Tensor:
+        """Positions (B, L), or (3, B, L) for mrope, of the tokens a mask (B, L) keeps."""
+        if self.vision is None:
+            return sequential_positions(attention_mask)
+        return self.vision.positions(input_ids, attention_mask, visions)
 
     @property
     def base(self) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 from synpo.config import ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.model.adapter import CaptionModel, evaluating
+from synpo.model.packing import packed_inputs
 from synpo_kernels import OBJECTIVES, FusedLinearSynPOLoss, SequenceStats, linear_logprobs, sequence_stats
 from synpo_kernels.losses import token_norms
 
@@ -92,14 +93,16 @@ class PairObjective:
         visions = self.lm.encode_vision(batch["vision"])
         reference = self._reference(model, batch, visions) if self.objective.needs_reference else None
         hidden = self._hidden(model, batch, visions)
-        targets = batch["labels"].flatten().index_select(0, batch["rows"])
         if self.objective.name == "synpo":
-            return self._synpo(hidden, targets, batch["cu_seqlens"])
-        return self._any(hidden, targets, batch["cu_seqlens"], reference)
+            return self._synpo(hidden, batch["targets"], batch["cu_seqlens"])
+        return self._any(hidden, batch["targets"], batch["cu_seqlens"], reference)
 
     def _hidden(self, model: Any, batch: PairBatch, visions: list[Any]) -> Tensor:
         """Hidden states (N, D) of the rows that predict completion tokens, in the dtype of the head."""
-        inputs = self.lm.forward_kwargs(batch["input_ids"], batch["attention_mask"], [*visions, *visions])
+        if batch["lengths"] is None:
+            inputs = self.lm.forward_kwargs(batch["input_ids"], batch["attention_mask"], [*visions, *visions])
+        else:
+            inputs = packed_inputs(self.lm, batch["input_ids"], batch["lengths"], batch["sequences"], visions)
         hidden = self.lm.hidden_states(inputs, model).flatten(0, 1).index_select(0, batch["rows"])
         return hidden.to(self.lm.head().weight.dtype)
 
@@ -119,9 +122,8 @@ class PairObjective:
     @torch.no_grad()
     def _reference(self, model: Any, batch: PairBatch, visions: list[Any]) -> SequenceStats:
         """Statistics under the model with its adapter off and its dropout too."""
-        targets = batch["labels"].flatten().index_select(0, batch["rows"])
         with self.lm.model.disable_adapter(), evaluating(model):
-            logps = self._logprobs(self._hidden(model, batch, visions), targets)
+            logps = self._logprobs(self._hidden(model, batch, visions), batch["targets"])
         return sequence_stats(logps, cu_seqlens=batch["cu_seqlens"])
 
     def _synpo(self, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Outcome:
