@@ -96,8 +96,9 @@ def cases(archs: list[int], hidden: int) -> Iterator[Case]:
             config = product_config(arch // 10, 4 if dtype == "fp32" else 2)
             constants = {"GROUP_M": config.group_n, "PRECISION": precision, "stride_bd": 1, **_blocks("MDK", config)}
             for name, form in (
-                ("product", {"SUM_COUNTED": False, "stride_ak": 1}),
-                ("product over rows", {"SUM_COUNTED": True, "stride_am": 1}),
+                ("product", {"SUM_COUNTED": False, "HAS_KEPT": False, "stride_ak": 1}),
+                ("product over rows", {"SUM_COUNTED": True, "HAS_KEPT": False, "stride_am": 1}),
+                ("product of kept columns", {"SUM_COUNTED": False, "HAS_KEPT": True, "stride_ak": 1}),
             ):
                 yield Case(f"{name} {label}", counted_product_kernel, arch, dtype, config, {**constants, **form})
 

@@ -7,7 +7,7 @@ done again around its largest logit, which reads one number back from a CUDA dev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import passes
 from .head import Head, add_matmul, compute_dtype, matmul
 from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
+from .skipping import Skipping
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class TorchTiles:
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         add_matmul(total, slice_, b)
 
+    def add_kept_product(
+        self, total: Tensor, slice_: Tensor, b: Tensor, order: Tensor, kept: Tensor, first_row: int
+    ) -> None:
+        number = int(kept)  # a host read for each slice on a CUDA device
+        if number < len(b):
+            columns = order[:number].sort().values
+            slice_, b = slice_.index_select(1, columns), b.index_select(0, columns)
+        add_matmul(total, slice_, b)
+
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         add_matmul(total, slice_.T, b)
 
@@ -79,13 +89,24 @@ def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, None]:
 
 
 def forward(
-    x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None, low: bool = False
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    want_direction: bool,
+    count: Tensor | None = None,
+    low: bool = False,
+    tolerance: float | None = None,
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`.
+
+    tolerance: leave out of U what `skipping` allows; rows that are done again are done whole.
+    """
     assert count is None, "`partition` gives the rows to compute alone"
     tiles = TorchTiles(low)
     target, slope = target_logits(x, head, labels)
-    result, total = _around(x, head, labels, target, target, slope, tiles, want_direction)
+    skip = None if tolerance is None else Skipping(tolerance, head, torch.ones_like(target))
+    result, total = _around(x, head, labels, target, target, slope, tiles, want_direction, skip)
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
     if flagged.numel() == 0:
         return result
@@ -100,6 +121,8 @@ def forward(
     ):
         if whole is not None and part is not None:
             whole[flagged] = part
+    if result.bound is not None:
+        result.bound[flagged] = 0.0
     return result
 
 
@@ -128,16 +151,18 @@ def _around(
     slope: Tensor | None,
     tiles: TorchTiles,
     want_direction: bool,
+    skip: Skipping | None = None,
 ) -> tuple[Forward, Tensor]:
     """One pass with exponents measured from `anchor`; also returns the sum, to see whether it overflowed."""
-    total, pull = passes.accumulate(x, head, labels, anchor, tiles, want_pull=want_direction)
+    total, pull = passes.accumulate(x, head, labels, anchor, tiles, want_pull=want_direction, skip=skip)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
     logps = excess - torch.log1p(total + torch.expm1(excess))
     direction = None
     if pull is not None:
         direction = passes.directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
-    return Forward(logps, target - logps, direction), total
+    found = Forward(logps, target - logps, direction)
+    return found if skip is None else replace(found, bound=skip.bound(everything), kept=skip.share()), total
 
 
 def largest_logits(x: Tensor, head: Head, tiles: TorchTiles) -> Tensor:

@@ -9,7 +9,7 @@ count where it is, and blocks past it return at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .head import Head, add_matmul
 from .kernels import counted_product, exact_rows, exp_tile
 from .kernels.configs import exact_config, product_config, tile_config
 from .passes import Forward, Gradients, accumulate, directions, target_logits
+from .skipping import Skipping
 
 FP16_MAGNIFY = 2.0**14
 
@@ -87,6 +88,26 @@ class TritonTiles:
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         self._add(total, slice_, b, first_row, transposed=False)
 
+    def add_kept_product(
+        self, total: Tensor, slice_: Tensor, b: Tensor, order: Tensor, kept: Tensor, first_row: int
+    ) -> None:
+        rows = len(slice_)
+        if rows == 0:
+            return
+        every = kept.new_full((), first_row + rows, dtype=torch.int32)
+        counted_product.launch(
+            slice_.index_select(1, order),
+            b,
+            total,
+            every if self.count is None else self.count,
+            first_row=first_row,
+            sum_counted=False,
+            kept=kept,
+            index=order,
+            precision=_precision(),
+            config=product_config(_major(b.device), b.element_size()),
+        )
+
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         self._add(total, slice_.T, b, first_row, transposed=True)
 
@@ -117,27 +138,39 @@ def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor, head: Head, labels: Tensor, *, want_direction: bool, count: Tensor | None = None, low: bool = False
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    want_direction: bool,
+    count: Tensor | None = None,
+    low: bool = False,
+    tolerance: float | None = None,
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 past the count; see `passes`."""
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 past the count; see `passes`.
+
+    tolerance: leave out of U what `skipping` allows; rows that are done again are done whole.
+    """
     twice = x.dtype == torch.float16
     tiles = TritonTiles(count, low)
     target, slope = target_logits(x, head, labels)
     target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
-    total, pull = accumulate(x, head, labels, target, tiles, want_pull=want_direction and not twice)
+    skip = None if tolerance is None or twice else Skipping(tolerance, head, torch.ones_like(target), count)
+    total, pull = accumulate(x, head, labels, target, tiles, want_pull=want_direction and not twice, skip=skip)
     total = _counted(total, count)  # what lies behind was not written
     logps = (target - target) - torch.log1p(total)  # the difference is 0, or NaN where the row is not finite
     direction = None
     if pull is not None:
         everything = 1.0 + total
         direction = directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
+    flags = _counted((total > passes.OVERFLOW).to(torch.int8), count)
     if x.shape[0]:
         exact_rows.launch(
             x,
             head.weight,
             head.bias,
             labels,
-            _counted((total > passes.OVERFLOW).to(torch.int8), count),
+            flags,
             target,
             slope,
             logps,
@@ -149,10 +182,15 @@ def forward(
         )
     if want_direction and twice:
         anchor = target - logps - math.log(FP16_MAGNIFY)
-        _, pull = accumulate(x, head, labels, anchor, tiles, want_pull=True)
+        skip = None if tolerance is None else Skipping(tolerance, head, (target - anchor).exp(), count)
+        _, pull = accumulate(x, head, labels, anchor, tiles, want_pull=True, skip=skip)
         assert pull is not None
         direction = directions(head, labels, slope, -torch.expm1(logps), pull.div_(FP16_MAGNIFY))
-    return Forward(logps, target - logps, direction)
+    found = Forward(logps, target - logps, direction)
+    if skip is None:
+        return found
+    normalizer = torch.full_like(total, FP16_MAGNIFY) if twice else 1.0 + total
+    return replace(found, bound=skip.bound(normalizer).where(flags == 0, 0.0), kept=skip.share())
 
 
 def gradients(

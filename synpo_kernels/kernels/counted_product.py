@@ -1,7 +1,8 @@
 """total += A B for a slice of which only the first `count` rows hold anything, a number that stays on the device.
 
-Two forms, one kernel: the rows that count are rows of A and of the result (∂/∂x, N of them), or they are what is summed
-over (∂/∂W = Rᵀ X). A library product has no way to stop at a number the host does not know.
+Three forms, one kernel: the rows that count are rows of A and of the result (∂/∂x, N of them); or they are what is summed
+over (∂/∂W = Rᵀ X); or, of the first form, only some columns of A and rows of B enter, as many as a second number says, the
+rows of B found through an index. A library product has no way to stop at a number the host does not know.
 """
 
 # A kernel takes pointers and scalars typed at launch.
@@ -27,6 +28,8 @@ def counted_product_kernel(
     b_ptr,
     total_ptr,
     count_ptr,
+    kept_ptr,
+    index_ptr,
     M,
     K,
     D,
@@ -41,13 +44,15 @@ def counted_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUM_COUNTED: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid: cdiv(M, BLOCK_M) · cdiv(D, BLOCK_D) programs in one dimension; a program owns one tile of the result.
 
     Pointers: a (M, K), b (K, D), total (M, D) fp32, count () int32 rows that hold something, of which first_row lie
     before this slice. SUM_COUNTED: the counted rows are those of b, else those of a. Rows past the count are not read
-    into a result (they may hold anything), and their result is left alone.
+    into a result (they may hold anything), and their result is left alone. HAS_KEPT: kept () int64 columns of a are
+    summed over, with rows index[k] of b, index (K,) int64; kept and index are touched with it alone.
     """
     tile_m, tile_d = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP_M)
     limit = tl.load(count_ptr) - first_row
@@ -56,6 +61,8 @@ def counted_product_kernel(
         depth = tl.minimum(K, limit)
     else:
         rows = tl.minimum(M, limit)
+    if HAS_KEPT:
+        depth = tl.load(kept_ptr).to(tl.int32)
     if tile_m * BLOCK_M >= rows:
         return
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -68,10 +75,14 @@ def counted_product_kernel(
     total = tl.load(total_ptrs, mask=inside_m & inside_d, other=0.0)
     for k in range(0, depth, BLOCK_K):
         a = tl.load(a_ptrs, mask=inside_m & (k + inner < depth)[None, :], other=0.0)
+        if HAS_KEPT:
+            row = tl.load(index_ptr + k + inner, mask=k + inner < depth, other=0)
+            b_ptrs = b_ptr + row[:, None] * stride_bk + d.to(tl.int64)[None, :] * stride_bd
         b = tl.load(b_ptrs, mask=(k + inner < depth)[:, None] & inside_d, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
         a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+        if not HAS_KEPT:
+            b_ptrs += BLOCK_K * stride_bk
     tl.store(total_ptrs, total, mask=inside_m & inside_d)
 
 
@@ -83,14 +94,17 @@ def launch(
     *,
     first_row: int,
     sum_counted: bool,
+    kept: Tensor | None = None,
+    index: Tensor | None = None,
     precision: str,
     config: TileConfig,
 ) -> None:
     """total (M, D) fp32 += a (M, K) @ b (K, D), the first `count - first_row` rows of a (of b with sum_counted) alone.
 
+    kept () int64, index (K,) int64: sum over the first `kept` columns of a alone, with the rows of b that index names.
     `config` gives the tile as rows block_n, columns block_v, summed block_d at a time.
     """
-    assert total.stride(1) == 1
+    assert total.stride(1) == 1 and (kept is None) == (index is None)
     m, k = a.shape
     d = b.shape[1]
     block_d = min(config.block_v, max(16, triton.next_power_of_2(d)))
@@ -99,6 +113,8 @@ def launch(
         b,
         total,
         count,
+        count if kept is None else kept,
+        count if index is None else index,
         m,
         k,
         d,
@@ -111,6 +127,7 @@ def launch(
         BLOCK_K=config.block_d,
         GROUP_M=config.group_n,
         SUM_COUNTED=sum_counted,
+        HAS_KEPT=kept is not None,
         PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
