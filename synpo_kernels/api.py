@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from . import losses, ops
 from .kept import kept
 from .losses import IGNORE_INDEX
 from .parallel import from_shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @from_shards
@@ -141,7 +145,7 @@ def _check_head(
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden (..., D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
-            "the head must belong to the model that made the hidden states"
+            "the head must belong to the model that made the hidden states (a sharded weight must be gathered first)"
         )
     if weight.shape[0] == 0 and not sharded:
         raise ValueError(f"weight (V, D) needs at least one vocabulary entry, got {tuple(weight.shape)}")
