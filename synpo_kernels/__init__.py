@@ -6,6 +6,7 @@ Needs torch alone; triton is imported where its kernels run.
 from . import losses
 from .api import FusedLinearSynPOLoss, SynPOOutput, linear_logprobs
 from .contrast import contrastive_mix, contrastive_sample
+from .epilogue import synpo_pairs
 from .losses import OBJECTIVES, Objective, SequenceStats, sequence_stats
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "linear_logprobs",
     "losses",
     "sequence_stats",
+    "synpo_pairs",
 ]

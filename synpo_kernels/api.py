@@ -6,14 +6,13 @@ FusedLinearSynPOLoss  the same, carried through to the SynPO loss and the statis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from . import losses, ops
+from . import ops
+from .epilogue import SynPOOutput, synpo_pairs
 from .kept import kept
 from .losses import IGNORE_INDEX
 from .parallel import from_shards
@@ -176,26 +175,6 @@ def _check_head(
             )
 
 
-@dataclass(frozen=True)
-class SynPOOutput:
-    """Loss and detached statistics of one batch of B pairs. A pair with an empty completion has 0 in every (B,) field.
-
-    A hidden state that is not finite makes its pair's statistics and the loss NaN: check `nonfinite_pairs`.
-    """
-
-    loss: Tensor  # () differentiable
-    chosen_logps: Tensor  # (B,) m+, mean log-probability of the chosen tokens
-    rejected_logps: Tensor  # (B,) m-
-    chosen_prob: Tensor  # (B,) P+ = exp(m+), geometric-mean token probability
-    rejected_prob: Tensor  # (B,) P-
-    language_reward: Tensor  # (B,) a+, arithmetic mean of the chosen tokens' probabilities
-    margin: Tensor  # (B,) P+ - P-
-    chosen_grad_norm: Tensor  # (B,) ‖g‖₂ over the chosen tokens, g_t = ∂loss/∂logp_t
-    rejected_grad_norm: Tensor  # (B,) ‖g‖₂ over the rejected tokens
-    empty_pairs: Tensor  # () int64, pairs that contributed nothing
-    nonfinite_pairs: Tensor  # (B,) bool, pairs in which a log-probability is NaN or infinite
-
-
 class FusedLinearSynPOLoss(nn.Module):
     """SynPO from hidden states and the head, https://arxiv.org/abs/2506.00835:
 
@@ -274,38 +253,14 @@ class FusedLinearSynPOLoss(nn.Module):
             low_rank=low_rank,
             group=self.group,
         )
-        stats = losses.sequence_stats(logps, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index)
-        loss = losses.synpo(stats, alpha=self.alpha, beta=self.beta, reduction=self.reduction)
-        return self._output(loss, stats.detach(), logps.detach(), labels, cu_seqlens)
-
-    @torch.no_grad()
-    def _output(
-        self, loss: Tensor, stats: losses.SequenceStats, logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None
-    ) -> SynPOOutput:
-        coefficients = losses.synpo_coefficients(
-            stats,
+        output, _ = synpo_pairs(
             logps,
             labels,
+            cu_seqlens,
             alpha=self.alpha,
             beta=self.beta,
-            cu_seqlens=cu_seqlens,
             ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            backend=self.backend,
         )
-        valid = stats.valid_pairs.to(logps.dtype)
-        if self.reduction == "mean":
-            coefficients = coefficients / valid.sum().clamp(min=1.0)
-        chosen_norm, rejected_norm = losses.token_norms(coefficients, cu_seqlens=cu_seqlens)
-        chosen_prob, rejected_prob = stats.chosen.mean_logps.exp(), stats.rejected.mean_logps.exp()
-        return SynPOOutput(
-            loss=loss,
-            chosen_logps=stats.chosen.mean_logps * valid,
-            rejected_logps=stats.rejected.mean_logps * valid,
-            chosen_prob=chosen_prob * valid,
-            rejected_prob=rejected_prob * valid,
-            language_reward=stats.chosen.mean_probs * valid,
-            margin=(chosen_prob - rejected_prob) * valid,
-            chosen_grad_norm=chosen_norm,
-            rejected_grad_norm=rejected_norm,
-            empty_pairs=stats.empty_pairs,
-            nonfinite_pairs=stats.nonfinite_pairs,
-        )
+        return output

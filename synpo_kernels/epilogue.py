@@ -1,0 +1,199 @@
+"""The end of a SynPO step as one op: per-token log-probabilities → loss, what is worth logging, and g_t = ∂L/∂logp_t.
+
+    logps (2B, T) or packed (N,)  →  loss (), g in the shape of logps, 8 statistics a pair
+
+On CUDA two small kernels (`kernels/epilogue.py`), elsewhere the torch ops of `losses`. Nothing is read back to the host
+and nothing loops over pairs; how many pairs are valid is found on the device. The gradient is finished in the forward
+pass, so backward is g times a number and may run any number of times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import losses
+from .dispatch import choose
+from .head import compute_dtype
+from .losses import IGNORE_INDEX
+
+# rows of the op's (8, B) result, fields of SynPOOutput
+FIELDS = (
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_prob",
+    "rejected_prob",
+    "language_reward",
+    "margin",
+    "chosen_grad_norm",
+    "rejected_grad_norm",
+)
+
+
+@dataclass(frozen=True)
+class SynPOOutput:
+    """Loss and detached statistics of one batch of B pairs. A pair with an empty completion has 0 in every (B,) field.
+
+    A hidden state that is not finite makes its pair's statistics and the loss NaN: check `nonfinite_pairs`.
+    """
+
+    loss: Tensor  # () differentiable
+    chosen_logps: Tensor  # (B,) m+, mean log-probability of the chosen tokens
+    rejected_logps: Tensor  # (B,) m-
+    chosen_prob: Tensor  # (B,) P+ = exp(m+), geometric-mean token probability
+    rejected_prob: Tensor  # (B,) P-
+    language_reward: Tensor  # (B,) a+, arithmetic mean of the chosen tokens' probabilities
+    margin: Tensor  # (B,) P+ - P-
+    chosen_grad_norm: Tensor  # (B,) ‖g‖₂ over the chosen tokens, g_t = ∂loss/∂logp_t
+    rejected_grad_norm: Tensor  # (B,) ‖g‖₂ over the rejected tokens
+    empty_pairs: Tensor  # () int64, pairs that contributed nothing
+    nonfinite_pairs: Tensor  # (B,) bool, pairs in which a log-probability is NaN or infinite
+
+
+def synpo_pairs(
+    logps: Tensor,
+    labels: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    alpha: float = 30.0,
+    beta: float = 0.2,
+    ignore_index: int | None = IGNORE_INDEX,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> tuple[SynPOOutput, Tensor]:
+    """SynPO loss and statistics of B pairs, L = -mean over pairs [ σ(α (P+ - P-)) + β a+ ], arXiv 2506.00835.
+
+    Args:
+        logps: (2B, T), chosen sequences first; or (N,) with `cu_seqlens`; floating.
+        labels: same shape, int64; tokens equal to `ignore_index` do not count. None: every token counts.
+        cu_seqlens: (2B + 1,) int bounds of the packed sequences; equal neighbours: an empty completion.
+        reduction: "mean" over the pairs that have tokens on both sides, or "sum".
+        backend: "auto", "triton" for the kernels, anything else that `linear_logprobs` knows for torch ops.
+
+    Returns:
+        the output, its loss differentiable in logps (once); and g (shape of logps) = ∂loss/∂logp_t in float32 (float64 for
+        float64 logps), detached, 0 at tokens that do not count.
+
+    Raises:
+        ValueError: shapes disagree, an odd number of sequences, an unknown reduction.
+    """
+    losses.check_layout(logps, labels, cu_seqlens)
+    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if sequences % 2:
+        raise ValueError(f"pairs need an even number of sequences, chosen first; got {sequences}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if ignore_index is None:
+        labels = None
+    loss, g, fields, empty, nonfinite = pairs(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction, backend)
+    statistics = dict(zip(FIELDS, fields.unbind()))
+    return SynPOOutput(loss=loss, **statistics, empty_pairs=empty, nonfinite_pairs=nonfinite), g
+
+
+@torch.library.custom_op("synpo_kernels::synpo_pairs", mutates_args=())
+def pairs(
+    logps: Tensor,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int | None,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ loss (), g like logps, statistics (8, B) in the order of `FIELDS`, empty pairs () int64, nonfinite (B,) bool."""
+    compute = _by_kernel if choose(backend, logps).name == "triton" else _by_torch
+    return compute(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction)
+
+
+def _by_kernel(
+    logps: Tensor,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from .kernels import epilogue  # imports triton
+
+    loss, g, fields, empty, nonfinite = _results(logps, cu_seqlens)
+    sequences = 2 * len(nonfinite)
+    if not sequences:
+        return loss.zero_(), g.zero_(), fields, empty.zero_(), nonfinite
+    epilogue.launch(
+        logps.contiguous(),
+        None if labels is None else labels.contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        torch.empty(4, sequences, dtype=torch.float64, device=logps.device),
+        g,
+        fields,
+        nonfinite.view(torch.int8),
+        empty,
+        loss,
+        alpha=alpha,
+        beta=beta,
+        ignore_index=IGNORE_INDEX if ignore_index is None else ignore_index,
+        mean=reduction == "mean",
+    )
+    return loss, g, fields, empty, nonfinite
+
+
+def _by_torch(
+    logps: Tensor,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logps = logps.to(compute_dtype(logps.dtype))
+    ignore_index = None if labels is None else ignore_index
+    layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+    stats = losses.sequence_stats(logps, labels, **layout)
+    loss = losses.synpo(stats, alpha=alpha, beta=beta, reduction=reduction)
+    g = losses.synpo_coefficients(stats, logps, labels, alpha=alpha, beta=beta, **layout)
+    valid = stats.valid_pairs.to(logps.dtype)
+    if reduction == "mean":
+        g = g / valid.sum().clamp(min=1.0)
+    norms = losses.token_norms(g, cu_seqlens=cu_seqlens)
+    chosen, rejected = stats.chosen, stats.rejected
+    p_chosen, p_rejected = chosen.mean_logps.exp(), rejected.mean_logps.exp()
+    means = (chosen.mean_logps, rejected.mean_logps, p_chosen, p_rejected, chosen.mean_probs, p_chosen - p_rejected)
+    fields = torch.stack([*(value * valid for value in means), *norms])
+    return loss, g, fields, stats.empty_pairs, stats.nonfinite_pairs
+
+
+def _results(logps: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tensors for what the op returns."""
+    g = torch.empty(logps.shape, dtype=compute_dtype(logps.dtype), device=logps.device)
+    half = (logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
+    empty = torch.empty((), dtype=torch.int64, device=logps.device)
+    nonfinite = torch.empty(half, dtype=torch.bool, device=logps.device)
+    return g.new_empty(()), g, g.new_empty(len(FIELDS), half), empty, nonfinite
+
+
+@pairs.register_fake
+def _(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction, backend):  # type: ignore[no-untyped-def]
+    return _results(logps, cu_seqlens)
+
+
+def _keep_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+@once_differentiable
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    (g,) = ctx.saved_tensors
+    return (None if upstream is None else (g * upstream).to(ctx.dtype), *[None] * 7)
+
+
+pairs.register_autograd(_backward, setup_context=_keep_coefficients)
