@@ -50,6 +50,20 @@ class EncodedPair:
         return sum(t.nbytes for t in (self.prompt, self.chosen, self.rejected, *self.vision.values()))
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one pair: visual ones and text of the prompt, the two answers with their ends."""
+
+    visual: int
+    text: int
+    chosen: int
+    rejected: int
+
+    @property
+    def prompt(self) -> int:
+        return self.visual + self.text
+
+
 class PairEncoder:
     """Encodes pairs for one model.
 
@@ -73,6 +87,7 @@ class PairEncoder:
         context = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = max_length or context or 1 << 30
         self.max_completion_length = max_completion_length
+        self._visual_token = getattr(lm.base.config, "video_token_id", None)
         self._checked: dict[tuple[str, torch.Size], Prompt] = {}
 
     def encode(self, pair: Pair) -> EncodedPair:
@@ -87,19 +102,22 @@ class PairEncoder:
             raise PairError(pair.id, "video unreadable", str(error)) from error
         return self._build(pair, self._prompt(pair, frames))
 
-    def check(self, pair: Pair) -> None:
-        """As `encode` without its result, and only the first frame of the video is decoded."""
+    def check(self, pair: Pair) -> EncodedPair:
+        """As `encode` without pixels: of the video only what its file says of itself is read."""
         self._check_answers(pair)
         if pair.video is None:
-            self._build(pair, self._prompt(pair, None))
-            return
+            return self._build(pair, self._prompt(pair, None))
         path, times = self._locate(pair)
         info = probe(path)
         blank = torch.zeros(1, dtype=torch.uint8).expand(len(times), 3, info.height, info.width)
         key = (pair.prompt, blank.shape)
         if key not in self._checked:
             self._checked[key] = Prompt(self._prompt(pair, blank).input_ids, {})
-        self._build(pair, self._checked[key])
+        return self._build(pair, self._checked[key])
+
+    def lengths(self, pair: EncodedPair) -> Lengths:
+        visual = 0 if self._visual_token is None else int((pair.prompt == self._visual_token).sum())
+        return Lengths(visual, len(pair.prompt) - visual, len(pair.chosen), len(pair.rejected))
 
     def _check_answers(self, pair: Pair) -> None:
         for side in ("chosen", "rejected"):
@@ -153,7 +171,7 @@ class PairDataset(Dataset[EncodedPair]):
     """The usable ones of `pairs`, encoded on demand; all are looked at once when it is built.
 
     Attributes:
-        pairs: the pairs kept, in their order.
+        pairs: the pairs kept, in their order; lengths: their tokens.
         dropped: why each of the others was not.
 
     Raises ValueError when no pair is left.
@@ -164,6 +182,7 @@ class PairDataset(Dataset[EncodedPair]):
     ) -> None:
         self.encoder = encoder
         self.pairs: list[Pair] = []
+        self.lengths: list[Lengths] = []
         self.dropped: list[PairError] = []
         self._cache: dict[int, EncodedPair] = {}
         room = cache_bytes
@@ -178,11 +197,12 @@ class PairDataset(Dataset[EncodedPair]):
                     room -= encoded.nbytes
                     self._cache[len(self.pairs)] = encoded
                 else:
-                    encoder.check(pair)
+                    encoded = encoder.check(pair)
             except PairError as error:
                 self.dropped.append(error)
             else:
                 self.pairs.append(pair)
+                self.lengths.append(encoder.lengths(encoded))
         if not self.pairs:
             reasons = "; ".join(f"{count} {reason} (e.g. {example})" for reason, count, example in self.reasons())
             raise ValueError(f"none of the {len(pairs)} pairs can be used: {reasons}")
