@@ -131,13 +131,12 @@ def kept_gradients(
             magnify=magnify,
             first_column=first,
         )
-    nothing = x.new_empty(0)
-    d_weight, d_extra = nothing, nothing
+    d_weight, d_extra, d_bias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if result.weight is not None:
         of_weight, of_extra = result.weight.tensor_split([weight.shape[1] - first], 1)
-        d_weight = of_weight.contiguous() if want_weight else nothing
-        d_extra = of_extra.contiguous() if want_extra else nothing
-    return d_weight, d_extra, nothing if result.bias is None else result.bias
+        d_weight = of_weight.contiguous() if want_weight else d_weight
+        d_extra = of_extra.clone(memory_format=torch.contiguous_format) if want_extra else d_extra
+    return d_weight, d_extra, d_bias if result.bias is None else result.bias
 
 
 def _shapes(

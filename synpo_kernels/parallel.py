@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,11 @@ from .chunked import TorchTiles, largest_logits
 from .head import Head, compute_dtype
 from .passes import Forward, Tiles, accumulate
 
+F = TypeVar("F", bound=Callable[..., Tensor])
 ELSEWHERE, IGNORED = -1, -2  # in place of a label that another shard owns, and of one that does not count
 
 
-def whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Any) -> Tensor:
     """A DTensor as a plain tensor, gathered from all processes of its mesh; any other tensor as it is.
 
     Differentiable: gradients are averaged over the mesh, as FSDP does, and each process keeps its part.
@@ -44,7 +45,7 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def local(parameter: Tensor) -> Tensor:
+def local(parameter: Any) -> Tensor:
     """This process's rows of a head that is spread by rows; differentiable.
 
     Raises:
@@ -91,7 +92,7 @@ def gathered(*parameters: Tensor | None) -> Iterator[None]:
         yield
 
 
-def from_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def from_shards(function: F) -> F:
     """Hand `function(hidden, weight, labels, *, bias, low_rank, group, ...)` plain tensors, however the head is spread."""
 
     @functools.wraps(function)
@@ -111,17 +112,22 @@ def from_shards(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         options |= {"bias": bias, "low_rank": low_rank, "group": group}
         if not (partitioned(weight) or partitioned(bias)):
             return function(hidden, weight, labels, **options)
+        if options.get("memory") == "low":
+            raise ValueError(
+                "memory='low' computes the slices again in the backward pass, where a head partitioned by ZeRO-3 is gone; "
+                "use memory='default'"
+            )
         with gathered(weight, bias):
             return function(hidden, weight, labels, **options)
 
-    return call
+    return cast(F, call)
 
 
 def named(group: str) -> dist.ProcessGroup:
     """The process group of this name (an op takes no group, but takes its name)."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    return _resolve_process_group(group)
+    return _resolve_process_group(group)  # type: ignore[arg-type]
 
 
 def aim(labels: Tensor, rows: int, ignore_index: int | None, group: dist.ProcessGroup) -> Tensor:
