@@ -4,8 +4,10 @@
 // synpo_kernels/contrast.py checks arguments and documents them; the checks here only keep a direct caller out of bad memory.
 
 #include "contrast.h"
+#include "head_pass.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,23 +24,24 @@ using torch::stable::Tensor;
 namespace synpo {
 namespace {
 
+Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    default:
+      STD_TORCH_CHECK(false, "inputs must be float32, bfloat16 or float16");
+  }
+}
+
 Batch batch_of(const Tensor& expert, const std::optional<Tensor>& amateur, double alpha) {
   const auto row_major = [](const Tensor& t) { return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1); };
   STD_TORCH_CHECK(row_major(expert), "expert must be (B, V) with contiguous rows");
   STD_TORCH_CHECK(expert.size(1) > 0 && expert.size(1) <= INT32_MAX, "expert must have 1 to 2^31 - 1 tokens");
-  Batch batch{expert.size(0), expert.size(1), expert.const_data_ptr(), nullptr, expert.stride(0), 0, Type::f32, alpha};
-  switch (expert.scalar_type()) {
-    case ScalarType::Float:
-      break;
-    case ScalarType::BFloat16:
-      batch.type = Type::bf16;
-      break;
-    case ScalarType::Half:
-      batch.type = Type::f16;
-      break;
-    default:
-      STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
-  }
+  Batch batch{expert.size(0), expert.size(1), expert.const_data_ptr(), nullptr, expert.stride(0), 0, type_of(expert), alpha};
   if (amateur.has_value()) {
     STD_TORCH_CHECK(row_major(*amateur) && amateur->size(0) == batch.rows && amateur->size(1) == batch.vocab &&
                         amateur->scalar_type() == expert.scalar_type(),
@@ -85,6 +88,34 @@ Tensor contrastive_mix(Tensor expert, std::optional<Tensor> amateur, double alph
   return out;
 }
 
+// x (N, D) and labels, anchor, slope (N,) contiguous, W (V, D) with contiguous rows, softcap 0: none → s (N,) and U (N, D), or
+// U empty where it is not wanted; see head_pass.h.
+std::tuple<Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor labels, Tensor anchor,
+                                        std::optional<Tensor> slope, double softcap, double logit_scale, bool want_direction) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be (N, D), contiguous");
+  const int64_t rows = x.size(0), hidden = x.size(1);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden && (weight.stride(1) == 1 || hidden == 1) &&
+                      weight.scalar_type() == x.scalar_type() && weight.size(0) > 0 && weight.size(0) <= INT32_MAX,
+                  "weight must be (V, D) of the dtype of x, with contiguous rows, V from 1 to 2^31 - 1");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous() &&
+                                        bias->scalar_type() == x.scalar_type()),
+                  "bias must be (V,) of the dtype of x, contiguous");
+  STD_TORCH_CHECK(labels.numel() == rows && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
+                  "labels must be (N,) int64, contiguous");
+  const auto floats = [&](const Tensor& t) { return t.numel() == rows && t.is_contiguous() && t.scalar_type() == ScalarType::Float; };
+  STD_TORCH_CHECK(floats(anchor) && (!slope.has_value() || floats(*slope)), "anchor and slope must be (N,) float32, contiguous");
+  const auto* label = static_cast<const int64_t*>(labels.const_data_ptr());
+  for (int64_t i = 0; i < rows; ++i) STD_TORCH_CHECK(label[i] >= 0 && label[i] < weight.size(0), "labels must lie in [0, V)");
+  Tensor total = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  Tensor direction = torch::stable::new_empty(x, {want_direction ? rows : 0, hidden});
+  head_pass({rows, weight.size(0), hidden, type_of(x), x.const_data_ptr(), weight.const_data_ptr(), weight.stride(0),
+             bias.has_value() ? bias->const_data_ptr() : nullptr, label, static_cast<const float*>(anchor.const_data_ptr()),
+             slope.has_value() ? static_cast<const float*>(slope->const_data_ptr()) : nullptr, static_cast<float>(softcap),
+             static_cast<float>(logit_scale), static_cast<float*>(total.mutable_data_ptr()),
+             want_direction ? direction.mutable_data_ptr() : nullptr});
+  return {total, direction};
+}
+
 }  // namespace
 }  // namespace synpo
 
@@ -93,11 +124,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(synpo_kernels, m) {
       "contrastive_sample(Tensor expert, Tensor? amateur, Tensor uniform, float alpha, float plausibility, float temperature, "
       "int top_k, float top_p, float min_p, Tensor? history, float repetition_penalty) -> (Tensor, Tensor)");
   m.def("contrastive_mix(Tensor expert, Tensor? amateur, float alpha, float plausibility) -> Tensor");
+  m.def(
+      "head_pass(Tensor x, Tensor weight, Tensor? bias, Tensor labels, Tensor anchor, Tensor? slope, float softcap, "
+      "float logit_scale, bool want_direction) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(synpo_kernels, CPU, m) {
   m.impl("contrastive_sample", TORCH_BOX(&synpo::contrastive_sample));
   m.impl("contrastive_mix", TORCH_BOX(&synpo::contrastive_mix));
+  m.impl("head_pass", TORCH_BOX(&synpo::head_pass_op));
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -110,10 +145,15 @@ PYBIND11_MODULE(_C, m) {
         info["torch"] = SYNPO_TORCH_VERSION;
         info["flags"] = SYNPO_COMPILE_FLAGS;
         info["simd"] = synpo::kernels().name;
+        info["head"] = synpo::head_isa();
         return info;
       },
       "What this binary was built from, and the instruction set in use.");
   m.def("simd_level", [] { return synpo::kernels().name; }, "Instruction set in use: avx512, avx2 or portable.");
   m.def("use_simd_level", &synpo::use_kernels, py::arg("name"),
         "Use another instruction set, for tests and benchmarks; ValueError where this CPU lacks it.");
+  m.def("head_isa", &synpo::head_isa, "Instruction set of the frozen-head pass: amx, avx512_bf16, avx512, avx2 or portable.");
+  m.def("head_isas", &synpo::head_isas, "Those that run here, best first; amx-emulated is for tests.");
+  m.def("use_head_isa", &synpo::use_head_isa, py::arg("name"),
+        "Use another one; ValueError where it is unknown or this CPU lacks it.");
 }

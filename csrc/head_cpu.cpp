@@ -1,0 +1,231 @@
+// The frozen-head pass on the CPU: blocks of rows, chunks of the vocabulary, threads.
+//
+//   per block of rows       x packed into panels; E in panels
+//     per chunk of W        packed once for each product
+//       P and its sums      tiles of the vocabulary × panels
+//       E += P W            tiles of the hidden size × panels
+//     U from E
+//
+// Every number is computed by one task in an order that the shapes alone decide, so results do not depend on the number of
+// threads or on which of them was faster.
+
+#include "head_pass.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace synpo {
+namespace {
+
+constexpr int64_t kRowBytes = 16 << 20;    // x and E of a block of rows
+constexpr int64_t kWeightBytes = 4 << 20;  // a chunk of W packed for one product
+constexpr int64_t kMostTokens = 2048;      // of a chunk
+constexpr int64_t kBlock = 8;              // tiles of a task
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> buffer(int64_t size) {
+  void* p = std::aligned_alloc(64, round_up(std::max<int64_t>(size, 1) * sizeof(T), 64));
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+template <class F>
+void parallel(int64_t tasks, const F& task) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
+
+int64_t number_size(Type type) { return type == Type::f32 ? 4 : 2; }
+
+float widened(Type type, const void* p, int64_t i) {
+  switch (type) {
+    case Type::bf16:
+      return to_float(static_cast<const Bf16*>(p)[i]);
+    case Type::f16:
+      return to_float(static_cast<const F16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+
+// The pass over one block of rows.
+class Block {
+ public:
+  Block(const HeadPass& pass, int64_t most_rows, int64_t most_tokens)
+      : pass_(pass),
+        kernels_(head_kernels(pass.type)),
+        keep_(pass.direction != nullptr),
+        most_tokens_(most_tokens),
+        most_panels_(ceil_div(most_rows, kernels_.lanes)),
+        hidden_tiles_(ceil_div(pass.hidden, kernels_.rows)),
+        logit_steps_(steps(pass.hidden)),
+        tile_size_(logit_steps_ * kernels_.tile_step),
+        most_sum_tile_(steps(most_tokens) * kernels_.tile_step),
+        x_(buffer<uint32_t>(most_panels_ * logit_steps_ * kernels_.lanes)),
+        logit_tiles_(buffer<uint32_t>(tiles(most_tokens) * tile_size_)),
+        sum_tiles_(buffer<uint32_t>(keep_ ? hidden_tiles_ * most_sum_tile_ : 0)),
+        p_(buffer<uint32_t>(keep_ ? most_panels_ * p_size() : 0)),
+        e_(buffer<float>(keep_ ? most_panels_ * e_size() : 0)),
+        sums_(buffer<float>(ceil_div(tiles(most_tokens), kBlock) * most_panels_ * kernels_.lanes)),
+        bias_(buffer<float>(pass.bias == nullptr ? 0 : most_tokens)),
+        labels_(buffer<int32_t>(most_panels_ * kernels_.lanes)),
+        anchor_(buffer<float>(most_panels_ * kernels_.lanes)),
+        total_(buffer<double>(most_panels_ * kernels_.lanes)) {}
+
+  void run(int64_t first_row, int64_t rows) {
+    first_row_ = first_row;
+    rows_ = rows;
+    panels_ = ceil_div(rows, kernels_.lanes);
+    for (int64_t i = 0; i < panels_ * kernels_.lanes; ++i) {
+      labels_[i] = i < rows ? static_cast<int32_t>(pass_.labels[first_row + i]) : -1;
+      anchor_[i] = i < rows ? pass_.anchor[first_row + i] : 0.0f;
+      total_[i] = 0.0;
+    }
+    parallel(panels_, [&](int64_t panel) {
+      const int64_t row = panel * kernels_.lanes;
+      kernels_.pack_panel(numbers(pass_.x, (first_row_ + row) * pass_.hidden), std::min(kernels_.lanes, rows_ - row), pass_.hidden,
+                          logit_steps_, x_.get() + panel * logit_steps_ * kernels_.lanes);
+    });
+    for (int64_t token = 0; token < pass_.vocab; token += most_tokens_) {
+      const int64_t tokens = std::min(most_tokens_, pass_.vocab - token);
+      pack(token, tokens);
+      exponentials(token, tokens);
+      if (keep_) sum(token, tokens);
+    }
+    for (int64_t i = 0; i < rows; ++i) pass_.total[first_row + i] = static_cast<float>(total_[i]);
+    if (keep_) directions();
+  }
+
+ private:
+  int64_t tiles(int64_t tokens) const { return ceil_div(tokens, kernels_.rows); }
+  int64_t steps(int64_t numbers) const { return round_up(ceil_div(numbers, kernels_.unit), kernels_.depth); }
+  int64_t p_size() const { return tiles(most_tokens_) * kernels_.rows / kernels_.unit * kernels_.lanes; }
+  int64_t e_size() const { return hidden_tiles_ * kernels_.rows * kernels_.lanes; }
+  const char* numbers(const void* p, int64_t i) const { return static_cast<const char*>(p) + i * number_size(pass_.type); }
+  const char* weight(int64_t token) const { return numbers(pass_.weight, token * pass_.weight_stride); }
+
+  void pack(int64_t token, int64_t tokens) {
+    for (int64_t i = 0; pass_.bias != nullptr && i < tokens; ++i) bias_[i] = widened(pass_.type, pass_.bias, token + i);
+    const int64_t logit_tasks = tiles(tokens), sum_tasks = keep_ ? ceil_div(hidden_tiles_, kBlock) : 0;
+    parallel(logit_tasks + sum_tasks, [&](int64_t task) {
+      if (task < logit_tasks) {
+        const int64_t first = task * kernels_.rows;
+        kernels_.pack_logits_tile(weight(token + first), pass_.weight_stride, std::min(kernels_.rows, tokens - first), pass_.hidden,
+                                  logit_steps_, logit_tiles_.get() + task * tile_size_);
+      } else {
+        const int64_t tile = (task - logit_tasks) * kBlock;
+        kernels_.pack_sum_tiles(weight(token), pass_.weight_stride, tokens, pass_.hidden, tile * kernels_.rows,
+                                std::min(kBlock, hidden_tiles_ - tile), steps(tokens),
+                                sum_tiles_.get() + tile * steps(tokens) * kernels_.tile_step);
+      }
+    });
+  }
+
+  // Calls task(first panel, panels, first tile, tiles, block of tiles); neighbouring tasks share their panels.
+  template <class F>
+  void over_products(int64_t all_tiles, const F& task) {
+    const int64_t blocks = ceil_div(all_tiles, kBlock);
+    parallel(ceil_div(panels_, kernels_.panels) * blocks, [&](int64_t i) {
+      const int64_t panel = i / blocks * kernels_.panels, block = i % blocks;
+      task(panel, std::min(kernels_.panels, panels_ - panel), block * kBlock, std::min(kBlock, all_tiles - block * kBlock), block);
+    });
+  }
+
+  void exponentials(int64_t token, int64_t tokens) {
+    const int64_t lanes = kernels_.lanes, panel_size = logit_steps_ * lanes;
+    over_products(tiles(tokens), [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t block) {
+      const int64_t before = tile * kernels_.rows;
+      LogitsTask task{};
+      task.tile = logit_tiles_.get() + tile * tile_size_;
+      task.tiles = tiles;
+      task.tile_size = tile_size_;
+      task.panel = x_.get() + panel * panel_size;
+      task.panels = panels;
+      task.panel_size = panel_size;
+      task.steps = logit_steps_;
+      task.first = token + before;
+      task.end = token + tokens;
+      task.bias = pass_.bias == nullptr ? nullptr : bias_.get() + before;
+      task.labels = labels_.get() + panel * lanes;
+      task.anchor = anchor_.get() + panel * lanes;
+      task.sums = sums_.get() + (block * panels_ + panel) * lanes;
+      task.softcap = pass_.softcap;
+      task.scale = pass_.scale;
+      task.out = keep_ ? p_.get() + panel * p_size() + before / kernels_.unit * lanes : nullptr;
+      task.out_size = p_size();
+      kernels_.logits(task);
+    });
+    for (int64_t block = 0; block < ceil_div(tiles(tokens), kBlock); ++block) {
+      for (int64_t i = 0; i < panels_ * lanes; ++i) total_[i] += sums_[block * panels_ * lanes + i];
+    }
+  }
+
+  void sum(int64_t token, int64_t tokens) {
+    const int64_t lanes = kernels_.lanes, tile_size = steps(tokens) * kernels_.tile_step;
+    over_products(hidden_tiles_, [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t) {
+      float* out = e_.get() + panel * e_size() + tile * kernels_.rows * lanes;
+      kernels_.sum({sum_tiles_.get() + tile * tile_size, tiles, tile_size, p_.get() + panel * p_size(), panels, p_size(),
+                    steps(tokens), token > 0, out, e_size()});
+    });
+  }
+
+  void directions() {
+    parallel(panels_, [&](int64_t panel) {
+      const int64_t row = panel * kernels_.lanes, rows = std::min(kernels_.lanes, rows_ - row);
+      float toward[64], pull[64];
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t n = first_row_ + row + i;
+        const float s = pass_.total[n], others = s / (1.0f + s);
+        // 0, or NaN where the label's own logit is not finite, which must show
+        const float fault = pass_.anchor[n] - pass_.anchor[n];
+        toward[i] = pass_.scale * others * (pass_.slope == nullptr ? 1.0f : pass_.slope[n]) + fault;
+        pull[i] = pass_.scale / (1.0f + s);
+      }
+      void* out = static_cast<char*>(pass_.direction) + (first_row_ + row) * pass_.hidden * number_size(pass_.type);
+      kernels_.directions({e_.get() + panel * e_size(), rows, pass_.hidden, pass_.weight, pass_.weight_stride, labels_.get() + row,
+                           toward, pull, out});
+    });
+  }
+
+  const HeadPass& pass_;
+  const HeadKernels& kernels_;
+  const bool keep_;
+  const int64_t most_tokens_, most_panels_, hidden_tiles_, logit_steps_, tile_size_, most_sum_tile_;
+  const Buffer<uint32_t> x_, logit_tiles_, sum_tiles_, p_;
+  const Buffer<float> e_, sums_, bias_;
+  const Buffer<int32_t> labels_;
+  const Buffer<float> anchor_;
+  const Buffer<double> total_;
+  int64_t first_row_ = 0, rows_ = 0, panels_ = 0;
+};
+
+}  // namespace
+
+void head_pass(const HeadPass& pass) {
+  if (pass.rows == 0) return;
+  const HeadKernels& kernels = head_kernels(pass.type);
+  const int64_t row_bytes = pass.hidden * (4 / kernels.unit + (pass.direction == nullptr ? 0 : 4));
+  const int64_t allowed = std::max<int64_t>(kernels.lanes, kRowBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t rows = round_up(ceil_div(pass.rows, ceil_div(pass.rows, allowed)), kernels.lanes);
+  const int64_t token_bytes = std::max<int64_t>(1, pass.hidden * 4 / kernels.unit);
+  const int64_t tokens = std::clamp<int64_t>(kWeightBytes / token_bytes, 1, std::min(pass.vocab, kMostTokens));
+  Block block(pass, rows, round_up(tokens, kernels.rows));
+  for (int64_t first = 0; first < pass.rows; first += rows) block.run(first, std::min(rows, pass.rows - first));
+}
+
+}  // namespace synpo

@@ -1,0 +1,107 @@
+// The frozen-head pass on the CPU: types shared by the op, the driver and the loops compiled per instruction set.
+//
+//   z = cap(scale (x Wᵀ + b))     P[v, n] = exp(z[v, n] - anchor[n]), 0 at n's label     s[n] = Σ_v P[v, n]
+//   E[d, n] = Σ_v W[v, d] c[v, n] P[v, n]          U[n] = scale (s[n] c_y W_y - E[:, n]) / (1 + s[n])
+//
+// W is the broadcast side of both products, rows of x are the vector lanes, so sums over the vocabulary need no reduction
+// across lanes and a row that is not finite stays alone.
+//
+// Layouts, in units of 32 bits (one fp32 number, or two bf16 numbers that are neighbours along the sum of a product):
+//   panel   `lanes` rows of x:   x[step][lane];   P[step][lane];   E[d][lane] in fp32
+//   tile    `rows` rows of W (product with x) or columns of W (product with P), as the instruction set wants them
+//   step    one unit along the sum of a product; numbers beyond its end are 0
+
+#pragma once
+
+#include "contrast.h"
+
+namespace synpo {
+
+struct HeadPass {
+  int64_t rows, vocab, hidden;
+  Type type;
+  const void* x;       // (rows, hidden), contiguous
+  const void* weight;  // (vocab, hidden), rows `weight_stride` numbers apart
+  int64_t weight_stride;
+  const void* bias;       // (vocab,) or null
+  const int64_t* labels;  // (rows,)
+  const float* anchor;    // (rows,)
+  const float* slope;     // (rows,) c at the label, null: 1
+  float softcap, scale;   // softcap 0: none
+  float* total;           // (rows,) s, out
+  void* direction;        // (rows, hidden) U, out; null: not wanted
+};
+
+// What one instruction set does for one format of x and W. Tasks of a phase are independent of each other.
+struct HeadKernels {
+  int64_t rows, lanes;  // of a tile, of a panel
+  int64_t unit;         // numbers in a unit
+  int64_t depth;        // steps of a product are padded to a multiple of this
+  int64_t tile_step;    // units of a tile per step
+  int64_t panels;       // panels that share a tile in cache
+
+  // Rows [0, rows) of x, (rows, hidden) contiguous, into one panel.
+  void (*pack_panel)(const void* x, int64_t rows, int64_t hidden, int64_t steps, uint32_t* panel);
+  // Rows [0, rows) of W into one tile of the product with x: the sum runs over the hidden size.
+  void (*pack_logits_tile)(const void* weight, int64_t stride, int64_t rows, int64_t hidden, int64_t steps, uint32_t* tile);
+  // Columns [first, hidden) of W's rows [0, rows) into `tiles` tiles of the product with P: the sum runs over the rows.
+  void (*pack_sum_tiles)(const void* weight, int64_t stride, int64_t rows, int64_t hidden, int64_t first, int64_t tiles,
+                         int64_t steps, uint32_t* tile);
+  void (*logits)(const struct LogitsTask&);
+  void (*sum)(const struct SumTask&);
+  void (*directions)(const struct DirectionsTask&);
+};
+
+// P and its sums for some tiles of the vocabulary and some panels.
+struct LogitsTask {
+  const uint32_t* tile;
+  int64_t tiles, tile_size;
+  const uint32_t* panel;
+  int64_t panels, panel_size;
+  int64_t steps;
+  int64_t first, end;     // the first tile's first token, and where the chunk of the vocabulary ends
+  const float* bias;      // of the tokens from `first` on; null: none
+  const int32_t* labels;  // of the panels' rows, with the two below
+  const float* anchor;
+  float* sums;  // out
+  float softcap, scale;
+  uint32_t* out;  // P of the first panel at `first`; null: not wanted
+  int64_t out_size;
+};
+
+// E of some tiles of the hidden size and some panels.
+struct SumTask {
+  const uint32_t* tile;
+  int64_t tiles, tile_size;
+  const uint32_t* panel;  // of P
+  int64_t panels, panel_size;
+  int64_t steps;
+  bool accumulate;  // or begin anew
+  float* out;       // E of the first panel at the first tile
+  int64_t out_size;
+};
+
+// U of one panel, in the format of W.
+struct DirectionsTask {
+  const float* sum;  // E, (hidden, lanes)
+  int64_t rows, hidden;
+  const void* weight;
+  int64_t stride;
+  const int32_t* labels;
+  const float* toward;  // scale s c_y / (1 + s)
+  const float* pull;    // scale / (1 + s)
+  void* out;            // (rows, hidden)
+};
+
+// The kernels in use for inputs of `type`.
+const HeadKernels& head_kernels(Type type);
+
+// Instruction sets by name, best first: "amx", "avx512_bf16", "avx512", "avx2", "portable"; and "amx-emulated", which is the
+// path of "amx" with the tile registers in memory, for tests.
+const char* head_isa();
+std::vector<const char*> head_isas();    // those that run here
+void use_head_isa(const char* name);  // throws std::invalid_argument for an unknown or unsupported name
+
+void head_pass(const HeadPass& pass);
+
+}  // namespace synpo
