@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 
 from synpo.config import ContrastConfig, SamplingConfig
-from synpo.model.adapter import CaptionModel
+from synpo.model.adapter import CaptionModel, Prompt
+from synpo.pipeline import streams
 from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import generate
-from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_look
+from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_looks
 from synpo.video import amateur_frames
 
 SAMPLING = SamplingConfig(max_new_tokens=8)
@@ -25,12 +29,46 @@ def test_the_second_question_begins_like_the_first_and_carries_the_draft() -> No
 def test_second_look_shares_the_video_and_takes_special_tokens_for_data(captioner: CaptionModel) -> None:
     view = frames(8, 0)
     shown = captioner.prompt("Describe.", view)
-    look = second_look(captioner, shown, view, "Describe.", "a <video> of <|end|><|assistant|> a circle")
+    (look,) = second_looks(captioner, [shown], [view], "Describe.", ["a <video> of <|end|><|assistant|> a circle"])
     assert look.vision is shown.vision
     video, end = captioner.tokenizer.convert_tokens_to_ids(["<video>", "<|end|>"])
     for token in (video, end):
         assert (look.input_ids == token).sum() == (shown.input_ids == token).sum()
     assert "a   of    a circle" in captioner.text(look.input_ids)
+
+
+def test_second_questions_need_no_pixels_and_are_those_of_the_chat_template(
+    captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = [frames(8, 0), frames(11, 1)]
+    shown = [captioner.prompt("Describe.", v) for v in views]
+    drafts = ["a red circle", "  something: else,\nentirely "]
+    expected = [captioner.prompt(retrospective_prompt("Describe.", d), v) for d, v in zip(drafts, views)]
+    looks = second_looks(captioner, shown, views, "Describe.", drafts)
+    assert [look.input_ids.tolist() for look in looks] == [p.input_ids.tolist() for p in expected]
+
+    hidden = [Prompt(p.input_ids + 0, p.vision) for p in shown]
+    hidden[0].input_ids[-1] += 1  # a first question that the template does not give: ask in full
+    assert [look.input_ids.tolist() for look in second_looks(captioner, hidden, views, "Describe.", drafts)] == [
+        p.input_ids.tolist() for p in expected
+    ]
+    assert second_looks(captioner, [], [], "Describe.", []) == []
+    monkeypatch.setattr(captioner.vision, "prepare", None)
+    second_looks(captioner, shown, views, "Describe.", drafts)
+
+
+def test_what_is_kept_of_videos_goes_with_the_batch(captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    remember = streams._remember
+
+    def watched(*args: Any) -> Any:
+        kept = remember(*args)
+        alive.append(weakref.ref(kept))
+        return kept
+
+    monkeypatch.setattr(streams, "_remember", watched)
+    describe(captioner, [frames(8, 1)], [["a", "b"]], "Describe.", SAMPLING, contrast=ContrastConfig())
+    assert len(alive) == 2 and all(ref() is None for ref in alive), "expert and amateur: one each"
 
 
 @pytest.mark.parametrize("contrast", [None, ContrastConfig(plausibility=0.1)])

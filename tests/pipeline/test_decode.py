@@ -16,8 +16,12 @@ from synpo.config import ContrastConfig, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
+from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import Generation, generate, uniforms
-from synpo.pipeline.streams import read
+from synpo.pipeline.lookahead import MOST, Drafts, guesses
+from synpo.pipeline.retrospect import retrospective_prompt
+from synpo.pipeline.streams import Reader
+from synpo.video import amateur_frames
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=24)
 SAMPLED = SamplingConfig(temperature=0.8, top_k=16, top_p=0.9, max_new_tokens=24)
@@ -154,7 +158,7 @@ def test_positions_in_three_dimensions() -> None:
     texts = ["Describe it.", "What moves, and where does it go?"]
     prompts = [lm.prompt(t, frames(n, 0)) for t, n in zip(texts, (8, 4))]
     amateurs = [lm.prompt(t, frames(2, 0)) for t in texts]
-    assert read(lm, prompts)[0].position.shape == (3, 2, 1)
+    assert Reader(lm).read(prompts)[0].position.shape == (3, 2, 1)
     assert_naive(lm, prompts, amateurs, ContrastConfig())
     other = replace(lm.prompt("And now?", frames(8, 0)), vision=prompts[0].vision)
     assert_naive(lm, [prompts[0], other, prompts[1]], None, None)
@@ -170,12 +174,132 @@ def test_prompts_about_one_video_share_its_reading(captioner: CaptionModel) -> N
     hook = lm.model.model.language_model.register_forward_pre_hook(
         lambda _module, _args, inputs: seen.append(inputs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    read(lm, rows)
+    Reader(lm).read(rows)
     hook.remove()
     assert seen[0][0] == 2, "two videos, two rows in the first pass"
-    assert seen[1][0] == 5 and seen[1][1] < 60, "five rows read only what differs"
+    assert seen[1][0] == 4 and seen[1][1] < 60, "four different prompts, of which each reads only what differs"
     weak = [amateurs[0], amateurs[1], amateurs[0], amateurs[0], amateurs[0]]
     assert_naive(lm, rows, weak, ContrastConfig())
+
+
+def forwards(lm: CaptionModel, run: Any) -> tuple[Any, list[tuple[int, int]], int]:
+    """What `run()` gives, rows and columns of every pass through the language model, and how often the vision tower ran."""
+    sizes: list[tuple[int, int]] = []
+    seen: list[int] = []
+    core = lm.model.model
+    hooks = [
+        core.language_model.register_forward_pre_hook(
+            lambda _m, _a, inputs: sizes.append(tuple(inputs["inputs_embeds"].shape[:2])), with_kwargs=True
+        ),
+        (core.visual if hasattr(core, "visual") else core.vision_tower).register_forward_pre_hook(
+            lambda *_: seen.append(1)
+        ),
+    ]
+    result = run()
+    for hook in hooks:
+        hook.remove()
+    return result, sizes, len(seen)
+
+
+@pytest.mark.parametrize("family", ["onevision", "qwen2_vl"])
+def test_a_later_question_about_a_video_reads_only_what_is_new(family: str, captioner: CaptionModel) -> None:
+    lm = with_ends(captioner) if family == "onevision" else qwen2_vl()
+    views = [frames(n, seed=n) for n in (8, 16)]
+    firsts = [lm.prompt("Describe the video.", v) for v in views]
+    later = [
+        replace(lm.prompt(f"Describe the video. {text}", views[i]), vision=firsts[i].vision)
+        for i, text in ((0, "Again."), (1, "Once more, with all that happens."), (0, "What moves?"))
+    ]
+    reader = Reader(lm, remember=True)
+    reader.read([firsts[0], firsts[1], firsts[1]])
+    (streams, logits), sizes, towers = forwards(lm, lambda: reader.read(later, room=5))
+    assert towers == 0, "the caches know the videos"
+    beginning = len(firsts[0].input_ids) - len(lm.prompt("").input_ids)
+    assert len(sizes) == 1 and sizes[0][0] == 3, "one pass"
+    assert sizes[0][1] < max(len(p.input_ids) for p in later) - beginning, "over the new words"
+    (plain, expected), _, _ = forwards(lm, lambda: Reader(lm).read(later, room=5))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(streams.position, plain.position)
+    assert torch.equal(streams.mask.sum(1), plain.mask.sum(1))
+
+    other = lm.prompt("Describe the video.", frames(8, seed=30))
+    assert forwards(lm, lambda: reader.read([other]))[1] == [(1, len(other.input_ids))], "another video is read whole"
+    assert len(forwards(lm, lambda: reader.read(later))[1]) == 2, "and takes the place of the earlier ones"
+
+
+@pytest.mark.parametrize("contrast", [None, ContrastConfig(plausibility=0.1)])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("family", ["onevision", "qwen2_vl"])
+def test_second_looks_that_share_everything_say_the_same(
+    family: str, sampling: SamplingConfig, contrast: ContrastConfig | None, captioner: CaptionModel
+) -> None:
+    lm = with_ends(captioner) if family == "onevision" else qwen2_vl()
+    views = [frames(8, seed=1), frames(12, seed=2)]
+    keys = [["a", "b"], ["c"]]
+    rows, _, towers = forwards(
+        lm, lambda: describe(lm, views, keys, "Describe.", sampling, contrast=contrast, refinements=2)
+    )
+    assert towers <= (2 if contrast is None else 4), "once for each number of frames"
+    for view, names, row in zip(views, keys, rows):
+        for name, got in zip(names, row):
+            text, asked = "Describe.", []
+            for look in range(3):
+                asked = [lm.prompt(text, v) for v in (view, amateur_frames(view))]
+                (answer,) = generate(
+                    lm, asked[:1], sampling, keys=[name if look == 0 else f"{name} look {look}"],
+                    amateurs=asked[1:] if contrast else None, contrast=contrast,
+                )  # fmt: skip
+                assert look > 0 or answer.text == got.draft
+                text = retrospective_prompt("Describe.", answer.text)
+            assert (got.text, got.finished) == (answer.text, answer.finished)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("contrast", [None, ContrastConfig()])
+def test_a_draft_changes_the_time_and_not_the_answer(
+    captioner: CaptionModel, sampling: SamplingConfig, contrast: ContrastConfig | None
+) -> None:
+    lm = with_ends(captioner)
+    prompts, amateurs = video_prompts(lm)
+    weak = amateurs if contrast else None
+    keys = list("abcd")
+
+    def answer(drafts: Any, **options: Any) -> tuple[list[Generation], int]:
+        run = lambda: generate(  # noqa: E731
+            lm, prompts, sampling, keys=keys, amateurs=weak, contrast=contrast, drafts=drafts, **options
+        )
+        answers, sizes, _ = forwards(lm, run)
+        return answers, len(sizes)
+
+    plain, passes = answer(None)
+    right = [a.tokens for a in plain]
+    halves = [(*t[: len(t) // 2], 5, 6, *t[len(t) // 2 + 1 :]) for t in right]
+    for drafts in (right, halves, [(), (1,), right[0], (3,) * 50]):
+        for check_every in (1, 3, 1000):
+            answers, _ = answer(drafts, check_every=check_every)
+            assert [(a.text, a.tokens, a.finished) for a in answers] == [(a.text, a.tokens, a.finished) for a in plain]
+            assert [a.logp for a in answers] == pytest.approx([a.logp for a in plain], abs=1e-4)
+    assert answer(right)[1] * 2 < passes, "right guesses need no pass of their own"
+    assert answer(halves)[1] < passes
+
+
+def test_the_place_in_a_draft_is_found_again() -> None:
+    drafts = Drafts([[1, 2, 3, 4, 5], [1, 2, 3, 1, 9]], 0, torch.device("cpu"))
+    assert drafts.guess(2).tolist() == [[1, 2], [1, 2]]
+    drafts.follow(torch.tensor([[1, 2, 7], [8, 0, 0]]), torch.tensor([3, 1]))  # a wrong third token; a wrong first one
+    assert drafts.guess(2).tolist() == [[4, 5], [2, 3]], "one word in the place of one"
+    drafts.follow(torch.tensor([[3], [1]]), torch.tensor([1, 1]))
+    assert drafts.guess(2).tolist() == [[4, 5], [2, 3]], "the words that follow the last one written"
+    drafts.follow(torch.tensor([[4, 5, 0], [9, 0, 0]]), torch.tensor([2, 1]))
+    assert drafts.guess(3).tolist() == [[0, 0, 0], [0, 0, 0]], "the end follows a draft"
+    drafts.keep(torch.tensor([1]))
+    assert drafts.guess(1).tolist() == [[0]]
+
+
+def test_many_rows_are_not_slowed_by_guesses() -> None:
+    cpu = torch.device("cpu")
+    assert guesses(1, cpu) == MOST and guesses(64, cpu) == 0 and 0 < guesses(16, cpu) < MOST
+    assert guesses(64, torch.device("cuda")) > 0
 
 
 def by_key(lm: CaptionModel, prompts: list[Prompt], amateurs: list[Prompt], keys: list[str]) -> dict[str, Generation]:
@@ -281,4 +405,4 @@ def test_bad_calls_are_refused(captioner: CaptionModel) -> None:
         config = SimpleNamespace(get_text_config=lambda decoder=True: SimpleNamespace(
             per_layer_config=[SimpleNamespace()], layer_types=["linear_attention"]))  # fmt: skip
         model = SimpleNamespace(config=config, generation_config=None)
-        read(CaptionModel(model, captioner.tokenizer, None), [prompt])
+        Reader(CaptionModel(model, captioner.tokenizer, None)).read([prompt])

@@ -16,7 +16,8 @@ from torch import Tensor
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.pipeline.decode import generate
-from synpo.pipeline.retrospect import second_look
+from synpo.pipeline.retrospect import second_looks
+from synpo.pipeline.streams import Reader
 from synpo.video import amateur_frames
 
 
@@ -51,31 +52,27 @@ def describe(
     Returns:
         For every view its descriptions, in the order of its keys.
     """
+    readers = Reader(lm, remember=refinements > 0), Reader(lm, remember=refinements > 0)
     experts = _show(lm, views, prompt)
     fewer = [amateur_frames(v) for v in views] if contrast is not None else []
     amateurs = _show(lm, fewer, prompt)
     rows = [i for i, row in enumerate(keys) for _ in row]  # the view of every sample
     seeds = [key for row in keys for key in row]
-    answers = generate(
-        lm,
-        [experts[i] for i in rows],
-        sampling,
-        keys=seeds,
-        amateurs=[amateurs[i] for i in rows] if contrast is not None else None,
-        contrast=contrast,
-    )
+    shown = [experts[i] for i in rows]
+    weak = [amateurs[i] for i in rows] if contrast is not None else None
+    answers = generate(lm, shown, sampling, keys=seeds, amateurs=weak, contrast=contrast, readers=readers)
     drafts = [a.text for a in answers]
     for number in range(1, refinements + 1):
         earlier = [a.text for a in answers]
         answers = generate(
             lm,
-            [second_look(lm, experts[i], views[i], prompt, text) for i, text in zip(rows, earlier)],
+            second_looks(lm, shown, [views[i] for i in rows], prompt, earlier),
             sampling,
             keys=[f"{seed} look {number}" for seed in seeds],
-            amateurs=[second_look(lm, amateurs[i], fewer[i], prompt, text) for i, text in zip(rows, earlier)]
-            if contrast is not None
-            else None,
+            amateurs=second_looks(lm, weak, [fewer[i] for i in rows], prompt, earlier) if weak is not None else None,
             contrast=contrast,
+            readers=readers,
+            drafts=[a.tokens for a in answers],
         )
     done = iter(Description(a.text, draft, a.logp, a.finished) for a, draft in zip(answers, drafts))
     return [[next(done) for _ in row] for row in keys]

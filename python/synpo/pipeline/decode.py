@@ -6,8 +6,10 @@ Expert and amateur are read separately, each at its own length, then written as 
 pass a token. Mixing and sampling are one fused op (`synpo_kernels.contrast`); rows that are finished leave the batch.
 
 What a row draws follows from its key alone, so neither the other rows nor a restart change its text (up to rounding).
+Where an earlier answer to nearly the same question is known, its tokens are guessed ahead (lookahead.py) and a pass writes
+several tokens a row; rows then stand at different places of their answers.
 
-Shape legend: R rows, T tokens of an answer, V vocabulary.
+Shape legend: R rows, T tokens of an answer, S tokens read in one pass (the last one and the guesses), V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
-from synpo.pipeline.streams import merge, read
+from synpo.pipeline.lookahead import MOST, Drafts, guesses
+from synpo.pipeline.streams import Reader, merge
 from synpo_kernels.contrast import contrastive_sample
 
 SHRINK = 8  # finished rows leave once they are an eighth of the batch: leaving copies the cache of those that stay
@@ -63,6 +66,8 @@ def generate(
     keys: Sequence[str],
     amateurs: Sequence[Prompt] | None = None,
     contrast: ContrastConfig | None = None,
+    readers: tuple[Reader, Reader] | None = None,
+    drafts: Sequence[Sequence[int]] | None = None,
     check_every: int | None = None,
 ) -> list[Generation]:
     """Answer every prompt.
@@ -76,7 +81,9 @@ def generate(
         keys: R strings that seed the rows, such as "<seed> <record id>".
         amateurs: R prompts with the same text and fewer frames, for contrastive decoding.
         contrast: how expert and amateur are mixed; with `amateurs` only.
-        check_every: steps between looks at which rows are finished, each a wait for the device (None: 1 on a CPU, else 8).
+        readers: of prompts and of amateurs, that remember videos from one call to the next (None: nothing is remembered).
+        drafts: R earlier answers (token ids) that these may repeat in part. They change the time taken, never the answers.
+        check_every: passes between looks at which rows are finished, each a wait for the device (None: 1 on a CPU, else 8).
 
     Returns:
         R answers, in order.
@@ -86,48 +93,36 @@ def generate(
             or its layers keep a past that cannot be merged.
         FloatingPointError: the model gave NaN logits.
     """
-    if len(keys) != len(prompts) or (amateurs is not None and len(amateurs) != len(prompts)):
-        raise ValueError(
-            f"expected a key and, if any, an amateur for each of {len(prompts)} prompts, got {len(keys)} keys and "
-            f"{len(amateurs or ())} amateurs"
-        )
-    if (amateurs is None) != (contrast is None):
-        raise ValueError("contrastive decoding takes both amateurs and contrast; plain decoding neither")
-    if lm.model.training:
-        raise ValueError("the model is in training mode, with dropout on: call model.eval() before decoding")
+    _check(lm, prompts, sampling, keys, amateurs, contrast, drafts)
     if not prompts:
         return []
     device = lm.device
-    limit = sampling.max_new_tokens
-    longest = max(len(p.input_ids) for p in (*prompts, *(amateurs or ())))
-    context = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest + limit > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and an answer of {limit} do not fit the model's context of {context}: lower "
-            "frames.maximum or max_new_tokens"
-        )
+    limit, count = sampling.max_new_tokens, len(prompts)
     check_every = check_every or (1 if device.type == "cpu" else 8)
     ends = torch.tensor(lm.eos_token_ids, device=device)
     draws = uniforms(keys, limit).to(device) if sampling.temperature > 0 else None
 
-    count = len(prompts)
-    stream, expert = read(lm, prompts)
-    if amateurs is None:
-        amateur = None
-        streams = merge([stream], room=limit)
-    else:
-        weak, amateur = read(lm, amateurs)
-        streams = merge([stream, weak], room=limit)
+    # Every column of the cache counts: passes that guess stop when only the room for single tokens is left.
+    room = limit if drafts is None else 3 * limit
+    reader, weak_reader = readers or (Reader(lm), Reader(lm))
+    streams, expert = reader.read(prompts, room=room if amateurs is None else 0)
+    amateur: Tensor | None = None
+    if amateurs is not None:
+        weak, amateur = weak_reader.read(amateurs)
+        streams = merge([streams, weak], room=room)
+    ahead: Drafts | None = None
+    if drafts is not None and sampling.repetition_penalty == 1 and not any(streams.cache.is_sliding):
+        ahead = Drafts(drafts, lm.eos_token_ids[0], device)
 
-    tokens = torch.full((count, limit), lm.pad_token_id, device=device)  # (R, T)
-    logps = torch.zeros(count, limit, device=device)
-    lengths = torch.full((count,), limit, device=device)  # tokens written, the end included
-    rows = torch.arange(count, device=device)  # which answers the batch still writes
-    done = torch.zeros(count, dtype=torch.bool, device=device)
+    page = Page(count, limit, lm.pad_token_id, ends)
+    expert, amateur = expert[:, None], None if amateur is None else amateur[:, None]  # (R, S, V)
+    guessed: Tensor | None = None  # (R, S - 1)
     for step in range(limit):
+        size = expert.shape[1]
+        places = page.places(size)
         token, logp = contrastive_sample(
-            expert,
-            amateur,
+            expert.flatten(0, 1),
+            None if amateur is None else amateur.flatten(0, 1),
             alpha=contrast.alpha if contrast else 0.0,
             plausibility=contrast.plausibility if contrast else 0.0,
             temperature=sampling.temperature,
@@ -135,40 +130,127 @@ def generate(
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
-            history=tokens[rows, :step] if sampling.repetition_penalty != 1 else None,
-            uniform=None if draws is None else draws[rows, step],
+            history=page.tokens[page.rows, :step] if sampling.repetition_penalty != 1 else None,
+            uniform=None if draws is None else draws[page.rows[:, None], places.clamp(max=limit - 1)].flatten(),
         )
-        tokens[rows, step] = token
-        logps[rows, step] = logp
-        ended = torch.isin(token, ends) & ~done
-        lengths[rows] = lengths[rows].masked_fill(ended, step + 1)
-        done = done | ended
+        token = token.view(-1, size)
+        taken = page.write(token, logp.view(-1, size), guessed)
+        if guessed is not None:
+            streams.take_back(size, taken if amateur is None else taken.repeat(2))
+        last = token.gather(1, taken[:, None] - 1)  # (R, 1)
         if step + 1 == limit:
             break
+        if ahead is not None:
+            ahead.follow(token, taken)
         if (step + 1) % check_every == 0:
-            left = len(done) - int(done.sum())
+            left = len(page.done) - int(page.done.sum())
             if left == 0:
                 break
-            if (len(done) - left) * SHRINK >= len(done):
-                alive = (~done).nonzero()[:, 0]
-                streams.keep(alive if amateur is None else torch.cat([alive, alive + len(done)]))
-                rows, token, done = rows[alive], token[alive], done[alive]
-        logits = streams.step(token if amateur is None else token.repeat(2))
-        expert = logits[: len(rows)]
-        amateur = None if amateur is None else logits[len(rows) :]
-    return _answers(lm, tokens, logps, lengths)
+            if (len(page.done) - left) * SHRINK >= len(page.done):
+                alive = (~page.done).nonzero()[:, 0]
+                streams.keep(alive if amateur is None else torch.cat([alive, alive + len(page.done)]))
+                page.keep(alive)
+                last = last[alive]
+                if ahead is not None:
+                    ahead.keep(alive)
+        guessed = None
+        if ahead is not None:
+            more = guesses(len(streams.mask), device)
+            room -= 1
+            if more > 0 and room - more >= limit - 2 - step:  # columns for the passes that may follow
+                room -= more
+                guessed = ahead.guess(more)
+                last = torch.cat([last, guessed], dim=1)
+        logits = streams.step(last if amateur is None else last.repeat(2, 1))
+        expert = logits[: len(page.rows)]
+        amateur = None if amateur is None else logits[len(page.rows) :]
+    return _answers(lm, page)
 
 
-def _answers(lm: CaptionModel, tokens: Tensor, logps: Tensor, lengths: Tensor) -> list[Generation]:
-    written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    means = (logps * written).sum(1) / lengths
+class Page:
+    """The answers so far. `rows` are those the batch still writes, `written` and `done` are theirs."""
+
+    def __init__(self, count: int, limit: int, pad: int, ends: Tensor) -> None:
+        device = ends.device
+        self.limit, self.ends = limit, ends
+        self.steps = torch.arange(1 + MOST, device=device)
+        self.tokens = torch.full(
+            (count, limit + 1 + MOST), pad, device=device
+        )  # (R, T), and what was drawn beyond the end
+        self.logps = torch.zeros(count, limit + 1 + MOST, device=device)
+        self.lengths = torch.full((count,), limit, device=device)  # tokens written, the end included
+        self.rows = torch.arange(count, device=device)
+        self.written = torch.zeros(count, dtype=torch.long, device=device)
+        self.done = torch.zeros(count, dtype=torch.bool, device=device)
+
+    def places(self, size: int) -> Tensor:
+        """Where the next tokens go: (R, S)."""
+        return self.written[:, None] + self.steps[:size]
+
+    def write(self, token: Tensor, logp: Tensor, guessed: Tensor | None) -> Tensor:
+        """Take the tokens drawn, (R, S), up to the first after a wrong guess, (R, S - 1). Returns how many, (R,)."""
+        size = token.shape[1]
+        where = (self.rows[:, None], self.places(size))
+        self.tokens[where] = token
+        self.logps[where] = logp
+        ends = torch.isin(token, self.ends)
+        if guessed is None:
+            taken = torch.ones_like(self.written)
+            length, ended = self.written + 1, ends[:, 0]
+        else:
+            taken = 1 + (token[:, :-1] == guessed).long().cumprod(1).sum(1)
+            ends &= self.steps[:size] < taken[:, None]
+            ended = ends.any(1)
+            length = self.written + torch.where(ended, ends.int().argmax(1) + 1, taken)
+            ended &= length <= self.limit
+            length = length.clamp_(max=self.limit)
+        length = torch.where(self.done, self.written, length)
+        self.written = length
+        self.lengths[self.rows] = length
+        self.done = self.done | ended | (length == self.limit)
+        return taken
+
+    def keep(self, alive: Tensor) -> None:
+        """Go on with these rows of the batch only."""
+        self.rows, self.written, self.done = self.rows[alive], self.written[alive], self.done[alive]
+
+
+def _check(
+    lm: CaptionModel,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    keys: Sequence[str],
+    amateurs: Sequence[Prompt] | None,
+    contrast: ContrastConfig | None,
+    drafts: Sequence[Sequence[int]] | None,
+) -> None:
+    """Raise ValueError for a call that `generate` cannot take."""
+    for name, given in (("key", keys), ("amateur", amateurs), ("draft", drafts)):
+        if given is not None and len(given) != len(prompts):
+            raise ValueError(f"expected a {name} for each of {len(prompts)} prompts, got {len(given)}")
+    if (amateurs is None) != (contrast is None):
+        raise ValueError("contrastive decoding takes both amateurs and contrast; plain decoding neither")
+    if lm.model.training:
+        raise ValueError("the model is in training mode, with dropout on: call model.eval() before decoding")
+    longest = max((len(p.input_ids) for p in (*prompts, *(amateurs or ()))), default=0)
+    context = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest + sampling.max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and an answer of {sampling.max_new_tokens} do not fit the model's context of "
+            f"{context}: lower frames.maximum or max_new_tokens"
+        )
+
+
+def _answers(lm: CaptionModel, page: Page) -> list[Generation]:
+    written = torch.arange(page.tokens.shape[1], device=page.tokens.device) < page.lengths[:, None]
+    means = page.logps.where(written, 0.0).sum(1) / page.lengths
     if bool(means.isnan().any()):
         raise FloatingPointError(
             f"{type(lm.base).__name__} gave NaN logits for {int(means.isnan().sum())} of {len(means)} rows; its weights are "
             "broken or its dtype is too narrow (try model.dtype float32)"
         )
     answers = []
-    for row, mean, length in zip(tokens.tolist(), means.tolist(), lengths.tolist()):
+    for row, mean, length in zip(page.tokens.tolist(), means.tolist(), page.lengths.tolist()):
         finished = row[length - 1] in lm.eos_token_ids
         ids = row[: length - 1] if finished else row[:length]
         answers.append(Generation(lm.text(ids), tuple(ids), mean, finished))

@@ -1,18 +1,24 @@
 """The self-retrospective pass: the model sees the video again with its own earlier caption and writes a better one.
 
-Self-retrospective sampling is from SynPO (arXiv 2506.00835, section 3); the wording is ours.
+Self-retrospective sampling is from SynPO (arXiv 2506.00835, section 3); the wording is ours. The question begins like the first
+one, video and all, so that what the model read of the video in the first pass serves the second (streams.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from synpo.model.adapter import CaptionModel, Prompt
+from synpo.pipeline.streams import visual_tokens
 
 INSTRUCTION = (
     "Write a better description: correct mistakes, add missing details and the order of events, "
     "leave out what is uncertain."
 )
+MARK = "(the question)"
 
 
 def retrospective_prompt(prompt: str, draft: str) -> str:
@@ -23,15 +29,53 @@ def retrospective_prompt(prompt: str, draft: str) -> str:
     return f"{prompt}\nEarlier description: {draft.strip()}\n{INSTRUCTION}"
 
 
-def second_look(lm: CaptionModel, shown: Prompt, frames: Tensor, prompt: str, draft: str) -> Prompt:
-    """The encoded question of the second pass; it shares what `shown`, the first question, already knows of the video.
+def second_looks(
+    lm: CaptionModel, shown: Sequence[Prompt], frames: Sequence[Tensor], prompt: str, drafts: Sequence[str]
+) -> list[Prompt]:
+    """The encoded questions of the second pass, one a draft; each shares what the first already knows of its video.
 
     A draft is data: whatever in it would read as a special token of the chat is taken out.
 
     Args:
-        shown: the encoded prompt of the first pass, its video through the vision tower.
-        frames: what it showed, uint8 (F, 3, H, W).
+        shown: the encoded questions of the first pass, their videos through the vision tower.
+        frames: what they showed, uint8 (F, 3, H, W) each.
+        prompt: the text of the first question.
     """
-    for special in lm.tokenizer.get_added_vocab():
-        draft = draft.replace(special, " ")
-    return lm.prompt(retrospective_prompt(prompt, draft), frames, shown.vision)
+    specials = list(lm.tokenizer.get_added_vocab())
+    questions = []
+    for draft in drafts:
+        for special in specials:
+            draft = draft.replace(special, " ")
+        questions.append(retrospective_prompt(prompt, draft))
+    if not shown:
+        return []
+    endings = _endings(lm, shown[0], [prompt, *questions])
+    if endings is None or not torch.equal(_ask(lm, shown[0], endings[0]), shown[0].input_ids):
+        return [lm.prompt(text, view, first.vision) for text, view, first in zip(questions, frames, shown)]
+    return [Prompt(_ask(lm, first, ending), first.vision) for first, ending in zip(shown, endings[1:])]
+
+
+def _endings(lm: CaptionModel, shown: Prompt, questions: Sequence[str]) -> list[list[int]] | None:
+    """Token ids of each question's chat turn from the last visual token on; None where the template hides that place.
+
+    So neither pixels nor placeholders are prepared again for a text that changes behind them.
+    """
+    content = [{"type": "video"}, {"type": "text", "text": MARK}]
+    turn = [{"role": "user", "content": content}]
+    before, mark, after = lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False).partition(
+        MARK
+    )
+    visual = shown.input_ids[torch.isin(shown.input_ids, visual_tokens(lm))]
+    if not mark or not len(visual):
+        return None
+    token = lm.tokenizer.convert_ids_to_tokens(int(visual[-1]))
+    _, placed, between = before.rpartition(token)
+    if not placed:
+        return None
+    return lm.tokenizer([f"{token}{between}{q}{after}" for q in questions], add_special_tokens=False).input_ids
+
+
+def _ask(lm: CaptionModel, shown: Prompt, ending: Sequence[int]) -> Tensor:
+    """Token ids of a question about the video of `shown`: its own up to the last visual token, then `ending`."""
+    last = int(torch.isin(shown.input_ids, visual_tokens(lm)).nonzero()[-1])
+    return torch.cat([shown.input_ids[:last], torch.tensor(ending)])

@@ -1,14 +1,15 @@
 """Prompts on their way to becoming answers: their key/value caches, masks and positions, as one batch.
 
-    read      prompts that show the same video share one pass over what they have in common; each then reads its own rest
-    merge     two batches (expert and amateur) become one, the shorter padded on the left
-    step      one token a row
-    keep      rows that are finished leave
+    Reader.read   prompts that show the same video share one pass over what they have in common, and so do later questions
+                  about it; each prompt then reads its own rest
+    merge         batches (expert and amateur) become one, the shorter padded on the left
+    step          one or a few tokens a row
+    keep          rows that are finished leave
 
-Rows are aligned on the right, so padding is on the left or, after a shared prefix, between the prefix and the rest; it is
-masked, and positions are given explicitly, so it changes nothing.
+Rows are aligned on the right. What does not belong to a row (padding on the left, columns between a shared prefix and the
+rest, tokens that were tried and not taken) is masked, and positions are given explicitly, so it changes nothing.
 
-Shape legend: R rows, L columns of the cache, S new columns, V vocabulary.
+Shape legend: R rows, L columns of the cache, S new columns, G videos, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,29 +29,43 @@ VISUAL_TOKENS = ("video_token_id", "image_token_id", "video_token_index", "image
 
 
 class RoomLayer(DynamicLayer):
-    """A cache layer with room for the whole answer: a step writes one column, where DynamicLayer copies all of them."""
+    """A cache layer with room for the whole answer: a step writes its columns, where DynamicLayer copies all of them."""
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], room: int) -> None:
+        """`parts` are keys and values (R_i, heads, L_i, D); their rows follow one another, aligned on the right."""
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self._room = [F.pad(x, (0, 0, 0, room)) for x in (keys, values)]  # (R, heads, L + room, D)
-        self._show(keys.shape[-2])
+        keys = parts[0][0]
+        self.lazy_initialization(keys, keys)
+        rows, length = sum(len(k) for k, _ in parts), max(k.shape[-2] for k, _ in parts)
+        self._room = []
+        for columns in zip(*parts):
+            space = keys.new_zeros(
+                rows, columns[0].shape[1], length + room, columns[0].shape[3]
+            )  # (R, heads, L + room, D)
+            first = 0
+            for part in columns:
+                space[first : first + len(part), :, length - part.shape[2] : length] = part
+                first += len(part)
+            self._room.append(space)
+        self._show(length)
 
-    def _show(self, length: int) -> None:
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self._length = length
         self.keys, self.values = (x[..., :length, :] for x in self._room)
+        return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
+        start, end = self._length, self._length + key_states.shape[-2]
         for room, new in zip(self._room, (key_states, value_states)):
             room[..., start:end, :] = new
-        self._show(end)
-        return self._room[0][..., :end, :], self._room[1][..., :end, :]
+        return self._show(end)
+
+    def get_seq_length(self) -> int:
+        return self._length
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
         self._room = [x[indices] for x in self._room]
-        self._show(length)
+        self._show(self._length)
 
 
 @dataclass
@@ -59,7 +74,7 @@ class Streams:
 
     Attributes:
         cache: their keys and values, L columns.
-        mask: (R, L) bool, True on tokens; after `merge` with the columns to come, (R, L + room).
+        mask: (R, L) bool, True on tokens; with the columns to come where there is room for them, (R, L + room).
         position: of the next token: (R, 1) int64, or (3, R, 1) for models that count in three dimensions.
     """
 
@@ -74,28 +89,42 @@ class Streams:
         self._ready_mask = settings._attn_implementation == "sdpa" and not any(self.cache.is_sliding)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one more token a row, (R,) int64. Returns the logits (R, V) of the next one."""
-        length = self.cache.get_seq_length() + 1
+        """Read S more tokens a row, (R, S) int64. Returns the logits (R, S, V) of what follows each."""
+        new = tokens.shape[1]
+        length = self.cache.get_seq_length() + new
         mask: Tensor | None = None  # no padding, no mask: the fastest attention kernels take none
         if self._padded:
             mask = self.mask[:, :length]
-            mask = mask[:, None, None] if self._ready_mask else mask.long()
-        logits = _forward(
-            self.lm, self.cache, input_ids=tokens[:, None], attention_mask=mask, position_ids=self.position
-        )
-        self.position = self.position + 1
-        return logits
+            if not self._ready_mask:
+                mask = mask.long()
+            elif new == 1:
+                mask = mask[:, None, None]
+            else:
+                mask = mask[:, None, None].repeat(1, 1, new, 1)  # (R, 1, S, L)
+                mask[..., length - new :] &= mask.new_ones(new, new).tril()
+        positions = self.position if new == 1 else self.position + torch.arange(new, device=tokens.device)
+        self.position = self.position + new
+        return _forward(
+            self.lm, self.cache, keep=new, input_ids=tokens, attention_mask=mask, position_ids=positions
+        )  # fmt: skip
+
+    def take_back(self, new: int, taken: Tensor) -> None:
+        """Of the last `new` tokens read, rows keep the first `taken`, (R,) int64, and forget the others."""
+        length = self.cache.get_seq_length()
+        self.mask[:, length - new : length] = torch.arange(new, device=taken.device) < taken[:, None]
+        self.position = self.position - (new - taken)[:, None]
+        self._padded = True
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, (K,) int64, only (or repeat them: an index may occur more than once)."""
+        """Go on with these rows, (K,) int64, only."""
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.position = self.position[..., rows, :]
 
 
-def _forward(lm: CaptionModel, cache: Cache, **inputs: Tensor | None) -> Tensor:
-    """Logits (R, V) at the last column."""
-    return lm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+def _forward(lm: CaptionModel, cache: Cache, keep: int = 1, **inputs: Tensor | None) -> Tensor:
+    """Logits (R, keep, V) at the last columns."""
+    return lm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
 
 
 def _new_cache(lm: CaptionModel) -> DynamicCache:
@@ -111,41 +140,123 @@ def _new_cache(lm: CaptionModel) -> DynamicCache:
     return cache
 
 
-def _shared_length(lm: CaptionModel, prompts: Sequence[Prompt]) -> int:
-    """Leading tokens that prompts about one video have in common; 0 where they cannot be read apart from the rest."""
-    shortest = min(len(p.input_ids) for p in prompts)
-    rows = torch.stack([p.input_ids[:shortest] for p in prompts])
-    same = (rows == rows[0]).all(0).long().cumprod(0)
-    length = min(int(same.sum()), shortest - 1)  # one token at least is left to give logits
-    visual = torch.tensor([i for n in VISUAL_TOKENS if (i := getattr(lm.base.config, n, None)) is not None])
-    return 0 if any(torch.isin(p.input_ids[length:], visual).any() for p in prompts) else length
+def visual_tokens(lm: CaptionModel) -> Tensor:
+    """Ids of the tokens that stand for parts of a video or image."""
+    return torch.tensor([i for n in VISUAL_TOKENS if (i := getattr(lm.base.config, n, None)) is not None])
 
 
-def read(lm: CaptionModel, prompts: Sequence[Prompt]) -> tuple[Streams, Tensor]:
-    """Run the model over prompts, R rows. Returns the streams and the logits (R, V) of the first tokens to come.
+def _shared_length(lm: CaptionModel, prompts: Sequence[Tensor], limit: int) -> int:
+    """Leading tokens, `limit` at most, that prompts about one video have in common; 0 where visual ones are not all in them."""
+    shortest = min(limit, *(len(p) for p in prompts))
+    same = (torch.stack([p[:shortest] for p in prompts]) == prompts[0][:shortest]).all(0).long().cumprod(0)
+    length = int(same.sum())
+    visual = visual_tokens(lm)
+    return 0 if any(torch.isin(p[length:], visual).any() for p in prompts) else length
 
-    Prompts whose `vision` is the same object show the same video: their common beginning is read once.
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """What was read of G videos: tokens, caches, and the row of each. Holds the visions, so that their ids stay theirs."""
+
+    streams: Streams
+    tokens: list[Tensor]
+    rows: dict[int, int]
+    visions: list[Any]
+
+
+class Reader:
+    """Reads prompts and, where asked to, remembers their videos.
+
+    Prompts whose `vision` is the same object show the same video: their common beginning is read once. A reader that
+    remembers keeps the keys and values of that beginning (one row a video) until it reads other videos or is let go; a later
+    question about the same videos that begins alike needs neither their pixels nor another pass over them.
+
+    Models with sliding-window attention read every prompt whole: a window counts columns, padding too, so nothing may stand
+    between a prefix and its rest.
     """
-    groups: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(id(prompt.vision), []).append(row)
-    cache = _new_cache(lm)
-    shared = [_shared_length(lm, [prompts[r] for r in rows]) for rows in groups.values()]
-    # A window of attention counts columns, padding too: nothing may stand between a prefix and its rest.
-    if len(groups) == len(prompts) or min(shared) == 0 or any(cache.is_sliding):
-        return _read_all(lm, cache, [p.input_ids for p in prompts], [p.vision for p in prompts])
 
-    firsts = [prompts[rows[0]] for rows in groups.values()]
-    heads = [p.input_ids[:n] for p, n in zip(firsts, shared)]
-    streams, _ = _read_all(lm, cache, heads, [p.vision for p in firsts])
-    place = {row: g for g, rows in enumerate(groups.values()) for row in rows}
-    streams.keep(torch.tensor([place[r] for r in range(len(prompts))], device=lm.device))
-    ids, new = pad_rows([p.input_ids[shared[place[r]] :] for r, p in enumerate(prompts)], lm.pad_token_id, side="left")
-    ids, new = ids.to(lm.device), new.to(lm.device)
-    mask = torch.cat([streams.mask, new.bool()], dim=1)
-    positions = streams.position + (new.cumsum(-1) - 1).clamp_(min=0)  # (R, S) or (3, R, S)
-    logits = _forward(lm, cache, input_ids=ids, attention_mask=mask.long(), position_ids=positions)
-    return Streams(lm, cache, mask, positions[..., -1:] + 1), logits
+    def __init__(self, lm: CaptionModel, remember: bool = False) -> None:
+        self.lm = lm
+        self.remember = remember
+        self._prefixes: _Prefixes | None = None
+
+    def read(self, prompts: Sequence[Prompt], room: int = 0) -> tuple[Streams, Tensor]:
+        """Run the model over prompts, R rows, with room for `room` more tokens (0: to be merged). Equal prompts are read once.
+
+        Returns the streams and the logits (R, V) of the first tokens to come.
+        """
+        places: dict[tuple[int, bytes], int] = {}
+        order = [places.setdefault((id(p.vision), p.input_ids.numpy().tobytes()), len(places)) for p in prompts]
+        if len(places) == len(prompts):
+            return self._read(prompts, room)
+        streams, logits = self._read([prompts[order.index(place)] for place in range(len(places))], 0)
+        rows = torch.tensor(order, device=self.lm.device)
+        return _spread(streams, rows, room), logits[rows]
+
+    def _read(self, prompts: Sequence[Prompt], room: int) -> tuple[Streams, Tensor]:
+        groups: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            groups.setdefault(id(prompt.vision), []).append(row)
+        texts = [[prompts[r].input_ids for r in rows] for rows in groups.values()]
+        last = [min(len(p) for p in group) - 1 for group in texts]  # one token at least is left to give logits
+
+        known = self._prefixes
+        if known is not None and all(vision in known.rows for vision in groups):
+            place = [known.rows[vision] for vision in groups]
+            shared = [_shared_length(self.lm, [known.tokens[p], *group], n) for p, group, n in zip(place, texts, last)]
+            if min(shared) > 0:
+                return self._rest(known, place, shared, groups, prompts, room)
+
+        self._prefixes = known = None
+        cache = _new_cache(self.lm)
+        shared = [_shared_length(self.lm, group, n) for group, n in zip(texts, last)]
+        alone = len(groups) == len(prompts)
+        if alone or min(shared) == 0 or any(cache.is_sliding):
+            streams, logits = _read_all(self.lm, cache, [p.input_ids for p in prompts], [p.vision for p in prompts])
+            if self.remember and alone and not any(cache.is_sliding):
+                self._prefixes = _remember(streams, prompts, [len(p.input_ids) for p in prompts])
+            return (merge([streams], room) if room else streams), logits
+        firsts = [prompts[rows[0]] for rows in groups.values()]
+        heads = [p.input_ids[:n] for p, n in zip(firsts, shared)]
+        known = _remember(_read_all(self.lm, cache, heads, [p.vision for p in firsts])[0], firsts, shared)
+        if self.remember:
+            self._prefixes = known
+        return self._rest(known, list(range(len(groups))), shared, groups, prompts, room)
+
+    def _rest(
+        self,
+        known: _Prefixes,
+        place: Sequence[int],
+        shared: Sequence[int],
+        groups: dict[int, list[int]],
+        prompts: Sequence[Prompt],
+        room: int,
+    ) -> tuple[Streams, Tensor]:
+        """Read what follows the first `shared[g]` tokens of group g, known in row `place[g]`."""
+        lm, seen = self.lm, known.streams
+        of_row = {row: g for g, rows in enumerate(groups.values()) for row in rows}
+        order = [of_row[r] for r in range(len(prompts))]
+        source = torch.tensor([place[g] for g in order], device=lm.device)
+        unused = torch.tensor([len(known.tokens[place[g]]) - shared[g] for g in order], device=lm.device)[:, None]
+        width = seen.mask.shape[1] - int(unused.min())
+        columns = torch.arange(width, device=lm.device)
+        mask = seen.mask[source, :width] & (columns < seen.mask.shape[1] - unused)  # (R, L)
+
+        ids, new = pad_rows([p.input_ids[shared[g] :] for g, p in zip(order, prompts)], lm.pad_token_id, side="left")
+        ids, new = ids.to(lm.device), new.to(lm.device)
+        layers = [_rows(layer, source, width, ids.shape[1] + room) for layer in seen.cache.layers]
+        mask = torch.cat([mask, new.bool()], dim=1)
+        # What is left out of a prefix is text, which counts one position a token in every dimension.
+        positions = seen.position[..., source, :] - unused + (new.cumsum(-1) - 1).clamp_(min=0)  # (R, S) or (3, R, S)
+        cache = Cache(layers=layers)
+        logits = _forward(lm, cache, input_ids=ids, attention_mask=mask.long(), position_ids=positions)[:, -1]
+        return Streams(lm, cache, F.pad(mask, (0, room), value=True), positions[..., -1:] + 1), logits
+
+
+def _remember(streams: Streams, prompts: Sequence[Prompt], lengths: Sequence[int]) -> _Prefixes:
+    visions = [p.vision for p in prompts]
+    tokens = [p.input_ids[:n] for p, n in zip(prompts, lengths)]
+    return _Prefixes(streams, tokens, {id(v): row for row, v in enumerate(visions)}, visions)
 
 
 def _read_all(lm: CaptionModel, cache: Cache, rows: Sequence[Tensor], visions: Sequence[Any]) -> tuple[Streams, Tensor]:
@@ -155,8 +266,25 @@ def _read_all(lm: CaptionModel, cache: Cache, rows: Sequence[Tensor], visions: S
     last = inputs["position_ids"].amax(-1, keepdim=True)  # (R, 1) or (3, R, 1)
     if last.dim() == 3:
         last = last.amax(0, keepdim=True).expand_as(last)
-    logits = _forward(lm, cache, **inputs)
+    logits = _forward(lm, cache, **inputs)[:, -1]
     return Streams(lm, cache, mask.bool(), last + 1), logits
+
+
+def _spread(streams: Streams, rows: Tensor, room: int) -> Streams:
+    """These rows of the streams, (K,) int64, an index as often as it is wanted, with room for more tokens."""
+    length = streams.mask.shape[1]
+    if any(streams.cache.is_sliding):
+        streams.keep(rows)
+        return merge([streams], room)
+    cache = Cache(layers=[_rows(layer, rows, length, room) for layer in streams.cache.layers])
+    return Streams(streams.lm, cache, F.pad(streams.mask[rows], (0, room), value=True), streams.position[..., rows, :])
+
+
+def _rows(layer: Any, source: Tensor, width: int, room: int) -> Any:
+    """The first `width` columns of a layer, its rows repeated as `source` says, and room for more."""
+    if layer.keys is None:  # a layer that borrows another's keys
+        return layer
+    return RoomLayer([(layer.keys[source, :, :width], layer.values[source, :, :width])], room)
 
 
 def merge(streams: Sequence[Streams], room: int) -> Streams:
@@ -170,16 +298,16 @@ def merge(streams: Sequence[Streams], room: int) -> Streams:
 
 def _merge_layers(layers: Sequence[Any], room: int) -> Any:
     first = layers[0]
-    if first.keys is None:  # a layer that borrows another's keys
+    if first.keys is None:
         return first
+    if not isinstance(first, DynamicSlidingWindowLayer):
+        return RoomLayer([(x.keys, x.values) for x in layers], room)
+    # A window keeps the last columns, and those are aligned on the right like everything else.
     length = max(x.keys.shape[-2] for x in layers)
     keys, values = (
         torch.cat([F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in columns])
         for columns in zip(*((x.keys, x.values) for x in layers))
     )
-    if not isinstance(first, DynamicSlidingWindowLayer):
-        return RoomLayer(keys, values, room)
-    # A window keeps the last columns, and those are aligned on the right like everything else.
     layer = DynamicSlidingWindowLayer(sliding_window=first.sliding_window)
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
