@@ -4,7 +4,7 @@ Needs torch alone; triton is imported where its kernels run.
 """
 
 from . import losses
-from .api import FusedLinearSynPOLoss, SynPOOutput, linear_logprobs
+from .api import FusedLinearSynPOLoss, SynPOOutput, linear_logprobs, lora_head
 from .contrast import contrastive_mix, contrastive_sample
 from .epilogue import synpo_pairs
 from .losses import OBJECTIVES, Objective, SequenceStats, sequence_stats
@@ -18,6 +18,7 @@ __all__ = [
     "contrastive_mix",
     "contrastive_sample",
     "linear_logprobs",
+    "lora_head",
     "losses",
     "sequence_stats",
     "synpo_pairs",

@@ -139,8 +139,9 @@ def aim(labels: Tensor, rows: int, ignore_index: int | None, group: dist.Process
     Raises:
         ValueError: a label is outside the vocabulary (checked on CPU; on CUDA its log-probability becomes NaN).
     """
-    sizes = labels.new_empty(dist.get_world_size(group))
-    dist.all_gather_into_tensor(sizes, labels.new_full((1,), rows), group=group)
+    shards = [labels.new_empty(1) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, labels.new_full((1,), rows), group=group)
+    sizes = torch.cat(shards)
     kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     if not labels.is_cuda:
         counted, vocabulary = labels[kept], int(sizes.sum())

@@ -96,12 +96,12 @@ def no_communication() -> Iterator[None]:
     def refuse(*args, **kwargs):
         raise AssertionError("the backward pass must not communicate")
 
-    before = dist.all_reduce, dist.all_gather_into_tensor
-    dist.all_reduce = dist.all_gather_into_tensor = refuse
+    before = dist.all_reduce, dist.all_gather
+    dist.all_reduce = dist.all_gather = refuse
     try:
         yield
     finally:
-        dist.all_reduce, dist.all_gather_into_tensor = before
+        dist.all_reduce, dist.all_gather = before
 
 
 @contextmanager

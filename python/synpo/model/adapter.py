@@ -23,6 +23,8 @@ from torch import Tensor
 
 from synpo.config import ConfigError, ModelConfig
 from synpo.model.vision import OneVision, Processor, Vision, sequential_positions, vision_for
+from synpo_kernels import lora_head
+from synpo_kernels.parallel import whole
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: z = cap(scale · (h Wᵀ + b)); weight (V, D), bias (V,) or None."""
+    """What turns hidden states into logits: z = cap(scale · (h Wᵀ + Σ s · drop(h) Aᵀ Bᵀ + b)); weight (V, D), bias (V,)."""
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    lora: tuple[tuple[Any, Tensor, Tensor, float], ...] = ()  # (dropout, A (r, D), B (V, r), s) of each active adapter
+
+    def low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What LoRA adds to the logits of hidden (..., D), as `synpo_kernels.linear_logprobs` takes it."""
+        if not self.lora:
+            return None
+        parts = [lora_head(drop(hidden.to(a.dtype)), whole(a), whole(b), s) for drop, a, b, s in self.lora]
+        u, b = (torch.cat(side, -1).to(hidden.dtype) for side in zip(*parts))
+        return u, b
 
 
 def pad_rows(rows: Sequence[Tensor], pad: int, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
@@ -163,22 +174,32 @@ class CaptionModel:
     def head(self) -> Head:
         """The output head as it is now (PEFT's trained copy, or the original one while adapters are disabled).
 
-        Raises ValueError when LoRA sits on it: its low-rank part would be left out silently.
+        Raises ValueError where PEFT has put a variant of LoRA on it that is not W + s B A (DoRA, for one).
         """
         layer = self.base.get_output_embeddings()
-        if hasattr(layer, "lora_A"):
-            raise ValueError(
-                "LoRA on the output head is not supported by the fused loss; take lm_head out of target_modules, or train "
-                "it whole with modules_to_save"
-            )
+        bias, lora = getattr(layer, "bias", None), []
+        if hasattr(layer, "lora_A") and not (layer.disable_adapters or layer.merged):
+            for name in (n for n in layer.active_adapters if n in layer.lora_A):
+                if name in layer.lora_variant:
+                    raise ValueError(
+                        f"{type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')} on the output head is not "
+                        "supported by the fused loss, plain LoRA is; take lm_head out of target_modules, or train it whole "
+                        "with modules_to_save"
+                    )
+                a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+                lora.append((layer.lora_dropout[name], a.weight, b.weight, scaling))
+                if b.bias is not None:
+                    shift = scaling * whole(b.bias).to(layer.weight.dtype)
+                    bias = shift if bias is None else whole(bias) + shift
         config = self.base.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         divisor = getattr(config, "logits_scaling", None) or 1.0
         return Head(
             weight=layer.weight,
-            bias=getattr(layer, "bias", None),
+            bias=bias,
             softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=scale / divisor,
+            lora=tuple(lora),
         )
 
     def hidden_states(self, inputs: Mapping[str, Any], model: Any = None) -> Tensor:
@@ -217,6 +238,8 @@ class CaptionModel:
             hidden, head = self.hidden_states(inputs)[0], self.head()
             logits = self.model(**inputs, use_cache=False).logits[0]
         expected = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
+        if (low_rank := head.low_rank(hidden)) is not None:
+            expected = expected + low_rank[0] @ low_rank[1].T
         expected = expected * head.logit_scale
         if head.softcap is not None:
             expected = head.softcap * (expected / head.softcap).tanh()

@@ -1,4 +1,4 @@
-"""LoRA on the projections of the language model, and on nothing else."""
+"""LoRA on the language model, its output head if asked, and on nothing else."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def language_prefix(model: Any) -> str:
 def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
     """Put a fresh, trainable LoRA on `lm.model`, everything else frozen; a model that has one already trains that further.
 
-    `section.target_modules` is a regular expression over full module names; only matches inside the language model count,
-    so that `.*q_proj` does not reach a vision tower that names its layers the same way.
+    `section.target_modules` is a regular expression over full module names; only matches inside the language model, and
+    its output head, count, so that `.*q_proj` does not reach a vision tower that names its layers the same way.
 
     Returns:
         Names of the wrapped modules.
@@ -40,8 +40,9 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
     if section.r < 1:
         raise ConfigError(f"lora.r: expected a rank of at least 1, got {section.r}")
     prefix = language_prefix(lm.model)
+    head = next(name for name, module in lm.model.named_modules() if module is lm.model.get_output_embeddings())
     try:
-        target = re.compile(rf"(?={re.escape(prefix)}\.)(?:{section.target_modules})")
+        target = re.compile(rf"(?={re.escape(prefix)}\.|{re.escape(head)}$)(?:{section.target_modules})")
     except re.error as error:
         raise ConfigError(
             f"lora.target_modules: {section.target_modules!r} is not a regular expression: {error}"

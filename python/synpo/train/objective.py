@@ -117,6 +117,7 @@ class PairObjective:
             logit_scale=head.logit_scale,
             ignore_index=None,
             backend=self.backend,
+            low_rank=head.low_rank(hidden),
         )
 
     @torch.no_grad()
@@ -136,7 +137,8 @@ class PairObjective:
             ignore_index=None,
             backend=self.backend,
         )
-        out = fused(hidden, head.weight, targets, bias=head.bias, cu_seqlens=cu_seqlens)
+        low_rank = head.low_rank(hidden)
+        out = fused(hidden, head.weight, targets, bias=head.bias, cu_seqlens=cu_seqlens, low_rank=low_rank)
         means = torch.cat([out.chosen_logps, out.rejected_logps])
         statistics = _statistics(means, means * cu_seqlens.diff(), means, out.language_reward)
         if torch.is_grad_enabled():
