@@ -202,7 +202,10 @@ def text_model(family: str) -> CaptionModel:
 
 def logits_from_head(lm: CaptionModel, ids: Tensor) -> Tensor:
     head = lm.head()
-    logits = lm.hidden_states(lm.forward_kwargs(ids, torch.ones_like(ids), [{}] * len(ids))) @ head.weight.T
+    hidden = lm.hidden_states(lm.forward_kwargs(ids, torch.ones_like(ids), [{}] * len(ids)))
+    logits = hidden @ head.weight.T
+    if (low_rank := head.low_rank(hidden)) is not None:
+        logits = logits + low_rank[0] @ low_rank[1].T
     logits = logits if head.bias is None else logits + head.bias
     logits = logits * head.logit_scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
@@ -262,8 +265,58 @@ def test_the_trained_copy_of_the_head_is_used_and_the_original_while_adapters_ar
         lm.check_head()
 
 
-def test_lora_on_the_head_is_refused() -> None:
+def lora_on_the_head(family: str, **options: Any) -> CaptionModel:
+    """A model with LoRA of rank 2 on its head whose B is not 0."""
+    lm = text_model(family)
+    lm.model = get_peft_model(lm.model, LoraConfig(r=2, lora_alpha=6, target_modules=["lm_head"], **options))
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    return lm
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_lora_on_the_head_is_a_part_of_it(family: str, options: dict[str, Any]) -> None:
+    lm = lora_on_the_head(family, **options)
+    lm.model.eval()
+    ids = torch.arange(8).view(2, 4)
+    plain = lm.base.get_output_embeddings().get_base_layer()
+    with torch.no_grad():
+        own = lm.model(ids).logits
+        torch.testing.assert_close(logits_from_head(lm, ids), own, rtol=1e-5, atol=1e-5)
+        with lm.model.disable_adapter():
+            off = lm.model(ids).logits
+            assert lm.head().weight is plain.weight
+            torch.testing.assert_close(logits_from_head(lm, ids), off, rtol=1e-5, atol=1e-5)
+        assert (own - off).abs().max() > 1e-2
+        lm.check_head()
+        lm.model.merge_adapter()
+        torch.testing.assert_close(logits_from_head(lm, ids), own, rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_on_the_head_add_up() -> None:
+    lm = lora_on_the_head("llama")
+    lm.model.add_adapter("second", LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False))
+    lm.model.base_model.set_adapter(["default", "second"])
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_from_head(lm, ids), lm.model(ids).logits, rtol=1e-5, atol=1e-5)
+    hidden = torch.randn(3, 64)
+    assert [tuple(t.shape) for t in lm.head().low_rank(hidden)] == [(3, 5), (len(lm.tokenizer), 5)]  # type: ignore[union-attr]
+
+
+def test_dropout_of_lora_on_the_head_acts_in_training_alone() -> None:
+    lm = lora_on_the_head("llama", lora_dropout=0.5)
+    hidden = torch.randn(4, 64)
+    draws = [[lm.head().low_rank(hidden)[0] for _ in range(2)] for _ in (lm.model.train(), lm.model.eval())]  # type: ignore[index]
+    assert not torch.equal(*draws[0])
+    assert torch.equal(*draws[1])
+
+
+def test_dora_on_the_head_is_refused() -> None:
     lm = text_model("llama")
-    lm.model = get_peft_model(lm.model, LoraConfig(r=2, target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="LoRA on the output head"):
+    lm.model = get_peft_model(lm.model, LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(ValueError, match="Dora on the output head is not supported by the fused loss, plain LoRA is"):
         lm.head()
