@@ -7,9 +7,12 @@ import torch
 import transformers
 
 from synpo.config import ConfigError, LoraSection
+from synpo.data.collate import PairCollator
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, tiny_captioner, tiny_text_model
 from synpo.train.lora import apply_lora, language_prefix
+from synpo.train.objective import PairObjective
+from synpo_kernels import OBJECTIVES, SequenceStats, sequence_stats
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -87,3 +90,49 @@ def test_a_model_that_has_an_adapter_trains_that_one_further() -> None:
     assert sorted(apply_lora(lm, LoraSection(r=16))) == sorted(names)
     assert lm.model is first
     assert sum(p.requires_grad for p in lm.model.parameters()) == 2 * len(names)
+
+
+@pytest.mark.parametrize("kind", ["captioner", "llama"])
+def test_the_output_head_can_be_asked_for(kind: str) -> None:
+    lm = build(kind)
+    names = apply_lora(lm, LoraSection(r=2, target_modules=r".*\.(q_proj|v_proj)|lm_head"))
+    assert names.count("lm_head") == 1
+    assert len(names) == 5
+    assert hasattr(lm.base.get_output_embeddings(), "lora_A")
+
+
+@pytest.mark.parametrize("loss_type", ["synpo", "dpo", "simpo"])
+def test_lora_on_the_head_is_trained_as_by_full_logits(loss_type: str, pairs_for: Any) -> None:
+    lm = build("llama")
+    apply_lora(lm, LoraSection(r=4, alpha=8, dropout=0.0, target_modules=r".*\.q_proj|lm_head"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    pairs = pairs_for(lm)
+    outcome = PairObjective(lm, loss_type, {})(lm.model, PairCollator(lm.pad_token_id)(pairs))
+    outcome.loss.backward()
+    found = {n: p.grad for n, p in lm.model.named_parameters() if p.grad is not None}
+    lm.model.zero_grad()
+
+    def naive() -> SequenceStats:
+        rows = []
+        for prompt, answer in [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]:
+            logps = lm.model(input_ids=torch.cat([prompt, answer])[None]).logits[0].log_softmax(-1)
+            rows.append(logps[len(prompt) - 1 : -1].gather(1, answer[:, None])[:, 0])
+        return sequence_stats(torch.cat(rows), cu_seqlens=torch.tensor([0, *map(len, rows)]).cumsum(0))
+
+    reference = []
+    if OBJECTIVES[loss_type].needs_reference:
+        with torch.no_grad(), lm.model.disable_adapter():
+            reference = [naive()]
+    loss = OBJECTIVES[loss_type](naive(), *reference)
+    loss.backward()
+    torch.testing.assert_close(outcome.loss, loss, rtol=1e-4, atol=1e-5)
+    expected = {n: p.grad for n, p in lm.model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    assert sum("lm_head" in name for name in found) == 2
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0
+        assert (found[name] - gradient).norm() <= 2e-3 * gradient.norm(), name
