@@ -1,6 +1,6 @@
 """Compile every kernel for every launch configuration, with no GPU, and report what it costs there.
 
-    python -m synpo_kernels.aot [--arch 80 90 100] [--hidden 3584] [--only 'exp bf16' ...]
+    python -m synpo_kernels.aot [--arch 80 90 100] [--hidden 3584] [--only 'exp bf16' ...] [--cache FOLDER]
 
 Prints one row a kernel: registers, bytes spilled, shared memory, tensor-core and copy instructions found in the PTX.
 Exits with 1 if a kernel spills, if ptxas serialises its wgmma instructions (C75xx), if it needs more shared memory
@@ -10,17 +10,24 @@ than a block can have on that chip, or if it does not assemble. Needs triton alo
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
+import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .variants import Case
 
 # What a thread block may use, in bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -30,18 +37,7 @@ MARKS = {
     "mma": r"\bmma\.sync",
     "tma": r"cp\.async\.bulk\.tensor",
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel specialised for one chip."""
-
-    name: str
-    kernel: Any  # a triton.jit function
-    arch: int  # 80, 90, 100
-    dtype: str  # triton's name of the input format
-    config: Any  # TileConfig
-    constants: dict[str, Any]
+FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -55,134 +51,106 @@ class Report:
     problems: tuple[str, ...]
 
 
-def cases(archs: list[int], hidden: int) -> Iterator[Case]:
-    """The kernel variants that `fused` launches, with the configurations it launches them with.
-
-    bf16 in every variant; the other formats in their lightest and heaviest.
-    """
-    from .kernels.configs import exact_config, product_config, tile_config
-    from .kernels.counted_product import counted_product_kernel
-    from .kernels.exact_rows import exact_rows_kernel
-    from .kernels.exp_tile import exp_tile_kernel
-
-    for arch in archs:
-        for dtype, precision in (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
-            label = "tf32" if precision == "tf32" else dtype
-            plain = {"D": hidden, "HAS_BIAS": False, "HAS_SOFTCAP": False, "WRITE": True, "PRECISION": precision}
-            full = {**plain, "HAS_BIAS": True, "HAS_SOFTCAP": True}
-            exponentials = {
-                "exp": {**plain, "HAS_TARGET": False},
-                "exp+target": {**plain, "HAS_TARGET": True},
-                "exp+target+softcap+bias": {**full, "HAS_TARGET": True},
-                "exp+softcap": {**full, "HAS_BIAS": False, "HAS_TARGET": False},
-                "exp sums only": {**plain, "HAS_TARGET": False, "WRITE": False},
-                "exp ragged D": {**plain, "HAS_TARGET": False, "D": hidden + 8},
-                "exp counted": {**plain, "HAS_TARGET": False, "HAS_COUNT": True},
-                "exp+target+softcap+bias counted": {**full, "HAS_TARGET": True, "HAS_COUNT": True},
-            }
-            for name, constants in exponentials.items():
-                if dtype != "bf16" and name not in ("exp", "exp+target+softcap+bias"):
-                    continue
-                softcap, counted = "softcap" in name, "counted" in name
-                config = tile_config(arch // 10, 4 if dtype == "fp32" else 2, softcap=softcap, counted=counted)
-                constants = {"GROUP_N": config.group_n, "HAS_COUNT": False, **constants, **_blocks("NVD", config)}
-                yield Case(f"{name} {label}", exp_tile_kernel, arch, dtype, config, constants)
-            config = exact_config(arch // 10)
-            constants = {**full, **_blocks("NVD", config)}
-            yield Case(f"exact {label}", exact_rows_kernel, arch, dtype, config, constants)
-            if dtype == "bf16":
-                constants["WRITE"] = False
-                yield Case(f"exact sums only {label}", exact_rows_kernel, arch, dtype, config, constants)
-            config = product_config(arch // 10, 4 if dtype == "fp32" else 2)
-            constants = {"GROUP_M": config.group_n, "PRECISION": precision, "stride_bd": 1, **_blocks("MDK", config)}
-            for name, form in (
-                ("product", {"SUM_COUNTED": False, "HAS_KEPT": False, "stride_ak": 1}),
-                ("product over rows", {"SUM_COUNTED": True, "HAS_KEPT": False, "stride_am": 1}),
-                ("product of kept columns", {"SUM_COUNTED": False, "HAS_KEPT": True, "stride_ak": 1}),
-            ):
-                yield Case(f"{name} {label}", counted_product_kernel, arch, dtype, config, {**constants, **form})
-
-
-def _blocks(sizes: str, config: Any) -> dict[str, Any]:
-    """A tile's rows, columns and inner size under the names of a kernel; strides of 1 are constants at launch too."""
-    tile = (config.block_n, config.block_v, config.block_d)
-    blocks: dict[str, Any] = {f"BLOCK_{size}": block for size, block in zip(sizes, tile)}
-    return blocks | ({"stride_xd": 1, "stride_wd": 1} if sizes == "NVD" else {})
-
-
 def compile_case(case: Case) -> Report:
-    """Compile with triton, assemble with ptxas -v, and read the verdict."""
+    """Compile with triton, listen to what ptxas -v says on the way, and read the verdict."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.errors import PTXASError
 
-    constants = case.constants
     names = case.kernel.arg_names
-    types = {name: _argument_type(name, case.dtype) for name in names if name not in constants}
-    # triton notes divisibility by 16 at launch: pointers, strides, and the sizes M, D and K of real shapes
-    aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride") or name in ("M", "D", "K")]
     source = ASTSource(
         fn=case.kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        signature=case.signature(),
+        constexprs={(names.index(name),): value for name, value in case.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned()},
     )
-    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
-    return _judge(case, compiled.asm["ptx"], compiled.metadata.shared)
+    heard = io.StringIO()
+    knobs = triton.knobs
+    # ptxas speaks only when it runs, so nothing may come from triton's own cache
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(heard), knobs.cache.scope(), knobs.nvidia.scope():
+        knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
+        try:
+            compiled = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=case.options)
+        except PTXASError as error:
+            return judge(case.arch, "", 0, str(error))
+    return judge(case.arch, compiled.asm["ptx"], compiled.metadata.shared, heard.getvalue())
 
 
-def _compile_task(task: tuple[int, int, str]) -> Report:
-    arch, hidden, name = task
-    return compile_case(next(case for case in cases([arch], hidden) if case.name == name))
-
-
-def _argument_type(name: str, dtype: str) -> str:
-    if name.endswith("_ptr"):
-        special = {"label_ptr": "i64", "flag_ptr": "i8", "count_ptr": "i32"}
-        same_as_input = name in ("x_ptr", "w_ptr", "bias_ptr", "out_ptr", "direction_ptr", "a_ptr", "b_ptr")
-        return "*" + special.get(name, dtype if same_as_input else "fp32")
-    return "fp32" if name in ("logit_scale", "softcap") else "i32"
-
-
-def _judge(case: Case, ptx: str, shared: int) -> Report:
-    code, said = _assemble(ptx, case.arch)
+def judge(arch: int, ptx: str, shared: int, said: str) -> Report:
+    """The verdict on a kernel from its PTX, its shared memory in bytes and the output of ptxas -v."""
     spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", said))
     registers = re.search(r"Used (\d+) registers", said)
-    limit = SHARED_LIMIT[case.arch]
+    limit = SHARED_LIMIT[arch]
     problems = []
-    if code != 0 or registers is None:
+    if registers is None:
         problems.append(f"ptxas failed: {said.strip()[:300]}")
     if spilled:
         problems.append(f"spills {spilled} bytes: take a smaller tile or more warps")
     if serialised := re.search(r"C75\d\d.*", said):
         problems.append(f"ptxas serialises wgmma: {serialised[0]}")
     if shared > limit:
-        problems.append(f"{shared} bytes of shared memory, sm_{case.arch} has {limit}: take fewer stages")
+        problems.append(f"{shared} bytes of shared memory, sm_{arch} has {limit}: take fewer stages")
     marks = tuple(mark for mark, pattern in MARKS.items() if re.search(pattern, ptx))
     return Report(int(registers[1]) if registers else 0, spilled, shared, marks, tuple(problems))
 
 
-def _assemble(ptx: str, arch: int) -> tuple[int, str]:
-    """(exit code, output) of the bundled `ptxas -v`; newer PTX is taken by ptxas-blackwell for every chip."""
+@cache
+def _state() -> str:
+    """What reports depend on besides their case: the sources of the kernels and of this module, and triton's version."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "kernel.ptx")
-        text.write_text(ptx)
-        for tool in ("ptxas", "ptxas-blackwell"):
-            if not (tools / tool).exists():
-                continue
-            command = [str(tools / tool), "-v", f"--gpu-name={name}", str(text), "-o", f"{folder}/kernel.cubin"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            said = done.stdout + done.stderr
-            if "Unsupported .version" not in said and "is not defined for option 'gpu-name'" not in said:
-                break
-        else:
-            return 1, f"no bundled ptxas in {tools} takes this PTX"
-    return done.returncode, said
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in [Path(__file__), *sorted((FOLDER / "kernels").glob("*.py"))]:
+        if path.name != "configs.py":  # its values are part of the case
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _place(case: Case, folder: Path) -> Path:
+    kernel = case.kernel.fn.__name__
+    parts = (_state(), kernel, case.arch, case.signature(), case.aligned(), case.constants, case.options)
+    return folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+
+
+def recall(case: Case, folder: Path) -> Report | None:
+    """The report kept in `folder` for this very case, sources and triton, or None."""
+    try:
+        kept = json.loads(_place(case, folder).read_text())
+    except FileNotFoundError:
+        return None
+    return Report(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
+
+
+def keep(case: Case, report: Report, folder: Path) -> None:
+    """Write the report for `recall`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
+        json.dump(asdict(report), file)
+    os.replace(file.name, _place(case, folder))
+
+
+def _compile_task(task: tuple[int, int, str]) -> Report:
+    from .variants import cases
+
+    arch, hidden, name = task
+    return compile_case(next(case for case in cases([arch], hidden) if case.name == name))
+
+
+def _reports(wanted: list[Case], hidden: int, jobs: int, folder: Path | None) -> Iterable[tuple[Case, Report]]:
+    """Each case with its report, in order, kept ones first looked for in `folder`."""
+    known = {} if folder is None else {(case.arch, case.name): recall(case, folder) for case in wanted}
+    missing = [case for case in wanted if known.get((case.arch, case.name)) is None]
+    tasks = [(case.arch, hidden, case.name) for case in missing]
+    with ProcessPoolExecutor(max(1, min(jobs, len(tasks))), mp_context=get_context("spawn")) as pool:
+        fresh = iter(map(_compile_task, tasks) if jobs == 1 else pool.map(_compile_task, tasks))
+        for case in wanted:
+            report = known.get((case.arch, case.name))
+            if report is None:
+                report = next(fresh)
+                if folder is not None:
+                    keep(case, report, folder)
+            yield case, report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -192,30 +160,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="KERNEL", help="names of kernels as the table gives them"
     )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="kernels compiled side by side")
+    parser.add_argument("--cache", type=Path, help="folder of reports: what did not change is not compiled again")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter replaces the compiler")
+    from .variants import cases
+
     every = list(cases(options.arch, options.hidden))
     if unknown := set(options.only) - {case.name for case in every}:
         parser.error(f"no kernel is called {sorted(unknown)}; there are {sorted({case.name for case in every})}")
     wanted = [case for case in every if not options.only or case.name in options.only]
     print(
-        f"{'kernel':<38}{'chip':<9}{'tile':<14}{'warps':>5}{'stages':>7}{'registers':>10}{'spilled':>8}{'shared':>8}  uses"
+        f"{'kernel':<42}{'chip':<9}{'tile':<14}{'warps':>5}{'stages':>7}{'registers':>10}{'spilled':>8}{'shared':>8}  uses"
     )
     failed = 0
-    tasks = [(case.arch, options.hidden, case.name) for case in wanted]
-    workers = min(len(tasks), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for case, report in zip(wanted, pool.map(_compile_task, tasks)):
-            tile = "x".join(str(size) for size in (case.config.block_n, case.config.block_v, case.config.block_d))
-            print(
-                f"{case.name:<38}sm_{case.arch:<6}{tile:<14}{case.config.num_warps:>5}{case.config.num_stages:>7}"
-                f"{report.registers:>10}{report.spilled:>8}{report.shared:>8}  {' '.join(report.marks)}",
-                flush=True,
-            )
-            for problem in report.problems:
-                print(f"  PROBLEM {problem}")
-            failed += bool(report.problems)
+    for case, report in _reports(wanted, options.hidden, options.jobs, options.cache):
+        print(
+            f"{case.name:<42}sm_{case.arch:<6}{case.tile:<14}{case.options['num_warps']:>5}{case.options['num_stages']:>7}"
+            f"{report.registers:>10}{report.spilled:>8}{report.shared:>8}  {' '.join(report.marks)}",
+            flush=True,
+        )
+        for problem in report.problems:
+            print(f"  PROBLEM {problem}")
+        failed += bool(report.problems)
     print(f"{len(wanted) - failed} of {len(wanted)} kernels are good")
     return 1 if failed else 0
 

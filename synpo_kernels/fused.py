@@ -19,7 +19,7 @@ from .head import Head, add_matmul
 from .kernels import counted_product, exact_rows, exp_tile
 from .kernels.configs import exact_config, product_config, tile_config
 from .passes import Forward, Gradients, accumulate, directions, target_logits
-from .skipping import Skipping
+from .skipping import GROUP, Skipping
 
 FP16_MAGNIFY = 2.0**14
 
@@ -62,7 +62,10 @@ class TritonTiles:
         first_row: int,
     ) -> Tensor:
         softcap, counted = part.softcap is not None, self.count is not None
-        config = tile_config(_major(x.device), x.element_size(), softcap=softcap, counted=counted)
+        describable = exp_tile.describable(x) and exp_tile.describable(part.weight)
+        config = tile_config(
+            _major(x.device), x.element_size(), softcap=softcap, counted=counted, describable=describable
+        )
         tiles_v = -(-part.weight.shape[0] // config.block_v)
         sums = torch.empty(tiles_v, x.shape[0], dtype=torch.float32, device=x.device)
         if x.shape[0]:
@@ -89,23 +92,23 @@ class TritonTiles:
         self._add(total, slice_, b, first_row, transposed=False)
 
     def add_kept_product(
-        self, total: Tensor, slice_: Tensor, b: Tensor, order: Tensor, kept: Tensor, first_row: int
+        self, total: Tensor, slice_: Tensor, b: Tensor, columns: Tensor, order: Tensor, kept: Tensor, first_row: int
     ) -> None:
-        rows = len(slice_)
-        if rows == 0:
+        if not slice_.numel():
             return
-        every = kept.new_full((), first_row + rows, dtype=torch.int32)
+        config = product_config(_major(b.device), b.element_size())
+        assert GROUP % config.block_n == 0
+        every = kept.new_full((), first_row + len(slice_), dtype=torch.int32)
         counted_product.launch(
-            slice_.index_select(1, order),
+            slice_.index_select(1, columns),
             b,
             total,
             every if self.count is None else self.count,
             first_row=first_row,
             sum_counted=False,
-            kept=kept,
-            index=order,
+            kept=counted_product.Kept(kept, columns, order),
             precision=_precision(),
-            config=product_config(_major(b.device), b.element_size()),
+            config=config,
         )
 
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,11 @@ class TileConfig:
     group_n: int  # row tiles that share a chunk of W in L2 before the next columns are taken
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # read x and W through tensor descriptors
+
+    def options(self) -> dict[str, Any]:
+        """Triton's launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,10 @@ class ChipConfig:
     half_counted: TileConfig  # 16-bit inputs with a count of rows
     half_small: TileConfig  # where more is alive an element (a soft cap's slope, a sum to add to): larger tiles spill
     full: TileConfig  # float32 inputs
-    full_product: TileConfig  # float32 inputs of a counted product
+    full_small: TileConfig  # float32 inputs where more is alive
+    descriptors: bool = False  # whether the two below take the place of half and half_counted, where x and W allow it
+    described: TileConfig | None = None
+    described_counted: TileConfig | None = None
 
 
 INTERPRETER = TileConfig(16, 32, 16, 2, 1, 1)
@@ -40,40 +49,52 @@ CHIPS: dict[int, ChipConfig] = {
         half_counted=TileConfig(128, 128, 32, 8, 4, 4),
         half_small=TileConfig(128, 128, 32, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
-        full_product=TileConfig(64, 64, 32, 8, 8, 3),
+        full_small=TileConfig(64, 64, 32, 8, 8, 3),
     ),
     9: ChipConfig(
         half=TileConfig(128, 256, 64, 8, 8, 3),
         half_counted=TileConfig(128, 256, 64, 8, 8, 3),
         half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
-        full_product=TileConfig(64, 64, 32, 8, 4, 3),
+        full_small=TileConfig(64, 64, 32, 8, 8, 3),
+        descriptors=True,  # 158 registers and a fourth stage where pointers take 255; no time was measured
+        described=TileConfig(128, 256, 64, 8, 8, 4, True),
+        described_counted=TileConfig(128, 256, 64, 8, 8, 4, True),
     ),
     10: ChipConfig(
         half=TileConfig(128, 256, 64, 8, 8, 3),
         half_counted=TileConfig(128, 128, 64, 8, 8, 4),  # 128 columns more spill here
         half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
-        full_product=TileConfig(64, 64, 32, 8, 4, 3),
+        full_small=TileConfig(64, 64, 32, 8, 8, 3),
+        descriptors=True,
+        described=TileConfig(128, 256, 64, 8, 8, 4, True),
+        described_counted=TileConfig(128, 128, 64, 8, 8, 5, True),
     ),
 }
+CHIPS[12] = CHIPS[8]  # consumer Blackwell has the tensor instructions and the little shared memory (99 KiB) of Ampere
 
 # The exact path runs on rows that should not occur: small tiles that compile everywhere.
 EXACT = TileConfig(16, 64, 64, 1, 4, 2)
 
 
-def tile_config(major: int | None, itemsize: int, *, softcap: bool, counted: bool) -> TileConfig:
+def tile_config(
+    major: int | None, itemsize: int, *, softcap: bool, counted: bool, describable: bool = False
+) -> TileConfig:
     """Parameters for a chip (major compute capability, None: the interpreter) and the bytes of an input number.
 
-    A chip without an entry takes that of the newest older one, compute capability 8 at least.
+    describable: whether x and W allow tensor descriptors (`exp_tile.describable`). A chip without an entry takes that of
+    the newest older one, compute capability 8 at least.
     """
     if major is None:
         return INTERPRETER
     chip = _chip(major)
     if itemsize == 4:
-        return chip.full
+        return chip.full_small if softcap else chip.full
     if softcap:
         return chip.half_small
+    if describable and chip.descriptors and chip.described and chip.described_counted:
+        return chip.described_counted if counted else chip.described
     return chip.half_counted if counted else chip.half
 
 
@@ -81,7 +102,7 @@ def product_config(major: int | None, itemsize: int) -> TileConfig:
     """Parameters of a counted product, as `tile_config`."""
     if major is None:
         return INTERPRETER
-    return _chip(major).full_product if itemsize == 4 else _chip(major).half_small
+    return _chip(major).full_small if itemsize == 4 else _chip(major).half_small
 
 
 def _chip(major: int) -> ChipConfig:

@@ -1,8 +1,9 @@
 """total += A B for a slice of which only the first `count` rows hold anything, a number that stays on the device.
 
 Three forms, one kernel: the rows that count are rows of A and of the result (∂/∂x, N of them); or they are what is summed
-over (∂/∂W = Rᵀ X); or, of the first form, only some columns of A and rows of B enter, as many as a second number says, the
-rows of B found through an index. A library product has no way to stop at a number the host does not know.
+over (∂/∂W = Rᵀ X); or, of the first form, a tile of rows takes only the first columns of A, as many as the device says for
+it, and finds its rows of A and those of B through an index. A library product has no way to stop at a number the host does
+not know.
 """
 
 # A kernel takes pointers and scalars typed at launch.
@@ -10,6 +11,7 @@ rows of B found through an index. A library product has no way to stop at a numb
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import triton
@@ -30,6 +32,7 @@ def counted_product_kernel(
     count_ptr,
     kept_ptr,
     index_ptr,
+    order_ptr,
     M,
     K,
     D,
@@ -51,8 +54,9 @@ def counted_product_kernel(
 
     Pointers: a (M, K), b (K, D), total (M, D) fp32, count () int32 rows that hold something, of which first_row lie
     before this slice. SUM_COUNTED: the counted rows are those of b, else those of a. Rows past the count are not read
-    into a result (they may hold anything), and their result is left alone. HAS_KEPT: kept () int64 columns of a are
-    summed over, with rows index[k] of b, index (K,) int64; kept and index are touched with it alone.
+    into a result (they may hold anything), and their result is left alone. HAS_KEPT: row order[i] of a, order (M,) int64,
+    takes its first kept[i] columns, kept (M,) int64 and the same for a whole tile of i, with rows index[k] of b, index
+    (K,) int64; those in place i past the count are left alone. All three are touched with it alone.
     """
     tile_m, tile_d = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP_M)
     limit = tl.load(count_ptr) - first_row
@@ -61,14 +65,15 @@ def counted_product_kernel(
         depth = tl.minimum(K, limit)
     else:
         rows = tl.minimum(M, limit)
-    if HAS_KEPT:
-        depth = tl.load(kept_ptr).to(tl.int32)
     if tile_m * BLOCK_M >= rows:
         return
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     inner = tl.arange(0, BLOCK_K)
     inside_m, inside_d = (m < rows)[:, None], (d < D)[None, :]
+    if HAS_KEPT:
+        depth = tl.load(kept_ptr + tile_m * BLOCK_M).to(tl.int32)
+        m = tl.load(order_ptr + m, mask=m < rows, other=0)
     a_ptrs = a_ptr + m.to(tl.int64)[:, None] * stride_am + inner.to(tl.int64)[None, :] * stride_ak
     b_ptrs = b_ptr + inner.to(tl.int64)[:, None] * stride_bk + d.to(tl.int64)[None, :] * stride_bd
     total_ptrs = total_ptr + m.to(tl.int64)[:, None] * stride_tm + d[None, :]
@@ -86,6 +91,15 @@ def counted_product_kernel(
     tl.store(total_ptrs, total, mask=inside_m & inside_d)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Which columns of a the rows take; see the kernel."""
+
+    sizes: Tensor  # (M,) int64, by place in the order, the same within each tile of rows
+    index: Tensor  # (K,) int64, the row of b that belongs to a column of a
+    order: Tensor  # (M,) int64, a permutation of the rows
+
+
 def launch(
     a: Tensor,
     b: Tensor,
@@ -94,17 +108,15 @@ def launch(
     *,
     first_row: int,
     sum_counted: bool,
-    kept: Tensor | None = None,
-    index: Tensor | None = None,
+    kept: Kept | None = None,
     precision: str,
     config: TileConfig,
 ) -> None:
     """total (M, D) fp32 += a (M, K) @ b (K, D), the first `count - first_row` rows of a (of b with sum_counted) alone.
 
-    kept () int64, index (K,) int64: sum over the first `kept` columns of a alone, with the rows of b that index names.
     `config` gives the tile as rows block_n, columns block_v, summed block_d at a time.
     """
-    assert total.stride(1) == 1 and (kept is None) == (index is None)
+    assert total.stride(1) == 1
     m, k = a.shape
     d = b.shape[1]
     block_d = min(config.block_v, max(16, triton.next_power_of_2(d)))
@@ -113,8 +125,7 @@ def launch(
         b,
         total,
         count,
-        count if kept is None else kept,
-        count if index is None else index,
+        *((count,) * 3 if kept is None else (kept.sizes, kept.index, kept.order)),
         m,
         k,
         d,
@@ -129,6 +140,5 @@ def launch(
         SUM_COUNTED=sum_counted,
         HAS_KEPT=kept is not None,
         PRECISION=precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BLOCK_T = 1024  # tokens at a time
 BLOCK_B = 256  # pairs at a time
 PROGRAMS = 512  # of pair_loss at most; each adds up all pairs, so there are not more than fill a GPU
-WARPS = 4
+WARPS, STAGES = 4, 2
 
 
 @triton.jit
@@ -135,11 +135,11 @@ def pair_loss_kernel(
     pairs = S // 2
     losses = tl.zeros((BLOCK_B,), dtype=tl.float64)
     valids = tl.zeros((BLOCK_B,), dtype=tl.float64)
-    for at in range(0, pairs, BLOCK_B):
-        i = at + tl.arange(0, BLOCK_B).to(tl.int64)
-        valid, _, _, _, _, _, _, reward, preferred = pair_terms(sums_ptr, i, i < pairs, S, alpha)
-        losses -= (preferred + beta * reward) * valid
-        valids += valid
+    for first_pair in range(0, pairs, BLOCK_B):
+        j = first_pair + tl.arange(0, BLOCK_B).to(tl.int64)
+        counts, _, _, _, _, _, _, rewards, preferences = pair_terms(sums_ptr, j, j < pairs, S, alpha)
+        losses -= (preferences + beta * rewards) * counts
+        valids += counts
     count = tl.sum(valids, 0)
     scale = 1.0
     if MEAN:
@@ -150,9 +150,7 @@ def pair_loss_kernel(
 
     for s in range(tl.program_id(0).to(tl.int64), S, tl.num_programs(0)):
         i = s % pairs
-        valid, tokens_c, tokens_r, mean_c, mean_r, p_c, p_r, reward, preferred = pair_terms(
-            sums_ptr, i, i < pairs, S, alpha
-        )
+        valid, tokens_c, tokens_r, mean_c, mean_r, p_c, p_r, reward, preferred = pair_terms(sums_ptr, i, True, S, alpha)
         push = alpha * preferred * (1.0 - preferred) * valid * scale
         each_c = -push * p_c / tl.maximum(tokens_c, 1.0)  # g_t = each + by_prob · p_t
         each_r = push * p_r / tl.maximum(tokens_r, 1.0)
@@ -160,7 +158,7 @@ def pair_loss_kernel(
         each = tl.where(s < pairs, each_c, each_r)
         slope = tl.where(s < pairs, by_prob, 0.0)
         first, last = bounds_of(bound_ptr, s, T, N, HAS_BOUNDS)
-        start = tl.where(s == 0, 0, first)
+        start = tl.where(s == 0, 0, first)  # the first and the last sequence clear what lies outside all
         stop = tl.where(s == S - 1, N, last)
         for at in range(start, stop, BLOCK_T):
             t = at + tl.arange(0, BLOCK_T)
@@ -209,7 +207,8 @@ def launch(
     where = (logps, logps if labels is None else labels, logps if bounds is None else bounds, sums)
     sizes = (sequences, logps.shape[-1], logps.numel())
     options = {"HAS_LABELS": labels is not None, "HAS_BOUNDS": bounds is not None, "BLOCK_T": BLOCK_T}
-    sequence_sums_kernel[(sequences,)](*where, *sizes, ignore_index, **options, num_warps=WARPS)
+    launch_options = {"num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": True}
+    sequence_sums_kernel[(sequences,)](*where, *sizes, ignore_index, **options, **launch_options)
     pair_loss_kernel[(min(sequences, PROGRAMS),)](
         *where,
         g,
@@ -224,5 +223,5 @@ def launch(
         **options,
         MEAN=mean,
         BLOCK_B=BLOCK_B,
-        num_warps=WARPS,
+        **launch_options,
     )

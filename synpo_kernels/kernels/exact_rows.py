@@ -163,6 +163,5 @@ def launch(
         HAS_SOFTCAP=softcap is not None,
         WRITE=direction is not None,
         PRECISION=precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )

@@ -5,6 +5,9 @@
 
 Anchored at the target logit this is P̂; anchored at the log-sum-exp, with p_y - 1 in the label's column, it is
 softmax(z) - onehot(y). Each program owns one tile, each number is written once: no atomics, the same bits every run.
+
+x and W are read through pointers or, on chips with a tensor copy engine, through descriptors: the same numbers in the same
+order, so the same bits.
 """
 
 # A kernel takes pointers and scalars typed at launch.
@@ -16,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import TileConfig
-from .tiles import cap, grouped, product
+from .tiles import cap, described_product, grouped, product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +59,7 @@ def exp_tile_kernel(
     HAS_TARGET: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     WRITE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid: cdiv(N, BLOCK_N) · cdiv(V, BLOCK_V) programs in one dimension; a program owns one tile.
@@ -62,7 +67,8 @@ def exp_tile_kernel(
     Pointers: x (N, D), w (V, D), bias (V,), label (N,) int64 counted from the chunk's first column, anchor (N,) fp32,
     at_target (N,) fp32 put in the label's column, out (N, V), sum (cdiv(V, BLOCK_V), N) fp32, count () int32 rows that
     are wanted, of which first_row lie before this slice. bias, at_target, out and count are touched only with HAS_BIAS,
-    HAS_TARGET, WRITE, HAS_COUNT. A tile of rows past the count alone is neither computed nor written.
+    HAS_TARGET, WRITE, HAS_COUNT. A tile of rows past the count alone is neither computed nor written. With DESCRIPTORS
+    x and w are tensor descriptors of blocks (BLOCK_N, BLOCK_D) and (BLOCK_V, BLOCK_D), and their strides go unused.
     """
     tile_n, tile_v = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     if HAS_COUNT:  # noqa: SIM102 (a branch the compiler drops)
@@ -72,9 +78,26 @@ def exp_tile_kernel(
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row = tl.minimum(n, N - 1).to(tl.int64)  # past the edge: a real row, masked below
     column = tl.minimum(v, V - 1).to(tl.int64)
-    raw = product(
-        x_ptr, w_ptr, row, column, stride_xn, stride_xd, stride_wv, stride_wd, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
-    )
+    if DESCRIPTORS:
+        raw = described_product(
+            x_ptr, w_ptr, tile_n * BLOCK_N, tile_v * BLOCK_V, D, BLOCK_N, BLOCK_V, BLOCK_D, PRECISION
+        )
+    else:
+        raw = product(
+            x_ptr,
+            w_ptr,
+            row,
+            column,
+            stride_xn,
+            stride_xd,
+            stride_wv,
+            stride_wd,
+            D,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+            PRECISION,
+        )
     if HAS_BIAS:
         raw += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     z, slope = cap(raw, logit_scale, softcap, HAS_SOFTCAP)
@@ -92,6 +115,13 @@ def exp_tile_kernel(
             weights.to(out_ptr.dtype.element_ty),
             mask=(n < N)[:, None] & (v < V)[None, :],
         )
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether the copy engine can read this matrix: rows contiguous, base and row stride multiples of 16 bytes."""
+    stride, step = tensor.stride()
+    size = tensor.element_size()
+    return step == 1 and stride * size % 16 == 0 and stride > 0 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
 
 
 def launch(
@@ -112,12 +142,19 @@ def launch(
     precision: str,
     config: TileConfig,
 ) -> None:
-    """Run the kernel on (N, D) x (V, D); `sums` is (cdiv(V, config.block_v), N) fp32. See the kernel for the rest."""
+    """Run the kernel on (N, D) x (V, D); `sums` is (cdiv(V, config.block_v), N) fp32. See the kernel for the rest.
+
+    A config with descriptors wants x and weight `describable`.
+    """
     assert out.stride(1) == 1 and labels.is_contiguous() and anchor.is_contiguous() and sums.is_contiguous()
     n, v = x.shape[0], weight.shape[0]
+    x_source, w_source = x, weight
+    if config.descriptors:
+        x_source = TensorDescriptor.from_tensor(x, [config.block_n, config.block_d])
+        w_source = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
     exp_tile_kernel[(triton.cdiv(n, config.block_n) * triton.cdiv(v, config.block_v),)](
-        x,
-        weight,
+        x_source,
+        w_source,
         weight if bias is None else bias,
         labels,
         anchor,
@@ -143,7 +180,7 @@ def launch(
         HAS_TARGET=at_target is not None,
         HAS_COUNT=count is not None,
         WRITE=write,
+        DESCRIPTORS=config.descriptors,
         PRECISION=precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options(),
     )

@@ -58,6 +58,30 @@ def product(
 
 
 @triton.jit
+def described_product(
+    x_desc,
+    w_desc,
+    first_row,
+    first_column,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`product` of the tile at (first_row, first_column) through tensor descriptors, which the copy engine reads.
+
+    What lies past the edge of a tensor, in D too, comes as 0.
+    """
+    total = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for d in range(0, D, BLOCK_D):
+        x = x_desc.load([first_row, d])
+        w = w_desc.load([first_column, d])
+        total = tl.dot(x, w.T, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def cap(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """(z, slope): z = softcap · tanh(logit_scale · raw / softcap) and its derivative 1 - tanh² (1 without a softcap)."""
     z = raw * logit_scale

@@ -1,13 +1,13 @@
-"""What the Triton kernels promise beyond the results tested elsewhere: 64-bit addresses, whole coverage, no host read."""
+"""What the Triton kernels promise beyond the results tested elsewhere: 64-bit addresses, whole coverage, two ways to read."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from synpo_kernels import fused, ops
-from synpo_kernels.head import Head
+from synpo_kernels import fused
 from synpo_kernels.kernels import counted_product, exact_rows, exp_tile
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
 
@@ -130,47 +130,56 @@ def test_partition_keeps_the_order(device) -> None:
     assert rows.tolist() == [1, 3, 4, 0, 2, 5] and count.item() == 3 and count.dtype == torch.int32
 
 
-class HostReads(TorchDispatchMode):
-    """Names of operations that make the host wait for a number of the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.name().split(".")[0] in (
-            "aten::_local_scalar_dense",
-            "aten::nonzero",
-            "aten::is_nonzero",
-            "aten::equal",
-        ):
-            self.found.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_no_host_read_in_a_step(trained, device) -> None:
-    """Inside the ops, where the mode sees every operation."""
-    x, head = torch.randn(6, 8, device=device), Head(torch.randn(20, 8, device=device))
-    labels = torch.tensor([3, -100, 19, 0, -100, 7], device=device)
-    for given, low in [(-100, False), (None, False), (-100, True)]:
-        g, want = torch.ones(6, device=device), (True, True, False)
-        aimed = labels if given == -100 else labels.clamp(min=0)
-        with HostReads() as reads:
-            found = ops.forward(x, head, aimed, given, "triton", want_direction=not trained, low=low)
-            if trained:
-                ops.gradients(x, head, aimed, given, "triton", found, g, want, low)
-        assert reads.found == []
-    with HostReads() as reads:
-        ops.forward(x, head, labels.clamp(min=0), None, "chunked", want_direction=True, low=False)
-    assert reads.found == ["aten::nonzero"]  # the mode sees what there is to see
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(33, 70, 48), (16, 32, 8), (5, 33, 24), (1, 1, 16)], ids=str)
+def test_descriptors_and_pointers_agree_bitwise(shape, dtype, device) -> None:
+    """Ragged in N, V and D; x a slice of wider rows. Past the edges descriptors read 0, pointers a real row."""
+    n, v, d = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d + 8, generator=generator).to(device, dtype)[:, :d]
+    w, bias = (torch.randn(*size, generator=generator).to(device, dtype) for size in ((v, d), (v,)))
+    labels = torch.randint(0, 2 * v, (n,), generator=generator).to(device)
+    anchor, at_target = (torch.randn(n, generator=generator).to(device) for _ in range(2))
+    count = torch.tensor(max(1, n - 20), dtype=torch.int32, device=device)
+    if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] < 9:
+        pytest.skip("no copy engine")
+    found = []
+    for descriptors in (False, True):
+        config = replace(INTERPRETER, descriptors=descriptors)
+        out, sums = torch.zeros(n, v, dtype=dtype, device=device), torch.zeros(-(-v // 32), n, device=device)
+        options = {"write": True, "config": config, "count": count, **OPTIONS, "softcap": 3.0, "logit_scale": 0.5}
+        exp_tile.launch(x, w, bias, labels, anchor, at_target, out, sums, **options)
+        found.append((out, sums))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    z = 3 * torch.tanh((x.double() @ w.double().T + bias.double()) / 6)
+    expected = (z - anchor.double()[:, None]).exp()
+    expected = expected.masked_fill(torch.arange(v, device=device) == labels[:, None], 0)[: count.item()]
+    torch.testing.assert_close(found[1][1].sum(0)[: count.item()].double(), expected.sum(1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("major", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (12, 10)])
+def test_what_the_copy_engine_can_read(device) -> None:
+    whole = torch.zeros(40, 64, dtype=torch.bfloat16, device=device)
+    assert exp_tile.describable(whole) and exp_tile.describable(whole[3:, 8:40]) and exp_tile.describable(whole[::2])
+    assert not exp_tile.describable(whole.T)  # rows not contiguous
+    assert not exp_tile.describable(whole[:, 1:])  # base off by 2 bytes
+    assert not exp_tile.describable(torch.zeros(40, 60, dtype=torch.bfloat16, device=device))  # rows of 120 bytes
+    assert not exp_tile.describable(whole[:1].expand(40, -1)) and not exp_tile.describable(whole[:0])
+
+
+@pytest.mark.parametrize(("major", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (11, 10), (12, 12), (13, 12)])
 def test_a_chip_without_an_entry_takes_an_older_one(major, known) -> None:
     chip = CHIPS[known]
     assert tile_config(major, 2, softcap=False, counted=False) is chip.half
     assert tile_config(major, 2, softcap=False, counted=True) is chip.half_counted
     assert tile_config(major, 2, softcap=True, counted=True) is product_config(major, 2) is chip.half_small
-    assert tile_config(major, 4, softcap=True, counted=False) is chip.full
-    assert product_config(major, 4) is chip.full_product
+    assert tile_config(major, 4, softcap=False, counted=True) is chip.full
+    assert tile_config(major, 4, softcap=True, counted=False) is product_config(major, 4) is chip.full_small
+    described = tile_config(major, 2, softcap=False, counted=False, describable=True)
+    assert described is (chip.described if known in (9, 10) else chip.half)
+    assert tile_config(major, 4, softcap=False, counted=False, describable=True) is chip.full
+
+
+def test_without_a_tensor_copy_engine_nothing_is_described() -> None:
+    for major, chip in CHIPS.items():
+        assert chip.descriptors == (major in (9, 10)) and (chip.described is not None) == chip.descriptors
+    assert CHIPS[12] is CHIPS[8]  # its 99 KiB of shared memory hold no tile of CHIPS[10]
