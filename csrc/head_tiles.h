@@ -4,6 +4,8 @@
 namespace synpo::head {
 namespace SYNPO_ISA {
 
+constexpr int64_t kSteps = 2048;  // of a logit summed in one go: sums of sums round less
+
 // Numbers of type T, each widened to a unit of its own.
 template <class T>
 struct Singles {
@@ -24,7 +26,7 @@ struct Pairs {
 };
 #endif
 
-// `count` units (of kWidth) of numbers that are neighbours in memory, the rest 0.
+// kWidth units of numbers that are neighbours in memory: `numbers` are there, the rest 0.
 template <class F>
 Vec along(const typename F::Number* p, int64_t numbers) {
   constexpr int64_t kNumbers = Vec::kWidth * F::kUnit;
@@ -221,7 +223,10 @@ void logits(const LogitsTask& task) {
   for (int64_t t = 0; t < task.tiles; ++t) {
     const int64_t first = task.first + t * E::kRows, rows = std::min(E::kRows, task.end - first);
     for (int64_t p = 0; p < task.panels; ++p) {
-      engine.multiply(task.tile + t * task.tile_size, task.panel + p * task.panel_size, task.steps, rows, z, false);
+      for (int64_t s = 0; s < task.steps || s == 0; s += kSteps) {
+        engine.multiply(task.tile + t * task.tile_size + s * E::at(1, 0), task.panel + p * task.panel_size + s * E::kLanes,
+                        std::min(kSteps, task.steps - s), rows, z, s > 0);
+      }
       uint32_t* out = task.out + p * task.out_size + t * (E::kRows / E::Format::kUnit) * E::kLanes;
       finish(task, z, first, rows, p, task.out == nullptr ? nullptr : out);
     }

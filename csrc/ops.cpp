@@ -33,7 +33,7 @@ Type type_of(const Tensor& tensor) {
     case ScalarType::Half:
       return Type::f16;
     default:
-      STD_TORCH_CHECK(false, "inputs must be float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, "logits, or hidden states and their head, must be float32, bfloat16 or float16");
   }
 }
 

@@ -1,7 +1,7 @@
 """The C++ extension `_C`, and the reason in words when it is not there.
 
-Loading `_C` registers the tensor ops `torch.ops.synpo_kernels.*`. Its absence never breaks an import: `contrast.py` then
-takes the torch path and says so once.
+Loading `_C` registers the tensor ops `torch.ops.synpo_kernels.*`. Its absence never breaks an import: `contrast.py` and
+`dispatch.py` then take the torch path and say so once.
 """
 
 from __future__ import annotations
@@ -32,14 +32,20 @@ def available() -> bool:
     return _C is not None
 
 
+def module() -> ModuleType:
+    """The extension; RuntimeError where it is not loaded."""
+    if _C is None:
+        raise RuntimeError(reason)
+    return _C
+
+
 def build_info() -> dict[str, str]:
-    """Version, compile flags, torch the extension was built beside, and the instruction set chosen for this CPU.
+    """Version, compile flags, torch the extension was built beside, and the instruction sets chosen for this CPU: `simd`
+    of the contrastive op, `head` of the frozen head's pass.
 
     Raises RuntimeError where the extension is not loaded.
     """
-    if _C is None:
-        raise RuntimeError(reason)
-    return dict(_C.build_info())
+    return dict(module().build_info())
 
 
 @cache

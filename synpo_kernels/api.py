@@ -51,7 +51,7 @@ def linear_logprobs(
         softcap: cap(r) = softcap · tanh(r / softcap), Gemma's final-logit soft cap; None: none.
         logit_scale: factor on the logits before the cap.
         ignore_index: None says that no label is ignored, which saves finding the kept rows.
-        backend: "auto", "chunked" (any device) or "triton" (CUDA).
+        backend: "auto", "chunked" (any device), "cpu" (the C++ extension) or "triton" (CUDA).
         memory: "low" holds less than 20 MiB beyond inputs, result and gradients (D up to 16,000) under a frozen head: rows
             are taken in blocks, and the backward pass computes each slice again (half as much work again). Under a
             trained head it makes the slices smaller, nothing else.

@@ -1,7 +1,8 @@
 """Which backend computes the log-probabilities, and the reason in words.
 
-"auto" takes the Triton kernels on a CUDA device (a warning says so where they cannot serve) and the portable passes
-elsewhere. A new backend (a compiled CPU kernel, say) is one entry in `BACKENDS` and one clause in `choose`.
+"auto" takes the Triton kernels on a CUDA device (a warning says so where they cannot serve), the compiled kernel on a CPU
+with vector instructions it knows, and the portable passes elsewhere. A backend is one entry in `BACKENDS` and one clause
+in `choose`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import _ext, chunked, cpu
 from .head import Head
 from .passes import Forward, Gradients
 
@@ -93,8 +94,33 @@ def triton_supports(hidden: Tensor) -> tuple[bool, str]:
     return False, f"the kernels need a CUDA device, hidden is on {hidden.device}; use backend='chunked'"
 
 
+def cpu_supports(hidden: Tensor) -> tuple[bool, str]:
+    """Whether the compiled CPU kernel can serve `hidden`, and why."""
+    if hidden.device.type != "cpu":
+        return False, f"the kernel runs on CPUs, hidden is on {hidden.device}; use backend='auto'"
+    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, f"the kernel takes float32, float16 and bfloat16, got {hidden.dtype}; use backend='chunked'"
+    if not _ext.available():
+        return False, f"{_ext.reason}; use backend='chunked'"
+    return True, f"the compiled kernel for {cpu.instruction_set()}"
+
+
+def _cpu_is_best(hidden: Tensor) -> bool:
+    """Whether the compiled kernel serves and is faster than torch's own products: not without vector instructions."""
+    served, _ = cpu_supports(hidden)
+    if hidden.device.type == "cpu" and not _ext.available():
+        _ext.say_once()
+    if not served:
+        return False
+    return cpu.instruction_set() != "portable"
+
+
 def _chunked() -> Backend:
     return Backend("chunked", chunked.partition, chunked.forward, chunked.gradients)
+
+
+def _cpu() -> Backend:
+    return Backend("cpu", cpu.partition, cpu.forward, cpu.gradients)
 
 
 def _triton() -> Backend:
@@ -105,6 +131,7 @@ def _triton() -> Backend:
 
 BACKENDS: dict[str, tuple[Callable[[Tensor], tuple[bool, str]], Callable[[], Backend]]] = {
     "chunked": (chunked_supports, _chunked),
+    "cpu": (cpu_supports, _cpu),
     "triton": (triton_supports, _triton),
 }
 
@@ -117,7 +144,7 @@ def choose(name: str, hidden: Tensor) -> Backend:
     """
     if name == "auto":
         if not hidden.is_cuda:
-            return _chunked()
+            return _cpu() if _cpu_is_best(hidden) else _chunked()
         served, reason = triton_supports(hidden)
         if not served:
             warnings.warn(f"the log-probabilities run on plain torch: {reason}", stacklevel=3)

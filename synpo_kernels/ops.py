@@ -32,6 +32,7 @@ def forward(
 ) -> Forward:
     """x (N, D), labels (N,) → `Forward` with N rows, 0 where ignored. low: a block of rows at a time, smaller slices."""
     chosen = choose(backend, x)
+    ignore_index = _used(labels, ignore_index)
     with torch.autocast(x.device.type, enabled=False):  # the products choose their own precision
         if ignore_index is None and not low:
             return chosen.forward(x, head, labels, want_direction=want_direction)
@@ -63,6 +64,7 @@ def gradients(
     sum over all rows, finished chunk by chunk of the vocabulary).
     """
     chosen = choose(backend, x)
+    ignore_index = _used(labels, ignore_index)
     d_hidden, d_weight, d_bias = x.new_zeros(x.shape if want[0] else 0), x.new_empty(0), x.new_empty(0)
     aimed = _aimed(labels, ignore_index)
     with torch.autocast(x.device.type, enabled=False):
@@ -86,6 +88,12 @@ def _blocks(
     total = len(x) if rows is None else len(rows)
     for block in cut(total, low_rows(x)) if low else [slice(0, total)]:
         yield block if rows is None else rows[block], None if count is None else count - block.start
+
+
+def _used(labels: Tensor, ignore_index: int | None) -> int | None:
+    """ignore_index, but None where the host can see that no label has it: the rows are then not gathered."""
+    unused = ignore_index is None or (labels.device.type == "cpu" and not (labels == ignore_index).any())
+    return None if unused else ignore_index
 
 
 def _aimed(labels: Tensor, ignore_index: int | None) -> Tensor:

@@ -11,13 +11,34 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from synpo_kernels import dispatch, linear_logprobs
+from synpo_kernels import _ext, cpu, dispatch, linear_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_auto_is_chunked_on_cpu_even_with_the_interpreter() -> None:
+def test_auto_on_a_cpu_even_with_the_interpreter(monkeypatch) -> None:
+    """The compiled kernel where it is built, serves the dtype and has vector instructions; plain torch elsewhere."""
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(_ext, "_C", object())
+    assert dispatch.choose("auto", torch.zeros(1)).name == "cpu"
+    assert dispatch.choose("auto", torch.zeros(1, dtype=torch.float64)).name == "chunked"
+    assert dispatch.choose("auto", torch.zeros(1, device="meta")).name == "chunked"
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "portable")
     assert dispatch.choose("auto", torch.zeros(1)).name == "chunked"
+    assert dispatch.choose("cpu", torch.zeros(1)).name == "cpu"
+    monkeypatch.setattr(_ext, "_C", None)
+    assert dispatch.choose("auto", torch.zeros(1)).name == "chunked"
+
+
+def test_the_compiled_kernel_says_why_it_cannot_serve(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="float64; use backend='chunked'"):
+        dispatch.choose("cpu", torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="runs on CPUs, hidden is on meta"):
+        dispatch.choose("cpu", torch.zeros(1, device="meta"))
+    monkeypatch.setattr(_ext, "_C", None)
+    monkeypatch.setattr(_ext, "reason", "not built here")
+    with pytest.raises(ValueError, match="not built here; use backend='chunked'"):
+        dispatch.choose("cpu", torch.zeros(1))
 
 
 def test_auto_and_triton_on_this_device(device) -> None:
@@ -34,7 +55,7 @@ def test_auto_on_a_gpu_without_triton_says_so(monkeypatch) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"'auto' or one of \['chunked', 'triton'\], got 'cuda'"):
+    with pytest.raises(ValueError, match=r"'auto' or one of \['chunked', 'cpu', 'triton'\], got 'cuda'"):
         linear_logprobs(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="cuda")
 
 

@@ -1,0 +1,97 @@
+"""The compiled backend for CPUs: both products of the frozen head's pass in the C++ extension, logits never in memory.
+
+A chunk of W is packed once for each product; each tile of logits becomes exponentials while it is in cache, which the
+second product takes at once. x is packed once, the sum E' is held in fp32, rows are taken in blocks of at most 16 MiB of
+the two. Results are the same bit for bit for any number of threads (torch's own: OMP_NUM_THREADS, torch.set_num_threads).
+
+    instruction set   bfloat16                                    float32, float16
+    amx               tile registers                              as avx512
+    avx512_bf16       dot products of bf16 pairs                  as avx512
+    avx512, avx2      widened to fp32 while packing               fp32, float16 widened
+    portable          the same without vector instructions: for tests, "auto" prefers plain torch
+
+With bf16 instructions exponentials are rounded to bf16 for the second product, whose sums are fp32; the sum of a row's
+exponentials is taken before that. SYNPO_CPU_ISA names an instruction set to use instead of the best one here.
+"amx-emulated" is the path of "amx" with the tile registers in memory: the tests run it, **on real AMX hardware the path
+has not been run yet**.
+
+Gradients of a trained head are the portable backend's, as are heads whose rows are not contiguous.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import _ext, chunked, passes
+from .chunked import gradients, partition
+from .head import Head
+from .passes import Forward, target_logits
+
+__all__ = ["forward", "gradients", "instruction_set", "partition"]
+
+
+@cache
+def _settle() -> None:
+    wanted = os.environ.get("SYNPO_CPU_ISA")
+    if wanted:
+        try:
+            _ext.module().use_head_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f"SYNPO_CPU_ISA: {error}") from None
+
+
+def instruction_set() -> str:
+    """Name of the instruction set in use.
+
+    Raises:
+        ValueError: SYNPO_CPU_ISA names one that is unknown or that this CPU lacks. RuntimeError: no extension.
+    """
+    _settle()
+    return _ext.module().head_isa()
+
+
+def forward(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    want_direction: bool,
+    count: Tensor | None = None,
+    low: bool = False,
+    tolerance: float | None = None,
+) -> Forward:
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`.
+
+    tolerance: what `skipping` may leave out; the portable backend does that.
+    """
+    if tolerance is not None or (head.weight.stride(1) != 1 and head.weight.shape[1] != 1):
+        options = {"want_direction": want_direction, "count": count, "low": low}
+        return chunked.forward(x, head, labels, tolerance=tolerance, **options)
+    assert count is None, "`partition` gives the rows to compute alone"
+    instruction_set()
+    target, slope = target_logits(x, head, labels)
+    total, direction = torch.ops.synpo_kernels.head_pass(
+        x.contiguous(),
+        head.weight,
+        head.bias,
+        labels.contiguous(),
+        target,
+        slope,
+        head.softcap or 0.0,
+        head.logit_scale,
+        want_direction,
+    )
+    logps = (target - target) - torch.log1p(total)  # NaN where the row is not finite, which must stay visible
+    found = Forward(logps, target - logps, direction if want_direction else None)
+    flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
+    if flagged.numel() == 0:
+        return found
+    again = chunked.forward(x[flagged], head, labels[flagged], want_direction=want_direction, low=low)
+    found.logps[flagged], found.normalizer[flagged] = again.logps, again.normalizer
+    if found.direction is not None and again.direction is not None:
+        found.direction[flagged] = again.direction
+    return found
