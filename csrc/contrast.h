@@ -88,6 +88,7 @@ struct Candidates {
 };
 
 constexpr int64_t kGroup = 64;
+constexpr int kFew = 16;  // candidates of a group that are written one by one
 
 // The loops over the logits and over long lists of candidates, one table per instruction set.
 struct Kernels {

@@ -182,22 +182,34 @@ class History {
   std::vector<uint64_t>& bits_;
 };
 
-// The largest threshold, or nearly, that at least `rank` of the n values reach; -inf where there are fewer. Bisection over
-// the floats as integers: it needs only counts, which are vectorised, and ends within 32 steps whatever the values are.
-float threshold_of_rank(const float* x, int64_t n, int64_t rank) {
+// The largest threshold, or nearly, that at least `rank` of the n values (`max` the largest) reach; -inf where there are fewer.
+// Bisection over the floats as integers, from near the maximum: it needs only counts, which are vectorised, and ends within
+// 64 steps whatever the values are.
+float threshold_of_rank(const float* x, int64_t n, int64_t rank, float max) {
   if (n < rank) return -kInf;
-  uint32_t low = static_cast<uint32_t>(to_key(-kInf, 0) >> 32), high = static_cast<uint32_t>(to_key(kInf, 0) >> 32);
+  const auto order = [](float value) { return static_cast<uint32_t>(to_key(value, 0) >> 32); };
+  const auto value = [](uint32_t ordered) { return key_value(static_cast<uint64_t>(ordered) << 32); };
+  const auto found = [&](uint32_t ordered) { return kernels().count(x, n, value(ordered)); };
+  const int64_t enough = rank + rank / 4;
+  const uint32_t floor = order(-kInf);
+  uint32_t high = order(max) + 1, low = high, step = 1u << 22;  // half an exponent
+  do {  // invariant: `high` is not reached by `rank`, or is beyond every value
+    high = low;
+    low = high - floor > step ? high - step : floor;
+    step <<= 1;
+    if (low == floor) break;  // every value reaches it
+  } while (found(low) < rank);
   while (high - low > 1) {  // invariant: `low` is reached by at least `rank`
     const uint32_t middle = low + (high - low) / 2;
-    const int64_t found = kernels().count(x, n, key_value(static_cast<uint64_t>(middle) << 32));
-    if (found < rank) {
+    const int64_t reached = found(middle);
+    if (reached < rank) {
       high = middle;
     } else {
       low = middle;
-      if (found <= rank + rank / 4) break;
+      if (reached <= enough) break;
     }
   }
-  return key_value(static_cast<uint64_t>(low) << 32);
+  return value(low);
 }
 
 float penalised(float x, const Sampling& s) { return x > 0.0f ? x * s.inverse_penalty : x * s.penalty; }
@@ -235,7 +247,7 @@ struct Call {
     if (top()) {
       // k groups reach the threshold, so k tokens do; groups whose maximum is a seen token do not count.
       const int64_t groups = (end - begin + kGroup - 1) / kGroup;
-      const float threshold = threshold_of_rank(c.group_max.data(), groups, sampling.top_k + history_length);
+      const float threshold = threshold_of_rank(c.group_max.data(), groups, sampling.top_k + history_length, c.max);
       loops.collect(logits, begin, end, threshold, sampling.top_k, seen(row).bits(), c);
     } else {
       loops.collect(logits, begin, end, near_threshold(c.max, offset()), 0, nullptr, c);

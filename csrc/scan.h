@@ -215,11 +215,30 @@ void collect(const Row& row, int64_t begin, int64_t end, float threshold, int64_
   auto take = [&](const Mixer<T, kMix>& mixer, int64_t at, int64_t v) {
     c.reserve(c.n + kGroup + Vec::kWidth);
     const int64_t before = c.n;
+    const Vec least = Vec::fill(threshold), excluded = Vec::fill(-kInf);
+    float values[kGroup];
+    uint64_t hits = 0;
     for (int64_t i = 0; i < kGroup; i += Vec::kWidth) {
       const Vec x = mixer.exact(at + i);
-      const uint32_t hits = x.ge(Vec::fill(threshold)) & ~x.eq(Vec::fill(-kInf));
-      c.n += x.compress(hits, static_cast<int32_t>(v + i), c.x.data() + c.n, c.id.data() + c.n);
+      x.store(values + i);
+      hits |= static_cast<uint64_t>(x.ge(least) & ~x.eq(excluded)) << i;
     }
+    float* x_out = c.x.data();
+    int32_t* id_out = c.id.data();
+    int64_t n = before;
+    if (__builtin_popcountll(hits) <= kFew) {
+      for (; hits != 0; hits &= hits - 1) {
+        const int i = __builtin_ctzll(hits);
+        x_out[n] = values[i];
+        id_out[n++] = static_cast<int32_t>(v + i);
+      }
+    } else {
+      for (int64_t i = 0; i < kGroup; i += Vec::kWidth) {
+        const uint32_t mask = static_cast<uint32_t>(hits >> i) & ((1u << Vec::kWidth) - 1);
+        n += Vec::load(values + i).compress(mask, static_cast<int32_t>(v + i), x_out + n, id_out + n);
+      }
+    }
+    c.n = n;
     if (skip != nullptr) {
       const int64_t added = c.n;
       c.n = before;
@@ -234,7 +253,14 @@ void collect(const Row& row, int64_t begin, int64_t end, float threshold, int64_
   };
   const int64_t groups = (end - begin + kGroup - 1) / kGroup, whole = (end - begin) / kGroup;
   const Mixer<T, kMix> mixer(row);
-  for (int64_t g = 0; g < whole; ++g) {
+  int64_t g = 0;
+  for (; g + Vec::kWidth <= whole; g += Vec::kWidth) {  // a branch for every group would be guessed wrong too often
+    for (uint32_t mask = Vec::load(c.group_max.data() + g).ge(Vec::fill(threshold)); mask != 0; mask &= mask - 1) {
+      const int64_t at = begin + (g + __builtin_ctz(mask)) * kGroup;
+      take(mixer, at, at);
+    }
+  }
+  for (; g < whole; ++g) {
     if (c.group_max[g] >= threshold) take(mixer, begin + g * kGroup, begin + g * kGroup);
   }
   if (whole < groups && c.group_max[whole] >= threshold) {

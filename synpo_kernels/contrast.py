@@ -28,7 +28,6 @@ BLOCK_LOGITS = 2**19  # the torch path's slice of (B, V) on a CPU
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.no_grad()
 def contrastive_sample(
     expert: Tensor,
     amateur: Tensor | None,
@@ -110,25 +109,16 @@ def contrastive_sample(
         if uniform.shape != (rows,) or not uniform.is_floating_point():
             raise ValueError(f"uniform must be ({rows},) floating point, got {tuple(uniform.shape)} {uniform.dtype}")
         _check_like("uniform", uniform, uniform.dtype, expert)
-        uniform = uniform.to(torch.float64).contiguous()
-    amateur = None if amateur is None or alpha == 0 else _row_major(amateur)
-    sample = torch.ops.synpo_kernels.contrastive_sample if _use_cpp(expert, backend) else _sample_torch
-    return sample(
-        _row_major(expert),
-        amateur,
-        uniform,
-        alpha,
-        plausibility,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        history,
-        repetition_penalty,
-    )
+        if uniform.dtype != torch.float64 or not uniform.is_contiguous():
+            uniform = uniform.to(torch.float64).contiguous()
+    expert = _plain(expert)
+    amateur = None if amateur is None or alpha == 0 else _plain(amateur)
+    settings = (alpha, plausibility, temperature, top_k, top_p, min_p, history, repetition_penalty)
+    if _use_cpp(expert, backend):
+        return torch.ops.synpo_kernels.contrastive_sample.default(expert, amateur, uniform, *settings)
+    return _sample_torch(expert, amateur, uniform, *settings)
 
 
-@torch.no_grad()
 def contrastive_mix(
     expert: Tensor, amateur: Tensor | None, *, alpha: float = 0.5, plausibility: float = 0.0, backend: str = "auto"
 ) -> Tensor:
@@ -143,9 +133,10 @@ def contrastive_mix(
         ValueError: shapes, dtypes, devices or settings out of range, or a backend that cannot take these tensors.
     """
     _check_logits(expert, amateur, alpha, plausibility)
-    amateur = None if amateur is None or alpha == 0 else _row_major(amateur)
-    mix = torch.ops.synpo_kernels.contrastive_mix if _use_cpp(expert, backend) else _mix_torch
-    return mix(_row_major(expert), amateur, alpha, plausibility)
+    expert = _plain(expert)
+    amateur = None if amateur is None or alpha == 0 else _plain(amateur)
+    mix = torch.ops.synpo_kernels.contrastive_mix.default if _use_cpp(expert, backend) else _mix_torch
+    return mix(expert, amateur, alpha, plausibility)
 
 
 def _check_logits(expert: Tensor, amateur: Tensor | None, alpha: float, plausibility: float) -> None:
@@ -184,7 +175,10 @@ def _use_cpp(expert: Tensor, backend: str) -> bool:
     return False
 
 
-def _row_major(logits: Tensor) -> Tensor:
+def _plain(logits: Tensor) -> Tensor:
+    """The logits without a graph, each row in one piece. (torch.no_grad() costs more than all checks together.)"""
+    if logits.requires_grad:
+        logits = logits.detach()
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
