@@ -15,7 +15,7 @@ from torch import Tensor
 from . import passes
 from .head import Head, add_matmul, compute_dtype, matmul
 from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
-from .skipping import Skipping
+from .skipping import GROUP, Skipping
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ class TorchTiles:
         add_matmul(total, slice_, b)
 
     def add_kept_product(
-        self, total: Tensor, slice_: Tensor, b: Tensor, order: Tensor, kept: Tensor, first_row: int
+        self, total: Tensor, slice_: Tensor, b: Tensor, columns: Tensor, order: Tensor, kept: Tensor, first_row: int
     ) -> None:
-        number = int(kept)  # a host read for each slice on a CUDA device
-        if number < len(b):
-            columns = order[:number].sort().values
-            slice_, b = slice_.index_select(1, columns), b.index_select(0, columns)
-        add_matmul(total, slice_, b)
+        sizes = kept[::GROUP].tolist()  # a host read for each slice on a CUDA device
+        chosen = b.index_select(0, columns[: max((size for size in sizes if size < len(b)), default=0)])
+        for size, rows in zip(sizes, order.split(GROUP)):
+            a = slice_.index_select(0, rows)
+            a, of_b = (a, b) if size == len(b) else (a.index_select(1, columns[:size]), chosen[:size])
+            total.index_add_(0, rows, matmul(a, of_b))
 
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         add_matmul(total, slice_.T, b)

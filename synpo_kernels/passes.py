@@ -75,9 +75,14 @@ class Tiles(Protocol):
         """total (n, D) += slice_ (n, w) @ b (w, D), in the compute dtype."""
 
     def add_kept_product(
-        self, total: Tensor, slice_: Tensor, b: Tensor, order: Tensor, kept: Tensor, first_row: int
+        self, total: Tensor, slice_: Tensor, b: Tensor, columns: Tensor, order: Tensor, kept: Tensor, first_row: int
     ) -> None:
-        """total (n, D) += slice_[:, k] @ b[k], k the first `kept` () of order (w,) int64, or all where kept is w."""
+        """total (n, D) += slice_ (n, w) @ b (w, D) over some columns of each row: of row order[i] the first kept[i].
+
+        Args:
+            columns: (w,) int64, all columns in the order in which they are kept. order: (n,) int64, all rows. kept: (n,)
+                int64, the same within each `skipping.GROUP` of rows in that order, and descending.
+        """
 
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         """total (w, D) += slice_ᵀ (w, n) @ b (n, D), in the compute dtype."""
@@ -117,16 +122,14 @@ def low_rows(x: Tensor) -> int:
     return max(1, rows - rows % 64, rows % 64)
 
 
-def vocabulary_chunks(
-    x: Tensor, head: Head, tiles: Tiles, most_rows: int | None = None
-) -> Iterator[tuple[slice, Head, Tensor]]:
+def vocabulary_chunks(x: Tensor, head: Head, tiles: Tiles) -> Iterator[tuple[slice, Head, Tensor]]:
     """Yield (columns, the head's chunk as operand, scratch for one slice).
 
-    A slice has `most_rows` (MAX_ROWS) rows at most. It, and the chunk of W where the operand is a widened copy, each stay within `SLICE_BYTES` (or
+    The slice of the logits, and the chunk of W where the operand is a widened copy, each stay within `SLICE_BYTES` (or
     `LOW_SLICE_BYTES`).
     """
     kept = tiles.slice_dtype(x.dtype)
-    rows = min(x.shape[0], most_rows or MAX_ROWS)
+    rows = min(x.shape[0], MAX_ROWS)
     widest = rows if kept == head.weight.dtype else max(rows, head.weight.shape[1])
     allowed = LOW_SLICE_BYTES if tiles.low else SLICE_BYTES.get(x.device.type, SLICE_BYTES["cpu"])
     budget = allowed // kept.itemsize
@@ -165,10 +168,9 @@ def accumulate(
     total = torch.zeros_like(anchor)
     pull = torch.zeros(x.shape, dtype=total.dtype, device=x.device) if want_pull else None
     operand = tiles.operand(x)
-    most_rows = MAX_ROWS if skip is None else skipping.ROWS
-    for columns, part, scratch in vocabulary_chunks(x, head, tiles, most_rows):
+    for columns, part, scratch in vocabulary_chunks(x, head, tiles):
         chunk = None if skip is None else skipping.Chunk(part.weight)
-        for rows in cut(x.shape[0], most_rows):
+        for rows in cut(x.shape[0], MAX_ROWS):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             weights = scratch[: shape[0] * shape[1]].view(shape)
             near = labels[rows] - columns.start
@@ -179,7 +181,7 @@ def accumulate(
             if skip is None or chunk is None:
                 tiles.add_product(pull[rows], weights, part.weight, rows.start)
             else:
-                skip.add_product(tiles, pull[rows], weights, chunk, columns, rows, total[rows])
+                skip.add_product(tiles, pull[rows], weights, chunk, columns.stop, rows, total[rows])
     return total, pull
 
 

@@ -16,7 +16,7 @@ from .kernels.configs import CHIPS, TileConfig, exact_config, product_config, ti
 FORMATS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32"))
 # triton's types of arguments by name; pointers not listed here point to the input's own format
 TYPES = {
-    **dict.fromkeys(("label_ptr", "kept_ptr", "index_ptr", "empty_ptr"), "*i64"),
+    **dict.fromkeys(("label_ptr", "kept_ptr", "index_ptr", "order_ptr", "empty_ptr"), "*i64"),
     **dict.fromkeys(("anchor_ptr", "at_target_ptr", "sum_ptr", "target_ptr", "slope_ptr", "logp_ptr"), "*fp32"),
     **dict.fromkeys(("total_ptr", "g_ptr", "field_ptr", "loss_ptr"), "*fp32"),
     **dict.fromkeys(("flag_ptr", "nonfinite_ptr"), "*i8"),
