@@ -70,21 +70,19 @@ def partitioned(parameter: Tensor | None) -> bool:
 
 @contextmanager
 def gathered(*parameters: Tensor | None) -> Iterator[None]:
-    """Hold ZeRO-3 parameters whole inside the block. A frozen head needs them in the forward pass alone.
+    """Hold those of the parameters whole inside the block that ZeRO-3 has partitioned.
 
     Raises:
-        ValueError: DeepSpeed is not installed, or a parameter is trained (its gradient would come after the block).
+        ValueError: DeepSpeed is not installed.
     """
-    parts = [p for p in parameters if p is not None and partitioned(p)]
-    if any(p.requires_grad for p in parts):
-        raise ValueError(
-            "a head that is trained cannot be gathered from ZeRO-3 outside its module; freeze it (train LoRA), or use "
-            "ZeRO-2 or FSDP2"
-        )
+    parts = [p for p in parameters if partitioned(p)]
+    if not parts:
+        yield
+        return
     if find_spec("deepspeed") is None:
         raise ValueError(
-            "the head is partitioned by ZeRO-3 (numel 0 with a ds_id) but deepspeed cannot be imported to gather it; "
-            "install deepspeed, or gather the head and pass the full weight"
+            "a parameter is partitioned by ZeRO-3 (numel 0 with a ds_id) but deepspeed cannot be imported to gather it; "
+            "install deepspeed, or gather it and pass the full tensor"
         )
     import deepspeed
 
@@ -110,14 +108,20 @@ def from_shards(function: F) -> F:
         weight, bias = plain(weight), None if bias is None else plain(bias)
         low_rank = None if low_rank is None else (whole(low_rank[0]), plain(low_rank[1]))
         options |= {"bias": bias, "low_rank": low_rank, "group": group}
-        if not (partitioned(weight) or partitioned(bias)):
+        parts = [p for p in (weight, bias) if p is not None and partitioned(p)]
+        if not parts:
             return function(hidden, weight, labels, **options)
+        if any(p.requires_grad for p in parts):  # the gradient would come when the head is gone again
+            raise ValueError(
+                "a head that is trained cannot be gathered from ZeRO-3 outside its module; freeze it (train LoRA), or use "
+                "ZeRO-2 or FSDP2"
+            )
         if options.get("memory") == "low":
             raise ValueError(
                 "memory='low' computes the slices again in the backward pass, where a head partitioned by ZeRO-3 is gone; "
                 "use memory='default'"
             )
-        with gathered(weight, bias):
+        with gathered(*parts):
             return function(hidden, weight, labels, **options)
 
     return cast(F, call)

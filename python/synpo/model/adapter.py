@@ -12,7 +12,7 @@ Decoding (pipeline/decode.py) and training (train/objective.py) both stand on th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 from synpo.config import ConfigError, ModelConfig
 from synpo.model.vision import OneVision, Processor, Vision, sequential_positions, vision_for
 from synpo_kernels import lora_head
-from synpo_kernels.parallel import whole
+from synpo_kernels.parallel import gathered, whole
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ class CaptionModel:
         """Run the vision tower, without gradients, over every video that has not been through it."""
         if self.vision is None:
             return list(visions)
-        with torch.no_grad():
-            return self.vision.encode(visions)
+        with torch.no_grad(), gathered(*self.vision.core.parameters(recurse=False)):
+            return self._in_forward(self.vision.encode, visions)
 
     def forward_kwargs(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
         """Keyword arguments of the model's top-level forward for ids (B, L), mask (B, L) and one visual part a row.
@@ -158,13 +158,30 @@ class CaptionModel:
 
     def inputs(self, input_ids: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
         """The part of `forward_kwargs` that says what is read: ids (B, L) and what is seen, in the order of placeholders."""
-        return {"input_ids": input_ids} if self.vision is None else self.vision.inputs(input_ids, visions)
+        if self.vision is None:
+            return {"input_ids": input_ids}
+        return self._in_forward(self.vision.inputs, input_ids, visions)
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> Tensor:
         """Positions (B, L), or (3, B, L) for mrope, of the tokens a mask (B, L) keeps."""
         if self.vision is None:
             return sequential_positions(attention_mask)
         return self.vision.positions(input_ids, attention_mask, visions)
+
+    def _in_forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), which runs parts of the model before its forward does.
+
+        FSDP2 must see that as a forward pass of the whole model: it gathers what belongs to no layer, and knows its root.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+            if isinstance(self.model, FSDPModule):
+                if "in_forward" not in vars(self.model):
+                    self.model.in_forward = lambda function, *arguments: function(*arguments)
+                    register_fsdp_forward_method(self.model, "in_forward")
+                return self.model.in_forward(function, *arguments)
+        return function(*arguments)
 
     @property
     def base(self) -> Any:
@@ -206,7 +223,8 @@ class CaptionModel:
         """Hidden states (B, L, D) that enter the output head, without the logits.
 
         The call goes through the top-level forward of `model` (the one to train as its trainer wrapped it; `self.model`
-        by default), so that every hook on the way fires. The head itself is given one position, and its result dropped.
+        by default), so that every hook on the way fires. The head itself is given one position; in place of its result the
+        hidden states travel on, so that wrappers that watch outputs (DDP, FSDP) see what the loss will come from.
 
         Args:
             inputs: what `forward_kwargs` made.
@@ -217,14 +235,27 @@ class CaptionModel:
             found.append(arguments[0])
             return (arguments[0][:1, :1], *arguments[1:])
 
-        hook = self.base.get_output_embeddings().register_forward_pre_hook(keep)
+        def pass_on(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return found[-1]
+
+        def hand_out(base: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+            output.logits = found[-1]  # whatever the model did to what it took for logits
+            return output
+
+        layer = self.base.get_output_embeddings()
+        hooks = [
+            layer.register_forward_pre_hook(keep),
+            layer.register_forward_hook(pass_on, prepend=True),  # before the wrappers' own
+            self.base.register_forward_hook(hand_out, prepend=True),
+        ]
         try:
-            (self.model if model is None else model)(**inputs, use_cache=False)
+            output = (self.model if model is None else model)(**inputs, use_cache=False)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         if len(found) != 1:
             raise RuntimeError(f"{type(self.base).__name__} called its output head {len(found)} times; expected once")
-        return found[0]
+        return output.logits
 
     @torch.no_grad()
     def check_head(self) -> None:
