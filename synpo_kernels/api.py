@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .checks import check_head, check_low_rank, in_autocast
 from .epilogue import SynPOOutput, synpo_pairs
 from .kept import kept
 from .losses import IGNORE_INDEX
@@ -74,28 +75,23 @@ def linear_logprobs(
         ValueError: shapes, dtypes or devices disagree; a label is outside [0, V) (checked on CPU; on a CUDA device the
             gather of the label's row fails with a device-side assertion); the backend is unknown or cannot serve.
     """
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        low_rank = None if low_rank is None else (low_rank[0].to(dtype), low_rank[1].to(dtype))
+    u, b = (None, None) if low_rank is None else low_rank
+    hidden, weight, bias, u, b = in_autocast(hidden, weight, bias, u, b)
     if memory not in ("default", "low"):
         raise ValueError(f"memory must be 'default' or 'low', got {memory!r}")
-    _check_head(hidden, weight, labels, bias, softcap, ignore_index, sharded=group is not None)
-    extra = None
+    check_head(hidden, weight, labels, bias, softcap, ignore_index, sharded=group is not None)
     if low_rank is not None:
-        _check_low_rank(hidden, weight, *low_rank)
-        hidden, extra = torch.cat([hidden, low_rank[0]], -1), low_rank[1]
+        check_low_rank(hidden, weight, u, b)
+        hidden = torch.cat([hidden, u], -1)
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     bias = None if bias is None else bias.contiguous()
-    trained = any(t is not None and t.requires_grad for t in (weight, extra, bias))
+    trained = any(t is not None and t.requires_grad for t in (weight, b, bias))
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
-    if group is not None or (extra is not None and trained):
+    if group is not None or (b is not None and trained):
         shared = (softcap, logit_scale, ignore_index, backend, memory == "low", group.group_name if group else "")
-        logps, *_ = kept(flat, weight, extra, bias, flat_labels, *shared, want_direction)
+        logps, *_ = kept(flat, weight, b, bias, flat_labels, *shared, want_direction)
         return logps.view(labels.shape)
-    weight = weight if extra is None else torch.cat([weight, extra], 1)
+    weight = weight if b is None else torch.cat([weight, b], 1)
     options = (flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend)
     if want_direction and not trained and memory == "default":
         logps, _ = ops.frozen(*options)
@@ -115,64 +111,6 @@ def lora_head(hidden: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
         (scaling · hidden @ A.T (..., r), B (V, r)); several adapters are concatenated, each part along its last dimension.
     """
     return scaling * (hidden @ lora_a.T), lora_b
-
-
-def _check_low_rank(hidden: Tensor, weight: Tensor, u: Tensor, b: Tensor) -> None:
-    if u.shape[:-1] != hidden.shape[:-1] or b.shape != (len(weight), u.shape[-1]):
-        raise ValueError(
-            f"low_rank must be (u {(*hidden.shape[:-1], 'r')}, B ({len(weight)}, 'r')), got {tuple(u.shape)} and "
-            f"{tuple(b.shape)}"
-        )
-    for name, tensor in (("u", u), ("B", b)):
-        if tensor.dtype != hidden.dtype or tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} of low_rank must be {hidden.dtype} on {hidden.device} as hidden is, got {tensor.dtype} on "
-                f"{tensor.device}; cast it or use autocast"
-            )
-
-
-def _check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    ignore_index: int | None,
-    *,
-    sharded: bool,
-) -> None:
-    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"hidden (..., D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
-            "the head must belong to the model that made the hidden states (a sharded weight must be gathered first)"
-        )
-    if weight.shape[0] == 0 and not sharded:
-        raise ValueError(f"weight (V, D) needs at least one vocabulary entry, got {tuple(weight.shape)}")
-    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels must be int64 of shape {tuple(hidden.shape[:-1])}, got {labels.dtype} of {tuple(labels.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them or use autocast"
-            )
-    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
-    if hidden.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if labels.device.type == "cpu" and labels.numel() and not sharded and not torch.compiler.is_compiling():
-        kept = labels if ignore_index is None else labels[labels != ignore_index]
-        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= weight.shape[0]):
-            raise ValueError(
-                f"labels must lie in [0, {weight.shape[0]}) or equal ignore_index={ignore_index}, "
-                f"got values from {int(kept.min())} to {int(kept.max())}"
-            )
 
 
 class FusedLinearSynPOLoss(nn.Module):
