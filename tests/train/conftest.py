@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from synpo.config import LoraSection, ModelConfig
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
+from synpo.model.vision import Processor
 from synpo.train.lora import apply_lora
 from synpo.train.trainer import SynPOConfig, SynPOTrainer
 
@@ -81,5 +83,124 @@ def trainer_for(tmp_path: Path) -> Callable[..., SynPOTrainer]:
             "dataloader_pin_memory": False,
         }
         return SynPOTrainer(lm, SynPOConfig(output_dir=str(tmp_path / folder), **defaults | settings), pairs)
+
+    return build
+
+
+VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+
+
+class HandMade:
+    """Stands in for the processors of video models, which need torchvision: the same keys, shapes and placeholders.
+
+    A frame of Qwen is 4×4 patches of 4 pixels, two frames a step of time; one of the others an image of 16×16 pixels.
+    """
+
+    def __init__(self, tokenizer: Any, family: str) -> None:
+        self.tokenizer, self.family = tokenizer, family
+        qwen = ("mm_token_type_ids", "pixel_values_videos", "video_grid_thw")
+        self.model_input_names = ("input_ids", *(qwen if "qwen" in family else ("pixel_values",)))
+
+    def __call__(self, text: list[str], videos: list[torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
+        frames = videos[0].float()[..., :16, :16] / 255 - 0.5
+        if "qwen" in self.family:
+            times = len(frames) // 2
+            visual = {"pixel_values_videos": frames.reshape(times * 16, -1)[:, :96]}
+            visual["video_grid_thw"] = torch.tensor([[times, 4, 4]])
+            step = "<video>" * 4
+            expanded = "".join(f" {t} s:{step}" for t in range(times)) if self.family == "qwen3_vl" else step * times
+        elif self.family == "smolvlm":
+            visual = {"pixel_values": frames[None], "pixel_attention_mask": torch.ones(1, len(frames), 16, 16).bool()}
+            expanded = "<image>" * 4 * len(frames)
+        else:
+            visual = {"pixel_values": frames}
+            expanded = "<image>" * 4 * len(frames)
+        ids = self.tokenizer(text[0].replace("<video>", expanded), add_special_tokens=False, return_tensors="pt")
+        return {"input_ids": ids.input_ids, **visual}
+
+
+def video_model(family: str, tokenizer: Any) -> Any:
+    """A random model of a family of video models, from its configuration."""
+    places = {name: tokenizer.get_vocab()[f"<{name}>"] for name in ("video", "image")}
+    ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    text = {**TEXT, **ends, "pad_token_id": tokenizer.pad_token_id}
+    tokens = {f"{name}_token_id": place for name, place in places.items()}
+    vit = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "image_size": 16,
+        "intermediate_size": 64,
+    }
+    if family == "qwen2_vl":
+        vision: dict[str, Any] = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4}
+        config: Any = transformers.Qwen2VLConfig(
+            text_config={**text, "rope_parameters": MROPE}, vision_config=vision, **tokens
+        )
+        return transformers.Qwen2VLForConditionalGeneration(config)
+    if family == "qwen2_5_vl":
+        vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4}
+        vision |= {"intermediate_size": 64, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+        config = transformers.Qwen2_5_VLConfig(
+            text_config={**text, "rope_parameters": MROPE}, vision_config=vision, **tokens
+        )
+        return transformers.Qwen2_5_VLForConditionalGeneration(config)
+    if family == "qwen3_vl":
+        vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4}
+        vision |= {"intermediate_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        config = transformers.Qwen3VLConfig(
+            text_config={**text, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+            vision_config=vision,
+            **tokens,
+        )
+        return transformers.Qwen3VLForConditionalGeneration(config)
+    if family == "smolvlm":
+        config = transformers.SmolVLMConfig(
+            text_config={"model_type": "llama", **text},
+            vision_config={**vit, "patch_size": 4},
+            image_token_id=places["image"],
+            scale_factor=2,
+        )
+        return transformers.SmolVLMForConditionalGeneration(config)
+    config = transformers.InternVLConfig(
+        text_config={"model_type": "qwen2", **text},
+        vision_config={**vit, "patch_size": 4},
+        image_token_id=places["image"],
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+@pytest.fixture
+def family_lm(request: pytest.FixtureRequest) -> Callable[[str], CaptionModel]:
+    """family_lm(name): a tiny model of a family, every parameter of its language model trained, its vision frozen."""
+
+    def build(family: str) -> CaptionModel:
+        tokenizer = byte_tokenizer()
+        vision: Any = None
+        torch.manual_seed(0)
+        if family == "llava_onevision":
+            lm = load(ModelConfig(path=str(request.getfixturevalue("tiny_captioner_path")), device="cpu"))
+            model, tokenizer, vision = lm.model, lm.tokenizer, lm.vision
+        elif family in VIDEO_FAMILIES:
+            model = video_model(family, tokenizer)
+            vision = Processor(model, HandMade(tokenizer, family))
+        elif family == "qwen3":
+            config = {**TEXT, "vocab_size": len(tokenizer), "head_dim": 16, "eos_token_id": tokenizer.eos_token_id}
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config))
+        else:
+            model = tiny_text_model(tokenizer, family)
+        decoder = {id(p) for p in [*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()]}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in decoder)
+        return CaptionModel(model.eval(), tokenizer, vision)
 
     return build

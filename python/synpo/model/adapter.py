@@ -145,6 +145,13 @@ class CaptionModel:
         with torch.no_grad(), gathered(*self.vision.core.parameters(recurse=False)):
             return self._in_forward(self.vision.encode, visions)
 
+    @property
+    def vision_frozen(self) -> bool:
+        """Whether nothing but the language model and its head is trained."""
+        parts = (self.base.get_decoder(), self.base.get_output_embeddings())
+        language = {id(p) for part in parts for p in part.parameters()}
+        return not any(p.requires_grad and id(p) not in language for p in self.model.parameters())
+
     def forward_kwargs(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
         """Keyword arguments of the model's top-level forward for ids (B, L), mask (B, L) and one visual part a row.
 

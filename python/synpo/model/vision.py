@@ -11,10 +11,12 @@ Shape legend: F frames, S input side in pixels, n visual tokens of one video, D 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +25,15 @@ from torch import Tensor
 
 Vision = Mapping[str, Tensor]
 """The visual part of one prompt; empty for text alone."""
+
+MODALITIES = {"pixel_values_videos": "video", "pixel_values": "image"}
+"""What a model calls the pixels of a video; InternVL and SmolVLM read one as images."""
+
+TOWER = ("features", "deepstack")
+"""What the vision tower makes of pixels, and its deeper layers that Qwen3-VL adds inside the language model."""
+
+FRAMES_OF_A_ROW = {"pixel_values": 5, "pixel_attention_mask": 4}
+"""Dimensions of what SmolVLM stacks by row, (1, frames, …): here all frames are one row's, videos after one another."""
 
 VIDEO_TOKEN_HINT = "the chat template must place exactly one video placeholder for a message that shows a video"
 
@@ -97,11 +108,16 @@ class OneVision:
 
 
 class Processor:
-    """Any other video model, through its Hugging Face processor: pixels travel with every forward pass."""
+    """Any other video model, through its Hugging Face processor.
+
+    Where the model takes features, the tower runs once a video (`encode`); else pixels travel with every forward pass.
+    """
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.core = model.model
         self.processor = processor
+        # InternVL and SmolVLM read a video as images
+        self.modality = "video" if hasattr(self.core, "get_video_features") else "image"
 
     def prepare(self, text: str, frames: Tensor, vision: Vision | None = None) -> tuple[Tensor, Vision]:
         batch = self.processor(
@@ -113,12 +129,52 @@ class Processor:
         rows.pop("mm_token_type_ids", None)  # follows from the ids, row by row
         return ids, rows if vision is None else vision
 
-    def encode(self, visions: Sequence[Vision]) -> list[Vision]:
-        return list(visions)
+    @property
+    def takes_features(self) -> bool:
+        """Whether this model's forward accepts visual features in place of pixels; releases before 5.18 or so do not."""
+        return "mm_encoder_outputs" in inspect.signature(self.core.forward).parameters
 
-    def _stack(self, visions: Sequence[Vision]) -> dict[str, Tensor]:
-        keys = {k for v in visions for k in v}
-        return {k: torch.cat([v[k] for v in visions if k in v]) for k in sorted(keys)}
+    def encode(self, visions: Sequence[Vision]) -> list[Vision]:
+        """Run the tower over every video that still is pixels, if the model takes features.
+
+        Pixels become "features", (n, D), or (1, n, D) where the model wants one tensor, and for Qwen3-VL "deepstack"
+        (layers, n, D) as well; grids stay.
+        """
+        if not self.takes_features:
+            return list(visions)
+        return [self._encode(vision) if MODALITIES.keys() & vision.keys() else vision for vision in visions]
+
+    def _encode(self, vision: Vision) -> Vision:
+        key = next(k for k in MODALITIES if k in vision)
+        function = getattr(self.core, f"get_{MODALITIES[key]}_features")
+        accepted = inspect.signature(function).parameters
+        given = {k: v.to(self.core.device) for k, v in vision.items() if k in accepted}
+        output = function(**given, return_dict=True)
+        pooled = output.pooler_output
+        whole = isinstance(pooled, Tensor)
+        features = {"features": pooled.reshape(1, -1, pooled.shape[-1]) if whole else torch.cat(list(pooled))}
+        if getattr(output, "deepstack_features", None) is not None:
+            layers = [x if isinstance(x, Tensor) else torch.cat(list(x)) for x in output.deepstack_features]
+            features["deepstack"] = torch.stack(layers)
+        return {**{k: v for k, v in vision.items() if "pixel" not in k}, **features}
+
+    def _stack(self, visions: Sequence[Vision]) -> dict[str, Any]:
+        """Pixels, grids and features of all videos, in the order of their placeholders, as the model's forward takes them."""
+        found: dict[str, list[Tensor]] = {}
+        for vision in visions:
+            for key, value in vision.items():
+                found.setdefault(key, []).append(value)
+        stacked: dict[str, Any] = {
+            k: torch.cat(v, dim=int(v[0].dim() == FRAMES_OF_A_ROW.get(k)))
+            for k, v in sorted(found.items())
+            if k not in TOWER
+        }
+        if features := found.get("features"):
+            joined = [torch.cat(features)] if features[0].dim() == 2 else torch.cat(features, dim=1)
+            deepstack = [[layer] for layer in torch.cat(found["deepstack"], dim=1)] if "deepstack" in found else None
+            output = SimpleNamespace(pooler_output=joined, deepstack_features=deepstack)
+            stacked["mm_encoder_outputs"] = {self.modality: output}
+        return stacked
 
     def _types(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Qwen-VL marks the modality of every token: 0 text, 2 video."""
@@ -126,14 +182,14 @@ class Processor:
             return {}
         return {"mm_token_type_ids": 2 * (input_ids == self.core.config.video_token_id).int()}
 
-    def inputs(self, input_ids: Tensor, visions: Sequence[Vision]) -> dict[str, Tensor]:
+    def inputs(self, input_ids: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
         return {"input_ids": input_ids, **self._types(input_ids), **self._stack(visions)}
 
     def positions(self, input_ids: Tensor, mask: Tensor, visions: Sequence[Vision]) -> Tensor:
         """Qwen-VL numbers its visual tokens in three dimensions: (3, B, L). Everyone else counts: (B, L)."""
         if not hasattr(self.core, "get_rope_index"):
             return sequential_positions(mask)
-        grids = {k: v for k, v in self._stack(visions).items() if "grid" in k or k == "second_per_grid_ts"}
+        grids = {k: v for k, v in self._stack(visions).items() if "grid" in k}
         return self.core.get_rope_index(input_ids, attention_mask=mask, **self._types(input_ids), **grids)[0]
 
 

@@ -90,7 +90,8 @@ class PairObjective:
 
     def __call__(self, model: Any, batch: PairBatch) -> Outcome:
         """Loss and statistics of `batch`; `model` is `lm.model` as its trainer wrapped it."""
-        visions = self.lm.encode_vision(batch["vision"])
+        # a tower that is trained runs inside the model's forward, where its gradients pass
+        visions = self.lm.encode_vision(batch["vision"]) if self.lm.vision_frozen else batch["vision"]
         reference = self._reference(model, batch, visions) if self.objective.needs_reference else None
         hidden = self._hidden(model, batch, visions)
         if self.objective.name == "synpo":

@@ -26,11 +26,12 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import PrinterCallback
 
 from synpo.config import ConfigError
-from synpo.data.collate import PairBatch, PairCollator
+from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
 from synpo.train.objective import Outcome, PairObjective, parameters_of
+from synpo.train.sharing import collator_for
 
 LOG_NAME = "train_log.jsonl"
 
@@ -65,6 +66,9 @@ class SynPOConfig(TrainingArguments):
     )
     max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens of an answer with its end."})
     cache_gigabytes: float = field(default=1.0, metadata={"help": "Memory for decoded and tokenized pairs."})
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Compute the prompt of a pair once; models that cannot say why."}
+    )
 
     logging_steps: float = 1
     save_strategy: str = "epoch"
@@ -112,7 +116,7 @@ class SynPOTrainer(Trainer):
                 "float16 weights without loss scaling lose most gradients: set train.fp16 = true, or load the model with "
                 "model.dtype bfloat16 or float32"
             )
-        collate: Any = PairCollator(lm.pad_token_id)
+        collate: Any = collator_for(lm, args.prefix_sharing)
         objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend)
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process drives one GPU: DataParallel copies would lose the head's hook
