@@ -183,11 +183,12 @@ class CaptionModel:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-            if isinstance(self.model, FSDPModule):
-                if "in_forward" not in vars(self.model):
-                    self.model.in_forward = lambda function, *arguments: function(*arguments)
-                    register_fsdp_forward_method(self.model, "in_forward")
-                return self.model.in_forward(function, *arguments)
+            model = self.model
+            if issubclass(type(model), FSDPModule):
+                if "in_forward" not in vars(model):
+                    model.in_forward = lambda function, *arguments: function(*arguments)
+                    register_fsdp_forward_method(model, "in_forward")
+                return model.in_forward(function, *arguments)
         return function(*arguments)
 
     @property
