@@ -1,7 +1,7 @@
 // The frozen-head pass on the CPU: blocks of rows, chunks of the vocabulary, threads.
 //
 //   per block of rows       x packed into panels; E in panels
-//     per chunk of W        packed once for each product
+//     per chunk of W        packed anew for each product
 //       P and its sums      tiles of the vocabulary × panels
 //       E += P W            tiles of the hidden size × panels
 //     U from E
@@ -23,7 +23,7 @@ namespace synpo {
 namespace {
 
 constexpr int64_t kRowBytes = 16 << 20;    // x and E of a block of rows
-constexpr int64_t kWeightBytes = 4 << 20;  // a chunk of W packed for one product
+constexpr int64_t kWeightBytes = 4 << 20;  // a packed chunk of W
 constexpr int64_t kMostTokens = 2048;      // of a chunk
 constexpr int64_t kBlock = 8;              // tiles of a task
 
@@ -75,16 +75,16 @@ class Block {
         hidden_tiles_(ceil_div(pass.hidden, kernels_.rows)),
         logit_steps_(steps(pass.hidden)),
         tile_size_(logit_steps_ * kernels_.tile_step),
-        most_sum_tile_(steps(most_tokens) * kernels_.tile_step),
         x_(buffer<uint32_t>(most_panels_ * logit_steps_ * kernels_.lanes)),
-        logit_tiles_(buffer<uint32_t>(tiles(most_tokens) * tile_size_)),
-        sum_tiles_(buffer<uint32_t>(keep_ ? hidden_tiles_ * most_sum_tile_ : 0)),
+        tiles_(buffer<uint32_t>(
+            std::max(tiles(most_tokens) * tile_size_, keep_ ? hidden_tiles_ * steps(most_tokens) * kernels_.tile_step : 0))),
         p_(buffer<uint32_t>(keep_ ? most_panels_ * p_size() : 0)),
         e_(buffer<float>(keep_ ? most_panels_ * e_size() : 0)),
         sums_(buffer<float>(ceil_div(tiles(most_tokens), kBlock) * most_panels_ * kernels_.lanes)),
         bias_(buffer<float>(pass.bias == nullptr ? 0 : most_tokens)),
         labels_(buffer<int32_t>(most_panels_ * kernels_.lanes)),
-        anchor_(buffer<float>(most_panels_ * kernels_.lanes)),
+        target_(buffer<float>(most_panels_ * kernels_.lanes)),
+        slope_(buffer<float>(most_panels_ * kernels_.lanes)),
         total_(buffer<double>(most_panels_ * kernels_.lanes)) {}
 
   void run(int64_t first_row, int64_t rows) {
@@ -93,19 +93,21 @@ class Block {
     panels_ = ceil_div(rows, kernels_.lanes);
     for (int64_t i = 0; i < panels_ * kernels_.lanes; ++i) {
       labels_[i] = i < rows ? static_cast<int32_t>(pass_.labels[first_row + i]) : -1;
-      anchor_[i] = i < rows ? pass_.anchor[first_row + i] : 0.0f;
       total_[i] = 0.0;
     }
     parallel(panels_, [&](int64_t panel) {
       const int64_t row = panel * kernels_.lanes;
-      kernels_.pack_panel(numbers(pass_.x, (first_row_ + row) * pass_.hidden), std::min(kernels_.lanes, rows_ - row), pass_.hidden,
-                          logit_steps_, x_.get() + panel * logit_steps_ * kernels_.lanes);
+      kernels_.pack_panel(x(row), std::min(kernels_.lanes, rows_ - row), pass_.hidden, logit_steps_,
+                          x_.get() + panel * logit_steps_ * kernels_.lanes);
+      for (int64_t i = row; i < row + kernels_.lanes; ++i) set_target(i);
     });
     for (int64_t token = 0; token < pass_.vocab; token += most_tokens_) {
       const int64_t tokens = std::min(most_tokens_, pass_.vocab - token);
-      pack(token, tokens);
+      pack_for_logits(token, tokens);
       exponentials(token, tokens);
-      if (keep_) sum(token, tokens);
+      if (!keep_) continue;
+      pack_for_sum(token, tokens);
+      sum(token, tokens);
     }
     for (int64_t i = 0; i < rows; ++i) pass_.total[first_row + i] = static_cast<float>(total_[i]);
     if (keep_) directions();
@@ -117,22 +119,40 @@ class Block {
   int64_t p_size() const { return tiles(most_tokens_) * kernels_.rows / kernels_.unit * kernels_.lanes; }
   int64_t e_size() const { return hidden_tiles_ * kernels_.rows * kernels_.lanes; }
   const char* numbers(const void* p, int64_t i) const { return static_cast<const char*>(p) + i * number_size(pass_.type); }
+  const char* x(int64_t row) const { return numbers(pass_.x, (first_row_ + row) * pass_.hidden); }
   const char* weight(int64_t token) const { return numbers(pass_.weight, token * pass_.weight_stride); }
 
-  void pack(int64_t token, int64_t tokens) {
+  // z_y of a row of the block and its slope; rows that only fill a panel get what is free to be anything.
+  void set_target(int64_t i) {
+    target_[i] = 0.0f;
+    slope_[i] = 1.0f;
+    if (i >= rows_) return;
+    float z = kernels_.dot(x(i), weight(labels_[i]), pass_.hidden);
+    if (pass_.bias != nullptr) z += widened(pass_.type, pass_.bias, labels_[i]);
+    z *= pass_.scale;
+    if (pass_.softcap != 0.0f) {
+      const double ratio = std::tanh(static_cast<double>(z) / pass_.softcap);
+      z = static_cast<float>(pass_.softcap * ratio);
+      slope_[i] = static_cast<float>(1.0 - ratio * ratio);
+    }
+    pass_.target[first_row_ + i] = target_[i] = z;
+  }
+
+  void pack_for_logits(int64_t token, int64_t tokens) {
     for (int64_t i = 0; pass_.bias != nullptr && i < tokens; ++i) bias_[i] = widened(pass_.type, pass_.bias, token + i);
-    const int64_t logit_tasks = tiles(tokens), sum_tasks = keep_ ? ceil_div(hidden_tiles_, kBlock) : 0;
-    parallel(logit_tasks + sum_tasks, [&](int64_t task) {
-      if (task < logit_tasks) {
-        const int64_t first = task * kernels_.rows;
-        kernels_.pack_logits_tile(weight(token + first), pass_.weight_stride, std::min(kernels_.rows, tokens - first), pass_.hidden,
-                                  logit_steps_, logit_tiles_.get() + task * tile_size_);
-      } else {
-        const int64_t tile = (task - logit_tasks) * kBlock;
-        kernels_.pack_sum_tiles(weight(token), pass_.weight_stride, tokens, pass_.hidden, tile * kernels_.rows,
-                                std::min(kBlock, hidden_tiles_ - tile), steps(tokens),
-                                sum_tiles_.get() + tile * steps(tokens) * kernels_.tile_step);
-      }
+    parallel(tiles(tokens), [&](int64_t tile) {
+      const int64_t first = tile * kernels_.rows;
+      kernels_.pack_logits_tile(weight(token + first), pass_.weight_stride, std::min(kernels_.rows, tokens - first), pass_.hidden,
+                                logit_steps_, tiles_.get() + tile * tile_size_);
+    });
+  }
+
+  void pack_for_sum(int64_t token, int64_t tokens) {
+    const int64_t tile_size = steps(tokens) * kernels_.tile_step;
+    parallel(ceil_div(hidden_tiles_, kBlock), [&](int64_t block) {
+      const int64_t tile = block * kBlock;
+      kernels_.pack_sum_tiles(weight(token), pass_.weight_stride, tokens, pass_.hidden, tile * kernels_.rows,
+                              std::min(kBlock, hidden_tiles_ - tile), steps(tokens), tiles_.get() + tile * tile_size);
     });
   }
 
@@ -151,7 +171,7 @@ class Block {
     over_products(tiles(tokens), [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t block) {
       const int64_t before = tile * kernels_.rows;
       LogitsTask task{};
-      task.tile = logit_tiles_.get() + tile * tile_size_;
+      task.tile = tiles_.get() + tile * tile_size_;
       task.tiles = tiles;
       task.tile_size = tile_size_;
       task.panel = x_.get() + panel * panel_size;
@@ -162,7 +182,7 @@ class Block {
       task.end = token + tokens;
       task.bias = pass_.bias == nullptr ? nullptr : bias_.get() + before;
       task.labels = labels_.get() + panel * lanes;
-      task.anchor = anchor_.get() + panel * lanes;
+      task.target = target_.get() + panel * lanes;
       task.sums = sums_.get() + (block * panels_ + panel) * lanes;
       task.softcap = pass_.softcap;
       task.scale = pass_.scale;
@@ -179,7 +199,7 @@ class Block {
     const int64_t lanes = kernels_.lanes, tile_size = steps(tokens) * kernels_.tile_step;
     over_products(hidden_tiles_, [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t) {
       float* out = e_.get() + panel * e_size() + tile * kernels_.rows * lanes;
-      kernels_.sum({sum_tiles_.get() + tile * tile_size, tiles, tile_size, p_.get() + panel * p_size(), panels, p_size(),
+      kernels_.sum({tiles_.get() + tile * tile_size, tiles, tile_size, p_.get() + panel * p_size(), panels, p_size(),
                     steps(tokens), token > 0, out, e_size()});
     });
   }
@@ -192,8 +212,8 @@ class Block {
         const int64_t n = first_row_ + row + i;
         const float s = pass_.total[n], others = s / (1.0f + s);
         // 0, or NaN where the label's own logit is not finite, which must show
-        const float fault = pass_.anchor[n] - pass_.anchor[n];
-        toward[i] = pass_.scale * others * (pass_.slope == nullptr ? 1.0f : pass_.slope[n]) + fault;
+        const float fault = pass_.target[n] - pass_.target[n];
+        toward[i] = pass_.scale * others * slope_[row + i] + fault;
         pull[i] = pass_.scale / (1.0f + s);
       }
       void* out = static_cast<char*>(pass_.direction) + (first_row_ + row) * pass_.hidden * number_size(pass_.type);
@@ -205,11 +225,11 @@ class Block {
   const HeadPass& pass_;
   const HeadKernels& kernels_;
   const bool keep_;
-  const int64_t most_tokens_, most_panels_, hidden_tiles_, logit_steps_, tile_size_, most_sum_tile_;
-  const Buffer<uint32_t> x_, logit_tiles_, sum_tiles_, p_;
+  const int64_t most_tokens_, most_panels_, hidden_tiles_, logit_steps_, tile_size_;
+  const Buffer<uint32_t> x_, tiles_, p_;
   const Buffer<float> e_, sums_, bias_;
   const Buffer<int32_t> labels_;
-  const Buffer<float> anchor_;
+  const Buffer<float> target_, slope_;
   const Buffer<double> total_;
   int64_t first_row_ = 0, rows_ = 0, panels_ = 0;
 };

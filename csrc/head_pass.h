@@ -1,6 +1,6 @@
 // The frozen-head pass on the CPU: types shared by the op, the driver and the loops compiled per instruction set.
 //
-//   z = cap(scale (x Wᵀ + b))     P[v, n] = exp(z[v, n] - anchor[n]), 0 at n's label     s[n] = Σ_v P[v, n]
+//   z = cap(scale (x Wᵀ + b))     P[v, n] = exp(z[v, n] - z_y[n]), 0 at n's label y     s[n] = Σ_v P[v, n]
 //   E[d, n] = Σ_v W[v, d] c[v, n] P[v, n]          U[n] = scale (s[n] c_y W_y - E[:, n]) / (1 + s[n])
 //
 // W is the broadcast side of both products, rows of x are the vector lanes, so sums over the vocabulary need no reduction
@@ -25,10 +25,9 @@ struct HeadPass {
   int64_t weight_stride;
   const void* bias;       // (vocab,) or null
   const int64_t* labels;  // (rows,)
-  const float* anchor;    // (rows,)
-  const float* slope;     // (rows,) c at the label, null: 1
   float softcap, scale;   // softcap 0: none
   float* total;           // (rows,) s, out
+  float* target;          // (rows,) z_y, out
   void* direction;        // (rows, hidden) U, out; null: not wanted
 };
 
@@ -40,6 +39,8 @@ struct HeadKernels {
   int64_t tile_step;    // units of a tile per step
   int64_t panels;       // panels that share a tile in cache
 
+  // x · w over `hidden` numbers of each.
+  float (*dot)(const void* x, const void* weight, int64_t hidden);
   // Rows [0, rows) of x, (rows, hidden) contiguous, into one panel.
   void (*pack_panel)(const void* x, int64_t rows, int64_t hidden, int64_t steps, uint32_t* panel);
   // Rows [0, rows) of W into one tile of the product with x: the sum runs over the hidden size.
@@ -62,7 +63,7 @@ struct LogitsTask {
   int64_t first, end;     // the first tile's first token, and where the chunk of the vocabulary ends
   const float* bias;      // of the tokens from `first` on; null: none
   const int32_t* labels;  // of the panels' rows, with the two below
-  const float* anchor;
+  const float* target;     // z_y
   float* sums;  // out
   float softcap, scale;
   uint32_t* out;  // P of the first panel at `first`; null: not wanted

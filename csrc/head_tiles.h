@@ -117,6 +117,18 @@ void put(Vec (&lines)[Vec::kWidth], bool neighbours, int64_t s0, int64_t i0, int
 }
 
 template <class E>
+float dot(const void* x, const void* weight, int64_t hidden) {
+  using F = Singles<typename E::Format::Number>;
+  const auto *a = static_cast<const typename F::Number*>(x), *b = static_cast<const typename F::Number*>(weight);
+  Vec sum = Vec::fill(0.0f);
+  for (int64_t d = 0; d < hidden; d += Vec::kWidth) sum = Vec::fma(along<F>(a + d, hidden - d), along<F>(b + d, hidden - d), sum);
+  float lanes[Vec::kWidth], total = 0.0f;
+  sum.store(lanes);
+  for (const float lane : lanes) total += lane;
+  return total;
+}
+
+template <class E>
 void pack_panel(const void* x, int64_t rows, int64_t hidden, int64_t steps, uint32_t* panel) {
   using F = typename E::Format;
   const auto* from = static_cast<const typename F::Number*>(x);
@@ -179,7 +191,7 @@ void exponentials(const LogitsTask& task, float* z, int64_t first, int64_t rows,
   const Vec scale = Vec::fill(task.scale), cap = Vec::fill(task.softcap), per_cap = Vec::fill(1.0f / task.softcap);
   for (int64_t l = 0; l < E::kLanes; l += Vec::kWidth) {
     const int64_t lane = panel * E::kLanes + l;
-    const Vec anchor = Vec::load(task.anchor + lane);
+    const Vec target = Vec::load(task.target + lane);
     Vec sum = Vec::load(task.sums + lane);
     for (int64_t i = 0; i < rows; ++i) {
       Vec logit = Vec::load(z + i * E::kLanes + l);
@@ -191,7 +203,7 @@ void exponentials(const LogitsTask& task, float* z, int64_t first, int64_t rows,
         logit = ratio * cap;
         slope = Vec::fill(1.0f) - ratio * ratio;
       }
-      Vec p = exp(logit - anchor);
+      Vec p = exp(logit - target);
       p = p.where(Vec::equal(task.labels + lane, static_cast<int32_t>(first + i)), Vec::fill(0.0f));
       sum = sum + p;
       if constexpr (kKeep && kCapped) p = p * slope;
@@ -275,7 +287,7 @@ void directions(const DirectionsTask& task) {
 
 template <class E>
 constexpr HeadKernels table() {
-  return {E::kRows,      E::kLanes,           E::Format::kUnit,  E::kDepth, E::at(1, 0), E::kPanels,
+  return {E::kRows,      E::kLanes,           E::Format::kUnit,  E::kDepth, E::at(1, 0), E::kPanels,   dot<E>,
           pack_panel<E>, pack_logits_tile<E>, pack_sum_tiles<E>, logits<E>, sum<E>,      directions<E>};
 }
 

@@ -88,10 +88,10 @@ Tensor contrastive_mix(Tensor expert, std::optional<Tensor> amateur, double alph
   return out;
 }
 
-// x (N, D) and labels, anchor, slope (N,) contiguous, W (V, D) with contiguous rows, softcap 0: none → s (N,) and U (N, D), or
-// U empty where it is not wanted; see head_pass.h.
-std::tuple<Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor labels, Tensor anchor,
-                                        std::optional<Tensor> slope, double softcap, double logit_scale, bool want_direction) {
+// x (N, D) and labels (N,) contiguous, W (V, D) with contiguous rows, softcap 0: none → s (N,), z_y (N,) and U (N, D), empty
+// where it is not wanted; see head_pass.h.
+std::tuple<Tensor, Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor labels,
+                                                double softcap, double logit_scale, bool want_direction) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be (N, D), contiguous");
   const int64_t rows = x.size(0), hidden = x.size(1);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden && (weight.stride(1) == 1 || hidden == 1) &&
@@ -102,18 +102,16 @@ std::tuple<Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::optional<T
                   "bias must be (V,) of the dtype of x, contiguous");
   STD_TORCH_CHECK(labels.numel() == rows && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
                   "labels must be (N,) int64, contiguous");
-  const auto floats = [&](const Tensor& t) { return t.numel() == rows && t.is_contiguous() && t.scalar_type() == ScalarType::Float; };
-  STD_TORCH_CHECK(floats(anchor) && (!slope.has_value() || floats(*slope)), "anchor and slope must be (N,) float32, contiguous");
   const auto* label = static_cast<const int64_t*>(labels.const_data_ptr());
   for (int64_t i = 0; i < rows; ++i) STD_TORCH_CHECK(label[i] >= 0 && label[i] < weight.size(0), "labels must lie in [0, V)");
   Tensor total = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  Tensor target = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   Tensor direction = torch::stable::new_empty(x, {want_direction ? rows : 0, hidden});
   head_pass({rows, weight.size(0), hidden, type_of(x), x.const_data_ptr(), weight.const_data_ptr(), weight.stride(0),
-             bias.has_value() ? bias->const_data_ptr() : nullptr, label, static_cast<const float*>(anchor.const_data_ptr()),
-             slope.has_value() ? static_cast<const float*>(slope->const_data_ptr()) : nullptr, static_cast<float>(softcap),
-             static_cast<float>(logit_scale), static_cast<float*>(total.mutable_data_ptr()),
+             bias.has_value() ? bias->const_data_ptr() : nullptr, label, static_cast<float>(softcap), static_cast<float>(logit_scale),
+             static_cast<float*>(total.mutable_data_ptr()), static_cast<float*>(target.mutable_data_ptr()),
              want_direction ? direction.mutable_data_ptr() : nullptr});
-  return {total, direction};
+  return {total, target, direction};
 }
 
 }  // namespace
@@ -125,8 +123,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(synpo_kernels, m) {
       "int top_k, float top_p, float min_p, Tensor? history, float repetition_penalty) -> (Tensor, Tensor)");
   m.def("contrastive_mix(Tensor expert, Tensor? amateur, float alpha, float plausibility) -> Tensor");
   m.def(
-      "head_pass(Tensor x, Tensor weight, Tensor? bias, Tensor labels, Tensor anchor, Tensor? slope, float softcap, "
-      "float logit_scale, bool want_direction) -> (Tensor, Tensor)");
+      "head_pass(Tensor x, Tensor weight, Tensor? bias, Tensor labels, float softcap, float logit_scale, bool want_direction) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(synpo_kernels, CPU, m) {

@@ -1,6 +1,6 @@
 """The compiled backend for CPUs: both products of the frozen head's pass in the C++ extension, logits never in memory.
 
-A chunk of W is packed once for each product; each tile of logits becomes exponentials while it is in cache, which the
+A chunk of W is packed for each product; each tile of logits becomes exponentials while it is in cache, which the
 second product takes at once. x is packed once, the sum E' is held in fp32, rows are taken in blocks of at most 16 MiB of
 the two. Results are the same bit for bit for any number of threads (torch's own: OMP_NUM_THREADS, torch.set_num_threads).
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from . import _ext, chunked, passes
 from .chunked import gradients, partition
 from .head import Head
-from .passes import Forward, target_logits
+from .passes import Forward
 
 __all__ = ["forward", "gradients", "instruction_set", "partition"]
 
@@ -68,19 +68,17 @@ def forward(
 
     tolerance: what `skipping` may leave out; the portable backend does that.
     """
-    if tolerance is not None or (head.weight.stride(1) != 1 and head.weight.shape[1] != 1):
-        options = {"want_direction": want_direction, "count": count, "low": low}
-        return chunked.forward(x, head, labels, tolerance=tolerance, **options)
+    if tolerance is not None or (head.weight.stride(1) != 1 and x.shape[1] != 1):
+        return chunked.forward(
+            x, head, labels, want_direction=want_direction, count=count, low=low, tolerance=tolerance
+        )
     assert count is None, "`partition` gives the rows to compute alone"
     instruction_set()
-    target, slope = target_logits(x, head, labels)
-    total, direction = torch.ops.synpo_kernels.head_pass(
+    total, target, direction = torch.ops.synpo_kernels.head_pass(
         x.contiguous(),
         head.weight,
         head.bias,
         labels.contiguous(),
-        target,
-        slope,
         head.softcap or 0.0,
         head.logit_scale,
         want_direction,
