@@ -6,17 +6,20 @@ FusedLinearSynPOLoss  the same, carried through to the SynPO loss and the statis
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .certified import certified_logprobs, with_certificate
 from .checks import check_head, check_low_rank, in_autocast
 from .epilogue import SynPOOutput, synpo_pairs
 from .kept import kept
-from .losses import IGNORE_INDEX
-from .parallel import from_shards
+from .losses import IGNORE_INDEX, check_layout
+from .pairs_trained import is_trained, synpo_trained
+from .parallel import from_shards, whole
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,6 +125,11 @@ class FusedLinearSynPOLoss(nn.Module):
         alpha: sharpness of the preference term. beta: weight of the language reward.
         reduction: "mean" over the pairs that have tokens on both sides, or "sum".
         softcap, logit_scale, ignore_index, backend, memory, group: as `linear_logprobs`.
+        skip_tolerance: as `certified_logprobs`, for a frozen head; the output is then a `CertifiedSynPOOutput`.
+
+    Under a trained head the gradients are finished in the forward pass, pair by pair as far as they fit a workspace
+    (`pairs_trained.PAIR_BYTES`, and V·D numbers in fp32), in three products; memory "low" streams them instead, with four
+    products and nothing but slices held.
     """
 
     def __init__(
@@ -136,12 +144,16 @@ class FusedLinearSynPOLoss(nn.Module):
         backend: str = "auto",
         memory: str = "default",
         group: ProcessGroup | None = None,
+        skip_tolerance: float | None = None,
     ) -> None:
         super().__init__()
         if not alpha > 0 or beta < 0:
             raise ValueError(f"alpha must be positive and beta must not be negative, got alpha={alpha}, beta={beta}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if skip_tolerance is not None and (memory != "default" or group is not None):
+            raise ValueError("skip_tolerance needs memory='default' and no group; leave one of them out")
+        self.skip_tolerance = skip_tolerance
         self.alpha, self.beta, self.reduction, self.backend, self.memory = alpha, beta, reduction, backend, memory
         self.softcap, self.logit_scale, self.ignore_index, self.group = softcap, logit_scale, ignore_index, group
 
@@ -178,20 +190,25 @@ class FusedLinearSynPOLoss(nn.Module):
         sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if sequences % 2 or sequences <= 0:
             raise ValueError(f"pairs need an even number of sequences, chosen first then rejected; got {sequences}")
-        logps = linear_logprobs(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-            memory=self.memory,
-            low_rank=low_rank,
-            group=self.group,
-        )
-        output, _ = synpo_pairs(
+        options: dict[str, Any] = {
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "ignore_index": self.ignore_index,
+            "backend": self.backend,
+        }
+        if self.skip_tolerance is not None:
+            if low_rank is not None:
+                raise ValueError("skip_tolerance does not go with low_rank; leave one of them out")
+            found = certified_logprobs(hidden, weight, labels, bias=bias, skip_tolerance=self.skip_tolerance, **options)
+            output, coefficients = self._end(found.logps, labels, cu_seqlens)
+            return with_certificate(output, coefficients, found)
+        if low_rank is None and self.group is None and self.memory == "default" and is_trained(weight, bias):
+            return self._trained(hidden, weight, labels, bias, cu_seqlens, sequences)
+        options |= {"memory": self.memory, "low_rank": low_rank, "group": self.group}
+        return self._end(linear_logprobs(hidden, weight, labels, bias=bias, **options), labels, cu_seqlens)[0]
+
+    def _end(self, logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> tuple[SynPOOutput, Tensor]:
+        return synpo_pairs(
             logps,
             labels,
             cu_seqlens,
@@ -201,4 +218,37 @@ class FusedLinearSynPOLoss(nn.Module):
             reduction=self.reduction,
             backend=self.backend,
         )
-        return output
+
+    def _trained(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        sequences: int,
+    ) -> SynPOOutput:
+        weight, bias = whole(weight), None if bias is None else whole(bias)
+        hidden, weight, bias = in_autocast(hidden, weight, bias)
+        check_head(hidden, weight, labels, bias, self.softcap, self.ignore_index, sharded=False)
+        check_layout(labels, None, cu_seqlens)
+        loss, logps, *_ = synpo_trained(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            None if bias is None else bias.contiguous(),
+            labels.reshape(-1),
+            cu_seqlens,
+            sequences,
+            self.alpha,
+            self.beta,
+            self.reduction,
+            self.softcap,
+            self.logit_scale,
+            self.ignore_index,
+            self.backend,
+            hidden.requires_grad,
+            weight.requires_grad,
+            bias is not None and bias.requires_grad,
+        )
+        output, _ = self._end(logps.view(labels.shape), labels, cu_seqlens)
+        return replace(output, loss=loss)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from . import chunked
 from .checks import check_head, in_autocast
 from .dispatch import choose
+from .epilogue import SynPOOutput
 from .head import Head, compute_dtype
 from .losses import IGNORE_INDEX
 from .parallel import whole
@@ -30,6 +31,22 @@ class CertifiedLogprobs:
     logps: Tensor  # (...) log-probabilities, exact, differentiable in hidden
     bound: Tensor  # (...) ‖what skipping changed in ∂logp_t/∂hidden_t‖₂ is at most this; 0 where nothing was skipped
     kept_columns: Tensor  # () share of (rows that count) × V that entered the gradient's product; 0 without gradients
+
+
+@dataclass(frozen=True)
+class CertifiedSynPOOutput(SynPOOutput):
+    """`SynPOOutput` with what skipping may have changed."""
+
+    # () ‖what skipping changed in ∂loss/∂hidden‖, Frobenius, is at most this: √Σ_t (|g_t| bound_t)², g_t = ∂loss/∂logp_t
+    gradient_bound: Tensor
+    kept_columns: Tensor  # () as in CertifiedLogprobs
+
+
+def with_certificate(output: SynPOOutput, coefficients: Tensor, found: CertifiedLogprobs) -> CertifiedSynPOOutput:
+    """coefficients: g_t in the shape of the log-probabilities."""
+    fields = {name: getattr(output, name) for name in output.__dataclass_fields__}
+    bound = torch.linalg.vector_norm(coefficients * found.bound)
+    return CertifiedSynPOOutput(**fields, gradient_bound=bound, kept_columns=found.kept_columns)
 
 
 def certified_logprobs(

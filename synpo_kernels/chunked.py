@@ -127,6 +127,27 @@ def forward(
     return result
 
 
+def whole_rows(
+    x: Tensor, head: Head, labels: Tensor, out: Tensor, *, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Write exp(z - a) · slope of all vocabulary into out (N, V), 0 at the label, for an anchor a of each row.
+
+    Returns:
+        logps (N,), and exp(a - log-sum-exp) (N,), which turns `out` into probabilities.
+    """
+    assert count is None, "`partition` gives the rows to compute alone"
+    tiles = TorchTiles(low=False)
+    target, _ = target_logits(x, head, labels)
+    total = passes.fill(x, head, labels, target, tiles, out)
+    logps = (target - target) - torch.log1p(total)  # NaN where the row is not finite, which must stay visible
+    flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
+    if flagged.numel() == 0:
+        return logps, logps.exp()
+    logps[flagged] = forward(x[flagged], head, labels[flagged], want_direction=False).logps
+    passes.fill(x, head, labels, target - logps, tiles, out)
+    return logps, torch.ones_like(logps)
+
+
 def gradients(
     x: Tensor,
     head: Head,

@@ -167,22 +167,7 @@ def forward(
         everything = 1.0 + total
         direction = directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
     flags = _counted((total > passes.OVERFLOW).to(torch.int8), count)
-    if x.shape[0]:
-        exact_rows.launch(
-            x,
-            head.weight,
-            head.bias,
-            labels,
-            flags,
-            target,
-            slope,
-            logps,
-            direction,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            precision=_precision(),
-            config=exact_config(_major(x.device)),
-        )
+    _redo(x, head, labels, flags, target, slope, logps, direction)
     if want_direction and twice:
         anchor = target - logps - math.log(FP16_MAGNIFY)
         skip = None if tolerance is None else Skipping(tolerance, head, (target - anchor).exp(), count)
@@ -194,6 +179,58 @@ def forward(
         return found
     normalizer = torch.full_like(total, FP16_MAGNIFY) if twice else 1.0 + total
     return replace(found, bound=skip.bound(normalizer).where(flags == 0, 0.0), kept=skip.share())
+
+
+def whole_rows(
+    x: Tensor, head: Head, labels: Tensor, out: Tensor, *, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Write exp(z - a) · slope of all vocabulary into out (N, V), 0 at the label, for an anchor a of each row.
+
+    Where a row overflows all are written again around the log-sum-exp, by kernels that return at once where none does.
+
+    Returns:
+        logps (N,), and exp(a - log-sum-exp) (N,), which turns `out` into probabilities. Past the count logps is 0.
+    """
+    target, slope = target_logits(x, head, labels)
+    target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
+    total = _counted(passes.fill(x, head, labels, target, TritonTiles(count, low=False), out), count)
+    logps = (target - target) - torch.log1p(total)
+    flags = (total > passes.OVERFLOW).to(torch.int8)
+    _redo(x, head, labels, flags, target, slope, logps, None)
+    overflowed = flags.any()
+    again = overflowed * (len(x) if count is None else count)
+    passes.fill(x, head, labels, target - logps, TritonTiles(again.to(torch.int32), low=False), out)
+    return logps, torch.where(overflowed, 1.0, logps.exp())
+
+
+def _redo(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    flags: Tensor,
+    target: Tensor,
+    slope: Tensor | None,
+    logps: Tensor,
+    direction: Tensor | None,
+) -> None:
+    """Overwrite logps and direction at the rows whose flag is set, by the exact kernel."""
+    if not len(x):
+        return
+    exact_rows.launch(
+        x,
+        head.weight,
+        head.bias,
+        labels,
+        flags,
+        target,
+        slope,
+        logps,
+        direction,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        precision=_precision(),
+        config=exact_config(_major(x.device)),
+    )
 
 
 def gradients(

@@ -185,6 +185,15 @@ def accumulate(
     return total, pull
 
 
+def fill(x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, out: Tensor) -> Tensor:
+    """Write c/logit_scale · exp(z - anchor) of all vocabulary into out (N, V), 0 at the label; return its row sums (N,)."""
+    total = torch.zeros_like(anchor)
+    operand = tiles.operand(x)
+    for columns, part, _ in vocabulary_chunks(x, head, tiles):
+        total += tiles(operand, part, labels - columns.start, anchor, None, True, out[:, columns], 0)
+    return total
+
+
 def directions(head: Head, labels: Tensor, slope: Tensor | None, others: Tensor, pull: Tensor) -> Tensor:
     """U_t = logit_scale · ((1 - p_y) c_y W_y - Σ_v≠y p_v c_v W_v), (N, D) in the dtype of W.
 

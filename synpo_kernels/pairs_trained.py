@@ -1,0 +1,296 @@
+"""SynPO with a trained head, its coefficients known before the gradients are formed: three products and no recomputation.
+
+A loss of per-token log-probabilities has to finish its forward pass before autograd hands back g_t = ∂L/∂logp_t, by which
+time the logits are gone; the streaming path (`ops.trained`) computes them again. SynPO's g_t depends on one pair alone (and,
+for the mean, on how many pairs count, which the labels tell). So whole pairs are taken together, as many as fit the
+workspace, and for their n rows:
+
+    P̂ (n, V) of all vocabulary      one product of N·V·D        kept, one number a logit
+    logp → the pairs' loss → g      closed form, `epilogue`
+    ∂L/∂x = -g ⊙ (R W)              one product                 R = c (softmax - onehot), a row factor away from P̂
+    ∂L/∂W = -Rᵀ (g x)               one product, accumulated in the compute dtype over all groups, rounded once
+
+A pair that does not fit streams: its logits are computed twice, four products. The results are those of an upstream
+gradient of 1; backward multiplies them by the one it gets, and may run any number of times. What is held between the two is
+the size of the gradients.
+
+Exponents are anchored at the target's logit. Where a row of the group overflows, the group's P̂ is computed again around its
+log-sum-exp; on the Triton path by kernels that return at once where nothing overflowed, so that the host need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import chunked
+from .dispatch import Backend, choose
+from .epilogue import pairs as synpo
+from .head import Head, compute_dtype
+from .losses import sum_by_sequence
+from .parallel import partitioned
+from .passes import Tiles, target_logits, vocabulary_chunks
+
+# What P̂ of a group of pairs may take. The gradient of W in the compute dtype comes on top.
+PAIR_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """2B sequences, padded (S, T) or packed, as rows (N, ...)."""
+
+    x: Tensor  # (N, D)
+    labels: Tensor  # (N,)
+    cu_seqlens: Tensor | None  # (2B + 1,), None: sequences of equal length
+    sequences: int  # 2B
+
+    def bounds(self) -> list[int]:
+        """First row of every sequence, and N. Of packed rows on a CUDA device the host reads them, once a step."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.tolist()
+        length = len(self.x) // self.sequences
+        return list(range(0, len(self.x) + 1, length)) if length else [0] * (self.sequences + 1)
+
+    def groups(self, most_rows: int) -> Iterator[tuple[Batch, Tensor]]:
+        """(some pairs as a batch of their own, their rows (n,)): consecutive ones of `most_rows` at most; a longer one alone."""
+        pairs, row = self.sequences // 2, torch.arange(len(self.x), device=self.x.device)
+        if len(self.x) <= most_rows:
+            yield self, row
+            return
+        at = self.bounds()
+        first = 0
+        while first < pairs:
+            last = first + 1
+            while last < pairs and at[last + 1] - at[first] + at[pairs + last + 1] - at[pairs + first] <= most_rows:
+                last += 1
+            rows = torch.cat([row[at[first] : at[last]], row[at[pairs + first] : at[pairs + last]]])
+            yield Batch(self.x[rows], self.labels[rows], self._bounds_of(first, last), 2 * (last - first)), rows
+            first = last
+
+    def _bounds_of(self, first: int, last: int) -> Tensor | None:
+        """cu_seqlens of pairs first … last - 1, rows counted from the first of them."""
+        if self.cu_seqlens is None:
+            return None
+        pairs = self.sequences // 2
+        chosen = self.cu_seqlens[first : last + 1] - self.cu_seqlens[first]
+        rejected = self.cu_seqlens[pairs + first : pairs + last + 1] - self.cu_seqlens[pairs + first]
+        return torch.cat([chosen, chosen[-1] + rejected[1:]])
+
+
+class Gradients:
+    """Sums over the groups, those of the head in the compute dtype; None where not wanted."""
+
+    def __init__(self, x: Tensor, head: Head, want: tuple[bool, bool, bool]) -> None:
+        precise = compute_dtype(x.dtype)
+        self.want, self.dtype = want, x.dtype
+        self.hidden = torch.zeros_like(x) if want[0] else None
+        self.weight = torch.zeros(head.weight.shape, dtype=precise, device=x.device) if want[1] else None
+        self.bias = torch.zeros(len(head.weight), dtype=precise, device=x.device) if want[2] else None
+
+    def finished(self) -> list[Tensor]:
+        """In the dtype of the inputs; one that is not wanted is empty."""
+        sums = (self.hidden, self.weight, self.bias)
+        return [torch.empty(0, dtype=self.dtype) if each is None else each.to(self.dtype) for each in sums]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the groups of a batch have in common."""
+
+    head: Head
+    backend: Backend
+    alpha: float
+    beta: float
+    ignore_index: int | None
+    unit: Tensor  # () weight of a pair in the loss
+    found: Gradients
+
+    @property
+    def tiled(self) -> ModuleType:
+        """The backend whose tiles are used: the compiled CPU pass has none."""
+        if self.backend.name != "triton":
+            return chunked
+        from . import fused  # imports triton
+
+        return fused
+
+    def most_rows(self, x: Tensor) -> int:
+        """Rows whose P̂ fits the workspace; 0 where the tiles hold fp16, which has not its range."""
+        kept = _tiles(self.tiled, None).slice_dtype(x.dtype)
+        if kept == torch.float16:
+            return 0
+        return PAIR_BYTES.get(x.device.type, PAIR_BYTES["cpu"]) // (kept.itemsize * len(self.head.weight))
+
+    def coefficients(self, logps: Tensor, group: Batch) -> Tensor:
+        """g (n,) = ∂loss/∂logp of the rows of whole pairs."""
+        shape = (group.sequences, -1) if group.cu_seqlens is None else (-1,)
+        labels = None if self.ignore_index is None else group.labels.view(shape)
+        _, g, *_ = synpo(
+            logps.view(shape),
+            labels,
+            group.cu_seqlens,
+            self.alpha,
+            self.beta,
+            self.ignore_index,
+            "sum",
+            self.backend.name,
+        )
+        return g.flatten() * self.unit
+
+    def run(self, group: Batch, at: Tensor, most_rows: int) -> Tensor:
+        """Add the gradients of some pairs; log-probabilities (n,). at: (n,) their rows in the batch."""
+        logps = group.x.new_zeros(len(group.x), dtype=compute_dtype(group.x.dtype))
+        if len(group.x) > most_rows:
+            self._stream(group, at, logps)
+        else:
+            self._keep(group, at, logps)
+        return logps
+
+    def _rows(self, backend: Any, group: Batch) -> tuple[Any, Tensor | None, Tensor]:
+        """(rows that count, how many of them if the host does not know, labels that can be looked up)."""
+        if self.ignore_index is None:
+            return slice(None), None, group.labels
+        rows, count = backend.partition(group.labels, self.ignore_index)
+        return rows, count, group.labels.where(group.labels != self.ignore_index, 0)[rows]
+
+    def _keep(self, group: Batch, at: Tensor, logps: Tensor) -> None:
+        """Three products: P̂ of the whole group is held while g is found."""
+        rows, count, labels = self._rows(self.tiled, group)
+        x, tiles, head = group.x[rows], _tiles(self.tiled, count), self.head
+        held = torch.empty(len(x), len(head.weight), dtype=tiles.slice_dtype(x.dtype), device=x.device)
+        logps[rows], to_probability = self.tiled.whole_rows(x, head, labels, held, count=count)
+        slope = target_logits(x, head, labels)[1]
+        at_label = torch.expm1(logps[rows]) / to_probability
+        held.scatter_(1, labels[:, None], (at_label if slope is None else at_label * slope).to(held.dtype)[:, None])
+        factor = self.coefficients(logps, group)[rows] * to_probability * -head.logit_scale
+        d_x = torch.zeros_like(x, dtype=logps.dtype) if self.found.hidden is not None else None
+        operand = tiles.operand(x)
+        weighted = (x * factor[:, None]).to(operand.dtype)
+        for columns, part, _ in vocabulary_chunks(x, head, tiles):
+            residual = held[:, columns].to(operand.dtype)
+            if d_x is not None:
+                tiles.add_product(d_x, residual, part.weight, 0)
+            if self.found.weight is not None:
+                tiles.add_transposed_product(self.found.weight[columns], residual, weighted, 0)
+            if self.found.bias is not None:
+                of_bias = self.found.bias[columns, None]
+                tiles.add_transposed_product(of_bias, residual, factor[:, None].to(residual.dtype), 0)
+        if d_x is not None and self.found.hidden is not None:
+            self.found.hidden[at[rows]] = d_x.mul_(factor[:, None]).to(x.dtype)
+
+    def _stream(self, group: Batch, at: Tensor, logps: Tensor) -> None:
+        """Four products, a slice of the logits at a time; the head's share is rounded to its format before it is added."""
+        rows, count, labels = self._rows(self.backend, group)
+        x = group.x[rows]
+        found = self.backend.forward(x, self.head, labels, want_direction=False, count=count)
+        logps[rows] = found.logps
+        g = self.coefficients(logps, group)[rows]
+        result = self.backend.gradients(x, self.head, labels, found, g, want=self.found.want, count=count)
+        if self.found.hidden is not None and result.hidden is not None:
+            self.found.hidden[at[rows]] = result.hidden
+        if self.found.weight is not None and result.weight is not None:
+            self.found.weight += result.weight
+        if self.found.bias is not None and result.bias is not None:
+            self.found.bias += result.bias
+
+
+def _tiles(tiled: ModuleType, count: Tensor | None) -> Tiles:
+    return tiled.TorchTiles(low=False) if tiled is chunked else tiled.TritonTiles(count, low=False)
+
+
+def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether gradients of the head are asked for, and the head is here (ZeRO-3 may hold it in parts)."""
+    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
+    return asked and not partitioned(weight) and not partitioned(bias)
+
+
+@torch.library.custom_op("synpo_kernels::synpo_trained", mutates_args=())
+def synpo_trained(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    sequences: int,
+    alpha: float,
+    beta: float,
+    reduction: str,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    backend: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (N, D), W (V, D), b (V,), labels (N,) of 2B sequences → loss (), logps (N,), ∂loss/∂x, ∂loss/∂W, ∂loss/∂b.
+
+    The loss is differentiable in x, W and b. A gradient that is not wanted is empty.
+    """
+    batch = Batch(x, labels, cu_seqlens, sequences)
+    shape = (sequences, -1) if cu_seqlens is None else (-1,)
+    logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
+    counted = torch.ones_like(logps) if ignore_index is None else (labels != ignore_index).to(logps.dtype)
+    tokens = sum_by_sequence(counted.view(shape), cu_seqlens).view(2, -1)
+    pairs = (tokens > 0).all(0).sum().clamp(min=1)
+    unit = pairs.to(logps.dtype).reciprocal() if reduction == "mean" else logps.new_ones(())
+    head = Head(weight, bias, softcap, logit_scale)
+    with torch.autocast(x.device.type, enabled=False):
+        found = Gradients(x, head, (want_hidden, want_weight, want_bias))
+        step = Step(head, choose(backend, x), alpha, beta, ignore_index, unit, found)
+        most_rows = step.most_rows(x)
+        for group, at in batch.groups(most_rows):
+            logps[at] = step.run(group, at, most_rows)
+    counted_labels = None if ignore_index is None else labels.view(shape)
+    loss, *_ = synpo(logps.view(shape), counted_labels, cu_seqlens, alpha, beta, ignore_index, reduction, backend)
+    return loss, logps, *found.finished()
+
+
+@synpo_trained.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    labels,
+    cu_seqlens,
+    sequences,
+    alpha,
+    beta,
+    reduction,
+    softcap,
+    logit_scale,
+    ignore_index,
+    backend,
+    want_hidden,
+    want_weight,
+    want_bias,
+):
+    logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
+    shapes = ((want_hidden, x.shape), (want_weight, weight.shape), (want_bias, weight.shape[:1]))
+    return logps.new_empty(()), logps, *(x.new_empty(shape if wanted else (0,)) for wanted, shape in shapes)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+
+
+@once_differentiable
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 16
+    scaled = [
+        (gradient * upstream).to(gradient.dtype) if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3])
+    ]
+    return (*scaled, *[None] * 13)
+
+
+synpo_trained.register_autograd(_backward, setup_context=_keep_gradients)
