@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"train", "pipeline", "judge", "eval", "all", "flash", "bench", "dev"}
+EXTRAS = {"train", "pipeline", "judge", "eval", "all", "flash", "vllm", "bench", "dev"}
 
 
 @pytest.fixture(scope="module")

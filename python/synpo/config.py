@@ -80,7 +80,8 @@ class PairsConfig:
     `candidates` samples a video, each refined by `refinements` self-retrospective passes; the best and the worst become a
     pair when their totals differ by `margin` or more. `clip_seconds` and `max_clips` cut a video into clips:
     n = clamp(⌊duration / clip_seconds⌋ + 1, 2, max_clips). `batch_size` answers are written together; all candidates of a
-    video always are, so memory is needed for `candidates` of them at least.
+    video always are, so memory is needed for `candidates` of them at least. `engine` samples the candidates: `hf`, our
+    decoder over the Hugging Face model, or `vllm` where that is installed (with a `batch_size` of some hundreds).
     """
 
     prompt: str = "Describe the video in detail."
@@ -90,6 +91,7 @@ class PairsConfig:
     clip_seconds: float = 10.0
     max_clips: int = 16
     batch_size: int = 8
+    engine: str = "hf"
     candidate_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     clip_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.5, top_p=0.9))
     contrast: ContrastConfig = field(default_factory=ContrastConfig)

@@ -7,6 +7,7 @@ one, video and all, so that what the model read of the video in the first pass s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,24 +30,24 @@ def retrospective_prompt(prompt: str, draft: str) -> str:
     return f"{prompt}\nEarlier description: {draft.strip()}\n{INSTRUCTION}"
 
 
+def without_specials(tokenizer: Any, draft: str) -> str:
+    """The draft as plain data: a blank where it would read as a special token of the chat."""
+    for special in tokenizer.get_added_vocab():
+        draft = draft.replace(special, " ")
+    return draft
+
+
 def second_looks(
     lm: CaptionModel, shown: Sequence[Prompt], frames: Sequence[Tensor], prompt: str, drafts: Sequence[str]
 ) -> list[Prompt]:
     """The encoded questions of the second pass, one a draft; each shares what the first already knows of its video.
-
-    A draft is data: whatever in it would read as a special token of the chat is taken out.
 
     Args:
         shown: the encoded questions of the first pass, their videos through the vision tower.
         frames: what they showed, uint8 (F, 3, H, W) each.
         prompt: the text of the first question.
     """
-    specials = list(lm.tokenizer.get_added_vocab())
-    questions = []
-    for draft in drafts:
-        for special in specials:
-            draft = draft.replace(special, " ")
-        questions.append(retrospective_prompt(prompt, draft))
+    questions = [retrospective_prompt(prompt, without_specials(lm.tokenizer, draft)) for draft in drafts]
     if not shown:
         return []
     endings = _endings(lm, shown[0], [prompt, *questions])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from synpo.config import Config, ConfigError
 from synpo.model.adapter import CaptionModel, check_paths
+from synpo.pipeline.engine import check_engine
 from synpo.pipeline.judge import Judge, make_judge
 from synpo.pipeline.judge.audit import audit
 from synpo.pipeline.pairs import make_pairs
@@ -95,4 +96,5 @@ def _check(config: Config) -> None:
     ):
         if value < least:
             raise ConfigError(f"pairs.{name}: expected at least {least}, got {value}")
+    check_engine(settings.engine, config.model, settings.candidate_sampling)
     check_paths(config.model)

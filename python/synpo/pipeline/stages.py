@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from synpo.model.adapter import CaptionModel, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.caption import Description, describe
 from synpo.pipeline.clips import frames_between, split_video
+from synpo.pipeline.engine import Engine, free_memory, make_engine
 from synpo.pipeline.judge.base import Failure, Judge, Task, Verdict
 from synpo.records import Caption, Clip, RecordStore, Score, record_id, write_jsonl
 from synpo.video import VideoError, resolve_video
@@ -53,6 +54,28 @@ class Run:
         if not self.lm.sees_video:
             raise ConfigError(f"model {self.config.model.path} takes no video; pairs of videos need a video model")
         return self.lm
+
+    @contextlib.contextmanager
+    def engine(self) -> Iterator[Callable[[], Engine]]:
+        """Who samples the candidates: a function that gives it, made on the first call and closed in the end.
+
+        vLLM takes most of a GPU, so the captioner that wrote the clip captions leaves it first.
+        """
+        made: list[Engine] = []
+
+        def get() -> Engine:
+            if not made:
+                if self.config.pairs.engine != "hf":
+                    self.lm = None
+                    free_memory()
+                made.append(make_engine(self.config.model, self.config.pairs.engine, self.model))
+            return made[0]
+
+        try:
+            yield get
+        finally:
+            for engine in made:
+                engine.close()
 
     def leave_out(self, video: str, stage: str, error: Exception) -> None:
         self.problems[video] = (stage, str(error))
@@ -138,7 +161,7 @@ def sample_candidates(run: Run, clips: Mapping[str, Sequence[Clip]]) -> dict[str
     settings, store = run.config.pairs, RecordStore(Caption, run.work / "candidates.jsonl")
     made_with = record_id(
         "candidate", run.model_id, run.config.frames, settings.prompt, settings.candidate_sampling,
-        settings.refinements, run.config.seed,
+        settings.refinements, run.config.seed, *([] if settings.engine == "hf" else [settings.engine]),
     )  # fmt: skip
     ids: dict[str, list[str]] = {}
     for video in (v for v in clips if v not in run.problems):
@@ -146,19 +169,18 @@ def sample_candidates(run: Run, clips: Mapping[str, Sequence[Clip]]) -> dict[str
         ids[video] = [record_id(made_with, video, size, i) for i in range(settings.candidates)]
     everything = list(ids)
     step = max(1, settings.batch_size // settings.candidates)
-    with run.progress("candidates", len(everything), "video") as bar:
+    with run.progress("candidates", len(everything), "video") as bar, run.engine() as engine:
         for first in range(0, len(everything), step):
             batch = everything[first : first + step]
             if any(key not in store for video in batch for key in ids[video]):
                 views = run.views("candidates", [(v, 0.0, clips[v][-1].end) for v in batch])
                 shown = [batch[i] for i in views]
-                rows = describe(
-                    run.model(),
+                rows = engine().describe(
                     list(views.values()),
                     [[f"{run.config.seed} {key}" for key in ids[v]] for v in shown],
                     settings.prompt,
                     settings.candidate_sampling,
-                    refinements=settings.refinements,
+                    settings.refinements,
                 )
                 for video, row in zip(shown, rows):
                     run.count_cut(row)
