@@ -98,7 +98,7 @@ class HuggingFace:
 
 
 class VLLM:
-    """vLLM's offline engine on this machine. Written from its sources (0.11 on) and tested against a double, never run on vLLM."""
+    """vLLM's offline engine on this machine. Written from its sources (0.11 on), tested against a double, never run on vLLM."""
 
     def __init__(self, model: ModelConfig) -> None:
         import vllm
