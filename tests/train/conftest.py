@@ -110,6 +110,9 @@ class HandMade:
         qwen = ("mm_token_type_ids", "pixel_values_videos", "video_grid_thw")
         self.model_input_names = ("input_ids", *(qwen if "qwen" in family else ("pixel_values",)))
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"family": self.family}
+
     def __call__(self, text: list[str], videos: list[torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
         frames = videos[0].float()[..., :16, :16] / 255 - 0.5
         if "qwen" in self.family:

@@ -1,6 +1,8 @@
 """Prefix sharing against separate sequences: the same loss and the same gradients, or a stated reason not to."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from synpo.config import ConfigError
 from synpo.data.collate import PairCollator
+from synpo.data.features import VisionCache
 from synpo.data.tokenize import EncodedPair
 from synpo.model import packing
 from synpo.model.adapter import CaptionModel
@@ -285,3 +289,32 @@ def test_a_tower_that_is_trained_sees_pixels_and_gets_gradients(family_lm: Any) 
     packed, separate = losses_and_gradients(lm, pairs, True), losses_and_gradients(lm, pairs, False)
     assert any("visual" in name for name in packed[1])
     assert_same(packed, separate)
+
+
+def test_only_what_a_frozen_tower_saw_is_kept(captioner: CaptionModel, trainer_for: Any) -> None:
+    trainer_for(captioner, None, cache_vision=True)
+    captioner.base.model.multi_modal_projector.requires_grad_(True)
+    trainer_for(captioner, None)
+    with pytest.raises(ConfigError, match="this one is trained: freeze it, or set train.cache_vision = false"):
+        trainer_for(captioner, None, cache_vision=True)
+
+
+@pytest.mark.parametrize("family", VIDEO_FAMILIES)
+def test_kept_features_train_like_pixels(family: str, family_lm: Any, tmp_path: Path) -> None:
+    lm = family_lm(family)
+    if not lm.vision.takes_features:
+        pytest.skip("this release of transformers takes no features")
+    pairs = pairs_of(lm)
+    cache = VisionCache(tmp_path, lm)
+    for i, vision in enumerate(lm.encode_vision([p.vision for p in pairs])):
+        cache.write(str(i), vision)
+    kept = [replace(pair, vision=VisionCache(tmp_path, lm).read(str(i))) for i, pair in enumerate(pairs)]
+    assert "pixel" not in " ".join(key for pair in kept for key in pair.vision)
+    assert_same(losses_and_gradients(lm, kept, True), losses_and_gradients(lm, pairs, False))
+
+
+def test_the_trainer_shares_prefixes_unless_told_not_to(text_lm: CaptionModel, trainer_for: Any) -> None:
+    pairs = pairs_of(text_lm)
+    for settings, rows in (({}, 1), ({"prefix_sharing": False}, 6)):
+        trainer = trainer_for(text_lm, pairs, per_device_train_batch_size=3, **settings)
+        assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[0] == rows

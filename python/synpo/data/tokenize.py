@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from synpo.config import ConfigError
+from synpo.data.features import VisionCache
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.model.vision import Vision
 from synpo.records import Pair
@@ -68,11 +69,12 @@ class PairEncoder:
     """Encodes pairs for one model.
 
     Args:
-        lm: the model's tokenizer and vision side; its weights are not used.
+        lm: the model's tokenizer and vision side; its weights are used for `features` alone.
         videos: folder that the pairs' video paths are relative to; None when no pair has a video.
         sampling: which frames of a video are shown.
         max_length: most tokens of prompt (visual ones included) plus answer; None: the model's own context.
         max_completion_length: most tokens of an answer with its end of sequence; None: no limit of its own.
+        features: where visual features are kept; None: pairs hold pixels, and the tower runs in training.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class PairEncoder:
         sampling: FrameSampling | None = None,
         max_length: int | None = None,
         max_completion_length: int | None = None,
+        features: VisionCache | None = None,
     ) -> None:
         self.lm, self.videos, self.sampling = lm, videos, sampling or FrameSampling()
         context = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = max_length or context or 1 << 30
         self.max_completion_length = max_completion_length
+        self.features = features
         self._visual_token = getattr(lm.base.config, "video_token_id", None)
         self._checked: dict[tuple[str, torch.Size], Prompt] = {}
 
@@ -96,24 +100,40 @@ class PairEncoder:
         if pair.video is None:
             return self._build(pair, self._prompt(pair, None))
         path, times = self._locate(pair)
-        try:
-            frames = read_frames(path, times)
-        except VideoError as error:
-            raise PairError(pair.id, "video unreadable", str(error)) from error
-        return self._build(pair, self._prompt(pair, frames))
+        if self.features is None:
+            return self._build(pair, self._look(pair, path, times))
+        key = self.features.key(path, times)
+        if (vision := self.features.read(key)) is not None:
+            return self._build(pair, Prompt(self._blank(pair, path, times).input_ids, vision))
+        prompt = self._look(pair, path, times)
+        (vision,) = self.lm.encode_vision([prompt.vision])
+        return self._build(pair, Prompt(prompt.input_ids, self.features.write(key, vision)))
 
     def check(self, pair: Pair) -> EncodedPair:
-        """As `encode` without pixels: of the video only what its file says of itself is read."""
+        """As `encode` without pixels: of the video only what its file says of itself is read.
+
+        Where features are kept, they are made now.
+        """
+        if pair.video is None or self.features is not None:
+            return self.encode(pair)
         self._check_answers(pair)
-        if pair.video is None:
-            return self._build(pair, self._prompt(pair, None))
-        path, times = self._locate(pair)
+        return self._build(pair, self._blank(pair, *self._locate(pair)))
+
+    def _look(self, pair: Pair, path: Path, times: list[float]) -> Prompt:
+        """The prompt with the pixels of its video."""
+        try:
+            return self._prompt(pair, read_frames(path, times))
+        except VideoError as error:
+            raise PairError(pair.id, "video unreadable", str(error)) from error
+
+    def _blank(self, pair: Pair, path: Path, times: list[float]) -> Prompt:
+        """The prompt's ids alone, which depend on the number and the size of the frames."""
         info = probe(path)
         blank = torch.zeros(1, dtype=torch.uint8).expand(len(times), 3, info.height, info.width)
         key = (pair.prompt, blank.shape)
         if key not in self._checked:
             self._checked[key] = Prompt(self._prompt(pair, blank).input_ids, {})
-        return self._build(pair, self._checked[key])
+        return self._checked[key]
 
     def lengths(self, pair: EncodedPair) -> Lengths:
         visual = 0 if self._visual_token is None else int((pair.prompt == self._visual_token).sum())

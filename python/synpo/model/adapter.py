@@ -148,9 +148,13 @@ class CaptionModel:
     @property
     def vision_frozen(self) -> bool:
         """Whether nothing but the language model and its head is trained."""
+        return not any(p.requires_grad for _, p in self.vision_parameters())
+
+    def vision_parameters(self) -> list[tuple[str, Tensor]]:
+        """Parameters, by name, of all that is not the language model or its head."""
         parts = (self.base.get_decoder(), self.base.get_output_embeddings())
         language = {id(p) for part in parts for p in part.parameters()}
-        return not any(p.requires_grad and id(p) not in language for p in self.model.parameters())
+        return [(name, p) for name, p in self.base.named_parameters() if id(p) not in language]
 
     def forward_kwargs(self, input_ids: Tensor, attention_mask: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
         """Keyword arguments of the model's top-level forward for ids (B, L), mask (B, L) and one visual part a row.

@@ -25,8 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from synpo.model.adapter import CaptionModel
 from synpo.model.vision import Vision
 
-MASKED = {"sdpa": True, "flash_attention_2": False}
-"""Implementations that serve, and whether they need a mask to align unequal queries and keys at the end."""
+MASKED = {"sdpa": True, "flash_attention_2": False, "flash_attention_3": False}
+"""Implementations that serve, and whether they need a mask to align the ends of fewer queries and more keys."""
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of layers that see only so many tokens, and the setting that says how many."""

@@ -56,6 +56,13 @@ class OneVision:
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         self.std = torch.tensor(std).view(1, 3, 1, 1)
 
+    takes_features = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How frames become pixels."""
+        return {"side": self.side, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+
     def prepare(self, text: str, frames: Tensor, vision: Vision | None = None) -> tuple[Tensor, Vision]:
         """Token ids (P,) of `text` with its placeholder expanded, and normalised pixels of uint8 frames (F, 3, H, W).
 
@@ -128,6 +135,11 @@ class Processor:
         rows.pop("attention_mask", None)
         rows.pop("mm_token_type_ids", None)  # follows from the ids, row by row
         return ids, rows if vision is None else vision
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How frames become pixels."""
+        return self.processor.to_dict()
 
     @property
     def takes_features(self) -> bool:

@@ -4,6 +4,7 @@ output/config.json           every setting of the run, resolved
 output/train_log.jsonl       one line a logged step
 output/checkpoint-<step>/    what a killed run goes on from
 output/adapter/              the trained adapter (safetensors), for --adapter
+output/vision/               visual features, with train.cache_vision
 output/rewards.png, output/gradient_balance.png
 output/metrics.json          written last: a folder that has it is complete
 """
@@ -24,6 +25,7 @@ from rich.table import Table
 from transformers import set_seed
 
 from synpo.config import Config, ConfigError, build, suggest
+from synpo.data.features import VisionCache
 from synpo.data.pairs import load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import load
@@ -114,7 +116,8 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
             "from model.adapter starts; merge that adapter into the model first"
         )
     lm = load(config.model)
-    encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length)
+    features = VisionCache(output / "vision", lm) if args.cache_vision else None
+    encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)
     dataset = PairDataset(encoder, chosen, cache_bytes=int(args.cache_gigabytes * 2**30))
     console.print(dataset.table())
     wrapped = apply_lora(lm, config.lora)

@@ -66,6 +66,9 @@ class SynPOConfig(TrainingArguments):
     )
     max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens of an answer with its end."})
     cache_gigabytes: float = field(default=1.0, metadata={"help": "Memory for decoded and tokenized pairs."})
+    cache_vision: bool = field(
+        default=False, metadata={"help": "Keep visual features on disk: the tower runs once a video and run."}
+    )
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Compute the prompt of a pair once; models that cannot say why."}
     )
@@ -115,6 +118,11 @@ class SynPOTrainer(Trainer):
             raise ConfigError(
                 "float16 weights without loss scaling lose most gradients: set train.fp16 = true, or load the model with "
                 "model.dtype bfloat16 or float32"
+            )
+        if args.cache_vision and not lm.vision_frozen:
+            raise ConfigError(
+                "train.cache_vision keeps what a frozen vision tower saw, and this one is trained: freeze it, or set "
+                "train.cache_vision = false"
             )
         collate: Any = collator_for(lm, args.prefix_sharing)
         objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend)
