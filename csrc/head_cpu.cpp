@@ -1,9 +1,9 @@
 // The frozen-head pass on the CPU: blocks of rows, chunks of the vocabulary, threads.
 //
 //   per block of rows       x packed into panels; E in panels
-//     per chunk of W        packed anew for each product
-//       P and its sums      tiles of the vocabulary × panels
-//       E += P W            tiles of the hidden size × panels
+//     per chunk of W
+//       P and its sums      tiles of the vocabulary × panels; beside it, the chunk is packed for the second product
+//       E += P W            tiles of the hidden size × panels; beside it, the next chunk is packed for the first
 //     U from E
 //
 // Every number is computed by one task in an order that the shapes alone decide, so results do not depend on the number of
@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -43,10 +44,25 @@ Buffer<T> buffer(int64_t size) {
   return Buffer<T>(static_cast<T*>(p));
 }
 
+// Tasks for one thread to begin with; whoever is done takes from the others', for cores are seldom equally free.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 template <class F>
 void parallel(int64_t tasks, const F& task) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i);
+  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const std::unique_ptr<Share[]> shares(new Share[threads]);
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next = t * tasks / threads;
+    shares[t].end = (t + 1) * tasks / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    for (int64_t k = 0; k < threads; ++k) {
+      Share& share = shares[(begin + k) % threads];
+      for (int64_t i = share.next++; i < share.end; i = share.next++) task(i);
+    }
   });
 }
 
@@ -76,8 +92,8 @@ class Block {
         logit_steps_(steps(pass.hidden)),
         tile_size_(logit_steps_ * kernels_.tile_step),
         x_(buffer<uint32_t>(most_panels_ * logit_steps_ * kernels_.lanes)),
-        tiles_(buffer<uint32_t>(
-            std::max(tiles(most_tokens) * tile_size_, keep_ ? hidden_tiles_ * steps(most_tokens) * kernels_.tile_step : 0))),
+        logit_tiles_(buffer<uint32_t>(tiles(most_tokens) * tile_size_)),
+        sum_tiles_(buffer<uint32_t>(keep_ ? hidden_tiles_ * steps(most_tokens) * kernels_.tile_step : 0)),
         p_(buffer<uint32_t>(keep_ ? most_panels_ * p_size() : 0)),
         e_(buffer<float>(keep_ ? most_panels_ * e_size() : 0)),
         sums_(buffer<float>(ceil_div(tiles(most_tokens), kBlock) * most_panels_ * kernels_.lanes)),
@@ -101,13 +117,10 @@ class Block {
                           x_.get() + panel * logit_steps_ * kernels_.lanes);
       for (int64_t i = row; i < row + kernels_.lanes; ++i) set_target(i);
     });
+    sum_and_pack(-most_tokens_);
     for (int64_t token = 0; token < pass_.vocab; token += most_tokens_) {
-      const int64_t tokens = std::min(most_tokens_, pass_.vocab - token);
-      pack_for_logits(token, tokens);
-      exponentials(token, tokens);
-      if (!keep_) continue;
-      pack_for_sum(token, tokens);
-      sum(token, tokens);
+      logits_and_pack(token);
+      sum_and_pack(token);
     }
     for (int64_t i = 0; i < rows; ++i) pass_.total[first_row + i] = static_cast<float>(total_[i]);
     if (keep_) directions();
@@ -138,40 +151,36 @@ class Block {
     pass_.target[first_row_ + i] = target_[i] = z;
   }
 
-  void pack_for_logits(int64_t token, int64_t tokens) {
-    for (int64_t i = 0; pass_.bias != nullptr && i < tokens; ++i) bias_[i] = widened(pass_.type, pass_.bias, token + i);
-    parallel(tiles(tokens), [&](int64_t tile) {
-      const int64_t first = tile * kernels_.rows;
-      kernels_.pack_logits_tile(weight(token + first), pass_.weight_stride, std::min(kernels_.rows, tokens - first), pass_.hidden,
-                                logit_steps_, tiles_.get() + tile * tile_size_);
+  // Tokens of the chunk that begins at `token`; 0 before the first and after the last.
+  int64_t tokens_at(int64_t token) const {
+    return token < 0 ? 0 : std::clamp<int64_t>(pass_.vocab - token, 0, most_tokens_);
+  }
+
+  // All pack(0 … packs - 1), and product(first panel, panels, first tile, tiles, block of tiles) for all panels and tiles;
+  // neighbouring products share their panels.
+  template <class P, class F>
+  void parallel_with_packing(int64_t packs, const P& pack, int64_t all_tiles, const F& product) {
+    const int64_t blocks = ceil_div(all_tiles, kBlock);
+    parallel(packs + ceil_div(panels_, kernels_.panels) * blocks, [&](int64_t i) {
+      if (i < packs) return pack(i);
+      const int64_t panel = (i - packs) / blocks * kernels_.panels, block = (i - packs) % blocks;
+      product(panel, std::min(kernels_.panels, panels_ - panel), block * kBlock, std::min(kBlock, all_tiles - block * kBlock), block);
     });
   }
 
-  void pack_for_sum(int64_t token, int64_t tokens) {
-    const int64_t tile_size = steps(tokens) * kernels_.tile_step;
-    parallel(ceil_div(hidden_tiles_, kBlock), [&](int64_t block) {
+  // P of a chunk; and its part of W for `sum_and_pack`.
+  void logits_and_pack(int64_t token) {
+    const int64_t tokens = tokens_at(token), lanes = kernels_.lanes, panel_size = logit_steps_ * lanes;
+    const int64_t sum_steps = steps(tokens), sum_tile = sum_steps * kernels_.tile_step;
+    const auto pack = [&](int64_t block) {
       const int64_t tile = block * kBlock;
       kernels_.pack_sum_tiles(weight(token), pass_.weight_stride, tokens, pass_.hidden, tile * kernels_.rows,
-                              std::min(kBlock, hidden_tiles_ - tile), steps(tokens), tiles_.get() + tile * tile_size);
-    });
-  }
-
-  // Calls task(first panel, panels, first tile, tiles, block of tiles); neighbouring tasks share their panels.
-  template <class F>
-  void over_products(int64_t all_tiles, const F& task) {
-    const int64_t blocks = ceil_div(all_tiles, kBlock);
-    parallel(ceil_div(panels_, kernels_.panels) * blocks, [&](int64_t i) {
-      const int64_t panel = i / blocks * kernels_.panels, block = i % blocks;
-      task(panel, std::min(kernels_.panels, panels_ - panel), block * kBlock, std::min(kBlock, all_tiles - block * kBlock), block);
-    });
-  }
-
-  void exponentials(int64_t token, int64_t tokens) {
-    const int64_t lanes = kernels_.lanes, panel_size = logit_steps_ * lanes;
-    over_products(tiles(tokens), [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t block) {
+                              std::min(kBlock, hidden_tiles_ - tile), sum_steps, sum_tiles_.get() + tile * sum_tile);
+    };
+    const auto product = [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t block) {
       const int64_t before = tile * kernels_.rows;
       LogitsTask task{};
-      task.tile = tiles_.get() + tile * tile_size_;
+      task.tile = logit_tiles_.get() + tile * tile_size_;
       task.tiles = tiles;
       task.tile_size = tile_size_;
       task.panel = x_.get() + panel * panel_size;
@@ -189,19 +198,29 @@ class Block {
       task.out = keep_ ? p_.get() + panel * p_size() + before / kernels_.unit * lanes : nullptr;
       task.out_size = p_size();
       kernels_.logits(task);
-    });
+    };
+    for (int64_t i = 0; pass_.bias != nullptr && i < tokens; ++i) bias_[i] = widened(pass_.type, pass_.bias, token + i);
+    parallel_with_packing(keep_ ? ceil_div(hidden_tiles_, kBlock) : 0, pack, tiles(tokens), product);
     for (int64_t block = 0; block < ceil_div(tiles(tokens), kBlock); ++block) {
       for (int64_t i = 0; i < panels_ * lanes; ++i) total_[i] += sums_[block * panels_ * lanes + i];
     }
   }
 
-  void sum(int64_t token, int64_t tokens) {
-    const int64_t lanes = kernels_.lanes, tile_size = steps(tokens) * kernels_.tile_step;
-    over_products(hidden_tiles_, [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t) {
+  // E += P W of a chunk; and the next chunk of W for `logits_and_pack`.
+  void sum_and_pack(int64_t token) {
+    const int64_t tokens = tokens_at(token), lanes = kernels_.lanes, tile_size = steps(tokens) * kernels_.tile_step;
+    const int64_t next = token + most_tokens_, next_tokens = tokens_at(next);
+    const auto pack = [&](int64_t tile) {
+      const int64_t first = tile * kernels_.rows;
+      kernels_.pack_logits_tile(weight(next + first), pass_.weight_stride, std::min(kernels_.rows, next_tokens - first),
+                                pass_.hidden, logit_steps_, logit_tiles_.get() + tile * tile_size_);
+    };
+    const auto product = [&](int64_t panel, int64_t panels, int64_t tile, int64_t tiles, int64_t) {
       float* out = e_.get() + panel * e_size() + tile * kernels_.rows * lanes;
-      kernels_.sum({tiles_.get() + tile * tile_size, tiles, tile_size, p_.get() + panel * p_size(), panels, p_size(),
+      kernels_.sum({sum_tiles_.get() + tile * tile_size, tiles, tile_size, p_.get() + panel * p_size(), panels, p_size(),
                     steps(tokens), token > 0, out, e_size()});
-    });
+    };
+    parallel_with_packing(tiles(next_tokens), pack, keep_ && tokens > 0 ? hidden_tiles_ : 0, product);
   }
 
   void directions() {
@@ -226,7 +245,7 @@ class Block {
   const HeadKernels& kernels_;
   const bool keep_;
   const int64_t most_tokens_, most_panels_, hidden_tiles_, logit_steps_, tile_size_;
-  const Buffer<uint32_t> x_, tiles_, p_;
+  const Buffer<uint32_t> x_, logit_tiles_, sum_tiles_, p_;
   const Buffer<float> e_, sums_, bias_;
   const Buffer<int32_t> labels_;
   const Buffer<float> target_, slope_;
