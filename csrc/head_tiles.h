@@ -38,14 +38,16 @@ Vec along(const typename F::Number* p, int64_t numbers) {
 
 // kWidth units, each of numbers that are neighbours in a column: `rows` rows and `numbers` columns are there, the rest 0.
 template <class F>
-Vec across(const typename F::Number* p, int64_t stride, int64_t rows, int64_t numbers) {
+inline Vec across(const typename F::Number* p, int64_t stride, int64_t rows, int64_t numbers) {
   const typename F::Number* from[F::kUnit];
   typename F::Number whole[F::kUnit][Vec::kWidth];
+  const bool inside = rows >= F::kUnit && numbers >= Vec::kWidth;
   for (int64_t u = 0; u < F::kUnit; ++u) {
     from[u] = p + u * stride;
-    if (u < rows && numbers >= Vec::kWidth) continue;
-    for (int64_t i = 0; i < Vec::kWidth; ++i) whole[u][i] = u < rows && i < numbers ? from[u][i] : typename F::Number{};
-    from[u] = whole[u];
+    for (int64_t i = 0; !inside && i < Vec::kWidth; ++i) {
+      whole[u][i] = u < rows && i < numbers ? from[u][i] : typename F::Number{};
+    }
+    from[u] = inside ? from[u] : whole[u];
   }
   return F::across(from);
 }
