@@ -23,9 +23,11 @@
 namespace synpo {
 namespace {
 
+constexpr int64_t kMostRows = 2048;        // of a block of rows
 constexpr int64_t kRowBytes = 16 << 20;    // x and E of a block of rows
-constexpr int64_t kWeightBytes = 4 << 20;  // a packed chunk of W
-constexpr int64_t kMostTokens = 2048;      // of a chunk
+constexpr int64_t kMostTokens = 2048;      // of a chunk of the vocabulary
+constexpr int64_t kWeightBytes = 4 << 20;  // a chunk of W, packed for one product
+constexpr int64_t kSliceBytes = 8 << 20;   // P of a chunk and a block of rows
 constexpr int64_t kBlock = 8;              // tiles of a task
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -259,10 +261,11 @@ void head_pass(const HeadPass& pass) {
   if (pass.rows == 0) return;
   const HeadKernels& kernels = head_kernels(pass.type);
   const int64_t row_bytes = pass.hidden * (4 / kernels.unit + (pass.direction == nullptr ? 0 : 4));
-  const int64_t allowed = std::max<int64_t>(kernels.lanes, kRowBytes / std::max<int64_t>(1, row_bytes));
+  const int64_t allowed = std::clamp<int64_t>(kRowBytes / std::max<int64_t>(1, row_bytes), kernels.lanes, kMostRows);
   const int64_t rows = round_up(ceil_div(pass.rows, ceil_div(pass.rows, allowed)), kernels.lanes);
-  const int64_t token_bytes = std::max<int64_t>(1, pass.hidden * 4 / kernels.unit);
-  const int64_t tokens = std::clamp<int64_t>(kWeightBytes / token_bytes, 1, std::min(pass.vocab, kMostTokens));
+  const int64_t number = 4 / kernels.unit;  // bytes
+  const int64_t fitting = std::min(kWeightBytes / std::max<int64_t>(1, pass.hidden * number), kSliceBytes / (rows * number));
+  const int64_t tokens = std::clamp<int64_t>(fitting, 1, std::min(pass.vocab, kMostTokens));
   Block block(pass, rows, round_up(tokens, kernels.rows));
   for (int64_t first = 0; first < pass.rows; first += rows) block.run(first, std::min(rows, pass.rows - first));
 }
