@@ -8,7 +8,7 @@ import pytest
 
 from synpo.cli import _config, build_parser, main
 
-COMMANDS = ("demo", "pairs", "train", "eval", "doctor")
+COMMANDS = ("demo", "pairs", "plan", "train", "eval", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,7 @@
 
 synpo demo     the whole system on a small video world, from rendering to report
 synpo pairs    videos → clips → captions → scores → preference pairs
+synpo plan     config and pairs → token counts, memory, largest micro-batch; no training
 synpo train    preference pairs → LoRA adapter
 synpo eval     held-out videos → captions → CIDEr and the rest
 synpo doctor   what this machine has, and which backends will be used
@@ -57,6 +58,22 @@ def build_parser() -> argparse.ArgumentParser:
     pairs.add_argument("--videos", metavar="DIR", type=Path, required=True, help="folder of videos")
     pairs.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file to write")
     pairs.add_argument("--work", metavar="DIR", type=Path, help="where stages keep their records (default FILE.work)")
+    pairs.add_argument(
+        "--engine", choices=["hf", "vllm"], help="what samples the candidates (pairs.engine; default hf)"
+    )
+
+    plan = commands.add_parser("plan", help="count tokens and estimate memory of a training run, without training")
+    _common(plan)
+    plan.add_argument("--videos", metavar="DIR", type=Path, help="folder the pairs' video paths are relative to")
+    plan.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file of pairs")
+    plan.add_argument(
+        "--gpu",
+        metavar="SIZE",
+        action="append",
+        default=[],
+        help="GPU memory to fit, e.g. 24GB (default: the GPU here)",
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
     train = commands.add_parser("train", help="train a LoRA adapter on preference pairs")
     _common(train)
@@ -99,6 +116,8 @@ def _config(args: argparse.Namespace) -> Any:
         flags["model"] = given
     if args.seed is not None:
         flags["seed"] = args.seed
+    if getattr(args, "engine", None) is not None:
+        flags["pairs"] = {"engine": args.engine}
     return load_config(args.config, args.set, flags)
 
 
@@ -121,6 +140,12 @@ def run_pairs(args: argparse.Namespace) -> None:
     build_pairs(_config(args), args.videos, args.pairs, args.work)
 
 
+def run_plan(args: argparse.Namespace) -> None:
+    from synpo.train.plan import plan, show
+
+    show(plan(_config(args), args.videos, args.pairs, args.gpu), as_json=args.json)
+
+
 def run_train(args: argparse.Namespace) -> None:
     from synpo.train.run import train
 
@@ -140,7 +165,14 @@ def run_doctor(args: argparse.Namespace) -> None:
     report()
 
 
-COMMANDS = {"demo": run_demo, "pairs": run_pairs, "train": run_train, "eval": run_eval, "doctor": run_doctor}
+COMMANDS = {
+    "demo": run_demo,
+    "pairs": run_pairs,
+    "plan": run_plan,
+    "train": run_train,
+    "eval": run_eval,
+    "doctor": run_doctor,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

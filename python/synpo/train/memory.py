@@ -1,0 +1,308 @@
+"""How much memory a training step takes, known before any weight is loaded.
+
+The model is built on torch's meta device, where tensors have shapes and dtypes but no storage, with its LoRA adapter. Then
+
+    weights       Σ numel · itemsize over all parameters and buffers
+    gradients     Σ numel · itemsize over the trained ones;   optimizer: its states in the same dtype (AdamW: two)
+    activations   what autograd keeps from the forward pass for the backward pass. The decoder's own code runs on meta tensors
+                  and every distinct storage that it saves, parameters apart, is added up, layer by layer: S_i. With
+                  activation checkpointing only the input X_i of each layer is kept and one layer at a time is run again:
+                      plain  Σ_i S_i + rest            checkpointed  Σ_i X_i + max_i S_i + rest
+    backward      gradients in flight in one layer, rows · length · (2 · intermediate + 4 · hidden) · itemsize
+    loss          N completion rows of hidden states and their gradient U, 2 · N · D · itemsize + N · D · 4, and one slice of the
+                  logits with its scratch. Naive, for comparison: rows · length · V · (itemsize + 4 + 4), the logits, their
+                  log-softmax in fp32 and its gradient
+    vision        the frozen tower's widest layer over the frames of the micro-batch, without gradients: gone when the decoder
+                  starts, so the larger of it and of activations + backward + loss counts
+
+What differs between devices is stated here, not guessed from the meta device: attention keeps q, k, v, its output, one fp32
+number a query and head, and a mask in the dtype of q where there is one (the fused kernels of `scaled_dot_product_attention`);
+dropout keeps one byte a number on CUDA and a full number on a CPU; autocast casts the operands of linear layers.
+Flash-attention packages are counted like sdpa, which holds a little more.
+`RESERVE` covers the CUDA context and what the allocator cannot use; it is an assumption, not a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from synpo.data.tokenize import Lengths
+from synpo.model.packing import _install as install
+from synpo_kernels.passes import MAX_ROWS, SLICE_BYTES
+
+RESERVE = 1 << 30
+STATES = {"sgd": 0, "adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1}  # numbers a trained one, by optimizer
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes kept for the backward pass: inside each decoder layer, the input of each, and outside of them."""
+
+    layers: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outside: int
+
+    def total(self, checkpointing: bool) -> int:
+        if checkpointing:
+            return sum(self.inputs) + max(self.layers) + self.outside
+        return sum(self.layers) + self.outside
+
+
+class SavedBytes:
+    """Counts what autograd saves inside `with counter.counting():`, each storage once, parameters not at all.
+
+    `layer` names the part that is being run; bytes are added to `by_layer[layer]`. Works on real tensors and on meta ones.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._seen = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+        self._held: list[Tensor] = []  # a storage that is freed could give its address to the next one
+        self.layer = -1
+        self.by_layer: dict[int, int] = {}
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._held.append(tensor)
+            self.by_layer[self.layer] = self.by_layer.get(self.layer, 0) + storage.nbytes()
+        return tensor
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        with saved_tensors_hooks(self._pack, lambda tensor: tensor):
+            yield
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention kernel keeps; its values are never computed."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("memory is estimated from the forward pass")
+
+
+class _Dropout(torch.autograd.Function):
+    """CUDA's fused dropout: one byte a number is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("memory is estimated from the forward pass")
+
+
+class _As(TorchFunctionMode):
+    """Runs the functions that differ between devices as `device` would, under autocast to `autocast` if that is a dtype."""
+
+    def __init__(self, device: str, autocast: torch.dtype | None) -> None:
+        self.device, self.autocast = device, autocast
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (
+            function is torch.Tensor.__bool__ and args[0].is_meta
+        ):  # asked of masks and positions: is nothing padded, packed?
+            return True
+        if function is F.scaled_dot_product_attention:
+            query, key, value, mask = (*args, kwargs.get("attn_mask"))[:4]
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.empty_like(mask, dtype=query.dtype)
+            return _Attention.apply(query, key, value, mask)
+        if function is F.dropout and self.device == "cuda":
+            p, training = kwargs.get("p", 0.5), kwargs.get("training", True)
+            p, training = (*args[1:3], *(p, training)[len(args) - 1 :])[:2]
+            return _Dropout.apply(args[0]) if training and p > 0 and args[0].requires_grad else args[0]
+        if function is F.linear and self.autocast is not None:
+            args = tuple(a.to(self.autocast) if isinstance(a, Tensor) else a for a in args)
+        return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of `pairs` pairs with the same token counts, `padded` or `shared` (see data/collate.py)."""
+
+    pairs: int
+    lengths: Lengths
+    layout: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and their length."""
+        n = self.lengths
+        if self.layout == "padded":
+            return 2 * self.pairs, n.prompt + max(n.chosen, n.rejected)
+        return 1, self.pairs * (n.prompt + n.chosen + n.rejected)
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def completion(self) -> int:
+        return self.pairs * (self.lengths.chosen + self.lengths.rejected)
+
+    def mask(self) -> Tensor:
+        """What goes where an attention mask does: (2B, 1, L, L) without values, or the lengths of packed pairs."""
+        if self.layout == "padded":
+            rows, length = self.shape
+            return torch.empty(rows, 1, length, length, dtype=torch.bool, device="meta")
+        n = self.lengths
+        return torch.tensor([[n.prompt, n.chosen, n.rejected]] * self.pairs, device="cpu")[None, None]
+
+
+def saved_by_decoder(model: Any, batch: Batch, *, device: str, autocast: torch.dtype | None = None) -> Saved:
+    """Bytes that a batch leaves in the decoder of a model on the meta device.
+
+    Args:
+        model: a Hugging Face model without its PEFT wrapper, with sdpa attention; LoRA layers inside it count as they are.
+        device: "cuda" or "cpu". autocast: dtype of mixed precision, None without.
+    """
+    install("sdpa")
+    decoder = model.get_decoder()
+    embeddings = model.get_input_embeddings().weight
+    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+    counter = SavedBytes(model)
+    inputs: list[int] = []
+
+    def enter(index: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            counter.layer = index
+            inputs.append(_nbytes([args[0] if args else kwargs["hidden_states"]]))
+
+        return hook
+
+    def leave(module: Any, args: Any, output: Any) -> None:
+        counter.layer = -1
+
+    hooks = [layer.register_forward_pre_hook(enter(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    training = decoder.training
+    decoder.train()
+    try:
+        with torch.enable_grad(), counter.counting(), _As(device, autocast):
+            decoder(
+                inputs_embeds=embeddings.new_empty(*batch.shape, embeddings.shape[1]),
+                attention_mask=batch.mask(),
+                position_ids=torch.empty(batch.shape, dtype=torch.long, device="meta"),
+                use_cache=False,
+            )
+    finally:
+        decoder.train(training)
+        for hook in hooks:
+            hook.remove()
+    return Saved(
+        tuple(counter.by_layer.get(i, 0) for i in range(len(layers))), tuple(inputs), counter.by_layer.get(-1, 0)
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step on one device; `naive_loss` is what the same loss takes from full logits, not part of it."""
+
+    weights: int
+    trained: int
+    activations: int
+    backward: int
+    loss: int
+    vision: int
+    naive_loss: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.trained + max(self.vision, self.activations + self.backward + self.loss) + RESERVE
+
+
+class MemoryModel:
+    """Estimates the memory of training a model that stands on the meta device.
+
+    Args:
+        model: the model under PEFT or not, requiring gradients where it will be trained.
+        optimizer: name of the optimizer as TrainingArguments takes it. device, autocast: as `saved_by_decoder`.
+        weight_bytes: bytes of all parameters where they will not be held as they stand here (quantized).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: str = "adamw_torch",
+        device: str = "cuda",
+        autocast: torch.dtype | None = None,
+        weight_bytes: int | None = None,
+    ) -> None:
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.device, self.autocast = device, autocast
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.weights = _nbytes([*model.parameters(), *model.buffers()]) if weight_bytes is None else weight_bytes
+        states = next((count for name, count in STATES.items() if name in optimizer), 2)
+        numbers = sum(p.numel() for p in trained)
+        self.trained = _nbytes(trained) + states * (numbers if "8bit" in optimizer else _nbytes(trained))
+        self._saved: dict[tuple[Lengths, str], tuple[Saved, Saved]] = {}
+
+    def saved(self, batch: Batch, checkpointing: bool) -> int:
+        """Bytes of activations; they grow by the same amount with every pair, so two runs tell all."""
+        key = (batch.lengths, batch.layout)
+        if key not in self._saved:
+            one, two = (
+                saved_by_decoder(self.base, replace(batch, pairs=n), device=self.device, autocast=self.autocast)
+                for n in (1, 2)
+            )
+            self._saved[key] = one, two
+        first, second = (saved.total(checkpointing) for saved in self._saved[key])
+        return first + (batch.pairs - 1) * (second - first)
+
+    def step(self, batch: Batch, checkpointing: bool = False) -> Memory:
+        """The memory of one micro-batch."""
+        config = self.base.config.get_text_config()
+        head = self.base.get_output_embeddings().weight
+        size = (self.autocast or head.dtype).itemsize
+        vocabulary, hidden = head.shape
+        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+        n, slice_bytes = batch.completion, SLICE_BYTES.get(self.device, SLICE_BYTES["cpu"])
+        return Memory(
+            weights=self.weights,
+            trained=self.trained,
+            activations=self.saved(batch, checkpointing),
+            backward=batch.tokens * (2 * intermediate + 4 * hidden) * size,
+            loss=n * hidden * (2 * size + 4) + min(slice_bytes, 4 * min(n, MAX_ROWS) * vocabulary),
+            vision=self._vision(batch.pairs * batch.lengths.visual),
+            naive_loss=batch.tokens * vocabulary * (size + 4 + 4),
+        )
+
+    def _vision(self, visual: int) -> int:
+        """One layer of the tower over four patches a visual token (2 × 2 are merged), its pixels in fp32, the features."""
+        vision = getattr(self.base.config, "vision_config", None)
+        if vision is None or not visual:
+            return 0
+        width = getattr(vision, "hidden_size", None) or vision.embed_dim
+        intermediate = getattr(vision, "intermediate_size", None) or 4 * width
+        size = self.base.get_input_embeddings().weight.itemsize
+        pixels = 3 * vision.patch_size**2 * 4
+        features = self.base.config.get_text_config().hidden_size
+        return 4 * visual * ((intermediate + 4 * width) * size + pixels) + visual * features * size
+
+
+def _nbytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,273 @@
+"""`synpo plan`: what a training run would do and need, from its config and data, without loading a weight.
+
+    pairs → token counts, what is dropped and why
+    config.json of the model → the model on the meta device, its LoRA → parameters, memory by layout, largest micro-batch
+
+Memory is estimated for micro-batches in which every pair is as long as the longest one, for two layouts of a pair:
+
+    padded   two rows, prompt + chosen and prompt + rejected, filled up to the longer one
+    shared   one stretch of a row, prompt + chosen + rejected (prefix sharing)
+
+each with and without activation checkpointing. The formulas are in memory.py. Nothing is trained, no weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from synpo.config import Config, ConfigError, ModelConfig
+from synpo.data.pairs import load_pairs
+from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
+from synpo.model.adapter import CaptionModel, check_paths
+from synpo.model.vision import vision_for
+from synpo.train.lora import apply_lora
+from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
+from synpo.train.run import settings
+
+LAYOUTS = ("padded", "shared")
+COMMON_SIZES = ("24GB", "48GB", "80GB")
+UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of one layout, in bytes, and the largest micro-batch in pairs that fits each GPU size (0: none does)."""
+
+    layout: str
+    checkpointing: bool
+    configured: bool
+    micro_batch: int
+    memory: Memory
+    total: int
+    largest: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `synpo plan` finds. `tokens` maps a part of a pair to its min, median, p95 and max over the pairs."""
+
+    pairs: int
+    used: int
+    dropped: dict[str, dict[str, Any]]
+    tokens: dict[str, dict[str, int]]
+    longest: dict[str, Any]
+    steps: int
+    parameters: int
+    trained: int
+    modules: int
+    dtype: str
+    estimates: list[Estimate]
+
+
+def gpu_bytes(text: str) -> int:
+    """Bytes of "24GB", "80GiB" or "24" (GB). Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) == 0:
+        raise ConfigError(f"--gpu takes a size like 24GB or 80GiB, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def skeleton(config: ModelConfig) -> CaptionModel:
+    """The model of a configuration on the meta device: every shape and dtype, no weight.
+
+    Raises ConfigError as `synpo.model.adapter.load`.
+    """
+    from peft import PeftConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    check_paths(config)
+    path = str(Path(config.path).expanduser()) if Path(config.path).expanduser().is_dir() else config.path
+    shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        described = AutoConfig.from_pretrained(path, **shared)
+        tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+        kind = AutoModelForImageTextToText if getattr(described, "vision_config", None) else AutoModelForCausalLM
+        with torch.device("meta"):
+            model: Any = kind.from_config(
+                described,
+                dtype=stored_dtype(path, described) if config.dtype == "auto" else getattr(torch, config.dtype),
+                attn_implementation="sdpa",
+                trust_remote_code=config.trust_remote_code,
+            )
+            if config.adapter:
+                model = get_peft_model(model, PeftConfig.from_pretrained(config.adapter))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"model {config.path} cannot be planned with: {error}") from error
+    base = model.get_base_model() if config.adapter else model
+    vision = vision_for(base, tokenizer, path, config.revision, config.trust_remote_code)
+    return CaptionModel(model, tokenizer, vision)
+
+
+def stored_dtype(path: str, described: Any) -> torch.dtype:
+    """What dtype "auto" means: that of the config, else the first one a safetensors header names, else float32."""
+    if described.dtype is not None:
+        return described.dtype
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in HEADER_DTYPES:
+                return HEADER_DTYPES[entry["dtype"]]
+    return torch.float32
+
+
+def largest_batch(model: MemoryModel, lengths: Lengths, layout: str, checkpointing: bool, size: int) -> int:
+    """Most pairs of these lengths whose step fits in `size` bytes; 0 when one does not."""
+    one, two = (model.step(Batch(n, lengths, layout), checkpointing).total for n in (1, 2))
+    guess = 0 if one > size else 1 + (size - one) // max(1, two - one)  # all but the loss's slice grows evenly
+    while guess and model.step(Batch(guess, lengths, layout), checkpointing).total > size:
+        guess -= 1
+    return guess
+
+
+def statistics(values: Sequence[int]) -> dict[str, int]:
+    ordered = sorted(values)
+    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in at.items()}
+
+
+def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] = ()) -> Plan:
+    """Count tokens and estimate memory for training with `config` on the pairs of a file.
+
+    Args:
+        config, videos, pairs: as `synpo.train.run.train`.
+        gpus: sizes such as "24GB"; none: those of this machine's GPU, or a few common ones.
+
+    Raises:
+        ConfigError: a setting or size cannot be used. FileNotFoundError, RecordError, ValueError: as `train`.
+    """
+    sizes = {name: gpu_bytes(name) for name in gpus or _present() or COMMON_SIZES}
+    loaded = load_pairs(pairs)
+    away = config if torch.cuda.is_available() else replace(config, model=replace(config.model, device="cpu"))
+    args = settings(away, Path("plan"))
+    lm = skeleton(config.model)
+    encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length)
+    dataset = PairDataset(encoder, loaded, cache_bytes=0)
+    with torch.device("meta"):
+        wrapped = apply_lora(lm, config.lora)
+    model = MemoryModel(
+        lm.model,
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        device="cpu" if config.model.device == "cpu" else "cuda",
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+    )
+    used = dataset.lengths
+    checkpointed = bool(
+        getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
+    )
+    chosen_layout = "shared" if getattr(args, "prefix_sharing", False) else "padded"
+    micro = args.per_device_train_batch_size
+    estimates = []
+    for layout in LAYOUTS:
+        worst = max(used, key=lambda lengths: Batch(1, lengths, layout).tokens)
+        for checkpointing in (False, True):
+            memory = model.step(Batch(micro, worst, layout), checkpointing)
+            largest = {n: largest_batch(model, worst, layout, checkpointing, size) for n, size in sizes.items()}
+            configured = (layout, checkpointing) == (chosen_layout, checkpointed)
+            estimates.append(Estimate(layout, checkpointing, configured, micro, memory, memory.total, largest))
+    at = max(range(len(used)), key=lambda i: Batch(1, used[i], chosen_layout).tokens)
+    windows = -(-len(used) // (micro * args.gradient_accumulation_steps))
+    return Plan(
+        pairs=len(loaded),
+        used=len(used),
+        dropped={reason: {"count": count, "example": example} for reason, count, example in dataset.reasons()},
+        tokens={
+            "visual": statistics([n.visual for n in used]),
+            "prompt text": statistics([n.text for n in used]),
+            "chosen": statistics([n.chosen for n in used]),
+            "rejected": statistics([n.rejected for n in used]),
+            **{f"pair, {layout}": statistics([Batch(1, n, layout).tokens for n in used]) for layout in LAYOUTS},
+        },
+        longest={"id": dataset.pairs[at].id, "video": dataset.pairs[at].video, **asdict(used[at])},
+        steps=args.max_steps if args.max_steps > 0 else int(windows * args.num_train_epochs),
+        parameters=sum(p.numel() for p in lm.model.parameters()),
+        trained=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
+        modules=len(wrapped),
+        dtype=str(lm.base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        estimates=estimates,
+    )
+
+
+def _present() -> tuple[str, ...]:
+    if not torch.cuda.is_available():
+        return ()
+    return (f"{torch.cuda.get_device_properties(0).total_memory >> 20}MiB",)
+
+
+def show(found: Plan, as_json: bool = False) -> None:
+    """Print a plan: tables, or one JSON document."""
+    if as_json:
+        json.dump(asdict(found), sys.stdout, indent=2)
+        print()
+        return
+    console = Console(soft_wrap=True)
+    for table in (_pairs_table(found), _tokens_table(found), _memory_table(found)):
+        console.print(table)
+    longest = found.longest
+    console.print(
+        f"longest pair: {longest['id']}" + (f" ({longest['video']})" if longest["video"] else ""),
+        f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.dtype}), LoRA on {found.modules} modules;",
+        f"{found.steps} optimizer steps",
+        markup=False,
+    )
+    console.print(
+        f"* as configured. Each total holds {_gib(RESERVE)} GiB for the CUDA context and the allocator. No GPU has "
+        "confirmed these figures yet.",
+        markup=False,
+    )
+
+
+def _pairs_table(found: Plan) -> Table:
+    table = Table("pairs", "count", "for example", title=f"{found.pairs} preference pairs", title_justify="left")
+    table.add_row("used", str(found.used), "")
+    for reason, entry in found.dropped.items():
+        table.add_row(f"dropped: {reason}", str(entry["count"]), entry["example"])
+    return table
+
+
+def _tokens_table(found: Plan) -> Table:
+    table = Table("tokens", "min", "median", "p95", "max", title="Tokens of a pair", title_justify="left")
+    for name, row in found.tokens.items():
+        table.add_row(name, *(f"{value:,}" for value in row.values()))
+    return table
+
+
+def _memory_table(found: Plan) -> Table:
+    first = found.estimates[0]
+    title = f"Memory in GiB, micro-batch of {first.micro_batch}, every pair as long as the longest"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for entry in found.estimates:
+        name = entry.layout + (" *" if entry.configured else "") + ("\ncheckpointing" if entry.checkpointing else "")
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = {
+        "weights": lambda m: m.weights,
+        "gradients and optimizer": lambda m: m.trained,
+        "activations": lambda m: m.activations,
+        "gradients in flight": lambda m: m.backward,
+        "vision tower, before the rest": lambda m: m.vision,
+        "loss": lambda m: m.loss,
+        "(loss from full logits)": lambda m: m.naive_loss,
+    }
+    for label, value in rows.items():
+        table.add_row(label, *(_gib(value(entry.memory)) for entry in found.estimates))
+    table.add_row("total", *(_gib(entry.total) for entry in found.estimates))
+    for size in first.largest:
+        table.add_row(f"largest micro-batch, {size}", *(str(entry.largest[size]) for entry in found.estimates))
+    return table
+
+
+def _gib(value: int) -> str:
+    return f"{value / 2**30:.2f}"

@@ -1,0 +1,242 @@
+"""`synpo plan`: its memory estimate against what real training steps hold, its token counts, and the command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from synpo.cli import main
+from synpo.config import Config, ConfigError, LoraSection, ModelConfig, build
+from synpo.data.collate import PairCollator
+from synpo.data.tokenize import EncodedPair, Lengths
+from synpo.model.adapter import CaptionModel, load
+from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
+from synpo.records import Pair, write_records
+from synpo.train.lora import apply_lora
+from synpo.train.memory import RESERVE, Batch, MemoryModel, SavedBytes, saved_by_decoder
+from synpo.train.objective import PairObjective
+from synpo.train.plan import gpu_bytes, largest_batch, plan, skeleton
+
+PROMPT, CHOSEN, REJECTED = 150, 60, 40
+FRAMES = 24  # of four visual tokens each, and one newline
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of a Llama and a LLaVA-OneVision wide enough for activations to outweigh everything else."""
+    tokenizer, root = byte_tokenizer(), tmp_path_factory.mktemp("models")
+    llama = tiny_text_model(tokenizer, width=128, layers=3)
+    onevision = tiny_captioner(tokenizer, text_width=128, text_layers=3)
+    return {
+        "llama": save(llama, tokenizer, root / "llama"),
+        "onevision": save(onevision, tokenizer, root / "onevision"),
+    }
+
+
+def lora(lm: CaptionModel) -> CaptionModel:
+    apply_lora(lm, LoraSection(r=8, alpha=8, dropout=0.05))
+    return lm
+
+
+def pair_for(lm: CaptionModel) -> EncodedPair:
+    generator = torch.Generator().manual_seed(0)
+    if lm.sees_video:
+        frames = torch.randint(0, 256, (FRAMES, 3, 48, 48), dtype=torch.uint8, generator=generator)
+        prompt = lm.prompt("Describe. " * 10, frames)
+    else:
+        prompt = lm.prompt("Describe. " * 15)
+    chosen, rejected = (torch.randint(10, 200, (n,), generator=generator) for n in (CHOSEN, REJECTED))
+    return EncodedPair("p", prompt.input_ids, chosen, rejected, prompt.vision)
+
+
+def lengths_of(lm: CaptionModel, pair: EncodedPair) -> Lengths:
+    visual = int((pair.prompt == getattr(lm.base.config, "video_token_id", -1)).sum())
+    return Lengths(visual, len(pair.prompt) - visual, CHOSEN, REJECTED)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize("family", ["llama", "onevision"])
+def test_the_estimate_is_within_15_percent_of_what_a_real_step_holds(
+    family: str, layout: str, checkpointing: bool, folders: dict[str, Path]
+) -> None:
+    config = ModelConfig(path=str(folders[family]), device="cpu")
+    lm = lora(load(config))
+    pair = pair_for(lm)
+    batch = PairCollator(lm.pad_token_id, prefix_sharing=layout == "shared")([pair, pair])
+    assert (batch["lengths"] is None) == (layout == "padded")
+    objective = PairObjective(lm, "synpo", {}, "chunked")
+    lm.model.train()
+    if checkpointing:
+        lm.base.gradient_checkpointing_enable({"use_reentrant": False})
+    objective(lm.model, batch).loss.backward()
+
+    planned = skeleton(config)
+    with torch.device("meta"):
+        lora(planned)
+    lengths = lengths_of(lm, pair)
+    estimate = MemoryModel(planned.model, device="cpu").step(Batch(2, lengths, layout), checkpointing)
+
+    counter = SavedBytes(lm.base)
+    with counter.counting():
+        kept = objective(lm.model, batch)
+    saved = sum(counter.by_layer.values())
+    if checkpointing:  # the layer that is run again in the backward pass is on top
+        layer = lora(load(config)).base.get_decoder()
+        layer.train()
+        parts = saved_by_decoder(planned.base, Batch(2, lengths, layout), device="cpu")
+        again = SavedBytes(layer)
+        with again.counting():
+            hidden = torch.randn(*Batch(2, lengths, layout).shape, 128, requires_grad=True)
+            positions = torch.arange(hidden.shape[1])[None].expand(len(hidden), -1)
+            mask = batch_mask(batch, Batch(2, lengths, layout))
+            out = layer.layers[1](
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=layer.rotary_emb(hidden, positions),
+            )
+        assert sum(parts.inputs) <= saved
+        saved += sum(again.by_layer.values())
+        del out
+    del kept
+    assert estimate.activations == pytest.approx(saved, rel=0.15)
+
+    if layout == "padded":  # the peak takes long to trace
+        return
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        objective(lm.model, batch).loss.backward()
+    events = sorted(
+        (e.start_ns(), e.nbytes()) for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
+    held = peak = 0
+    for _, size in events:
+        held += size
+        peak = max(peak, held)
+    total = estimate.total - estimate.weights - estimate.trained - RESERVE
+    assert total == pytest.approx(peak, rel=0.15)
+
+
+def batch_mask(batch: Any, shape: Batch) -> torch.Tensor:
+    if batch["lengths"] is not None:
+        return batch["lengths"][None, None]
+    rows, length = shape.shape
+    return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+
+
+def test_activations_grow_evenly_with_the_micro_batch(folders: dict[str, Path]) -> None:
+    planned = skeleton(ModelConfig(path=str(folders["llama"])))
+    with torch.device("meta"):
+        lora(planned)
+    model = MemoryModel(planned.model)
+    for layout in ("padded", "shared"):
+        five = Batch(5, Lengths(0, PROMPT, CHOSEN, REJECTED), layout)
+        counted = saved_by_decoder(planned.base, five, device="cuda")
+        for checkpointing in (False, True):
+            assert model.saved(five, checkpointing) == pytest.approx(counted.total(checkpointing), rel=1e-3)
+
+
+def test_weights_gradients_and_optimizer_are_what_they_are(folders: dict[str, Path]) -> None:
+    real = lora(load(ModelConfig(path=str(folders["onevision"]), device="cpu", dtype="bfloat16")))
+    planned = skeleton(ModelConfig(path=str(folders["onevision"]), dtype="bfloat16"))
+    with torch.device("meta"):
+        lora(planned)
+    assert all(p.is_meta for p in planned.model.parameters())
+    shapes = [{n: (p.shape, p.dtype) for n, p in lm.model.named_parameters()} for lm in (real, planned)]
+    assert shapes[0] == shapes[1]
+    trained = [p for p in real.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    states = sum(s.nbytes for state in optimizer.state.values() for s in state.values() if s.dim())
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    assert MemoryModel(planned.model).trained == gradients + states
+    weights = sum(t.nbytes for t in [*real.model.parameters(), *real.model.buffers()])
+    assert MemoryModel(planned.model).weights == pytest.approx(weights, rel=1e-3)
+    assert MemoryModel(planned.model, optimizer="adamw_8bit").trained < gradients + states
+    assert MemoryModel(planned.model, optimizer="sgd").trained == gradients
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(folders: dict[str, Path]) -> None:
+    planned = skeleton(ModelConfig(path=str(folders["llama"])))
+    with torch.device("meta"):
+        lora(planned)
+    model, lengths = MemoryModel(planned.model), Lengths(0, 3000, 300, 300)
+    for size in (2 * 10**9, 3 * 10**9, 8 * 10**9):
+        best = largest_batch(model, lengths, "shared", False, size)
+        assert best >= 1
+        assert model.step(Batch(best, lengths, "shared")).total <= size
+        assert model.step(Batch(best + 1, lengths, "shared")).total > size
+    assert largest_batch(model, lengths, "shared", False, 10**9) == 0
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    rows = [Pair(f"p{i}", None, "Why? " * (i + 1), "Because. " * (i + 1), "No.") for i in range(9)]
+    rows += [Pair("same", None, "Why?", "No.", "No."), Pair("long", None, "Why?", "word " * 200, "No.")]
+    write_records(tmp_path / "pairs.jsonl", rows)
+    return tmp_path / "pairs.jsonl"
+
+
+def test_tokens_and_what_is_dropped_are_counted(folders: dict[str, Path], pairs: Path) -> None:
+    values = {"model": {"path": str(folders["llama"])}, "lora": {"r": 4}, "train": {"max_completion_length": 120}}
+    values["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    found = plan(build(Config, values), None, pairs, ["24GB", "1GB"])
+    assert (found.pairs, found.used, found.steps) == (11, 9, 6)
+    assert {reason: row["count"] for reason, row in found.dropped.items()} == {
+        "chosen equals rejected": 1,
+        "answer too long": 1,
+    }
+    lm = load(ModelConfig(path=str(folders["llama"]), device="cpu"))
+    sizes = [len(lm.completion("Because. " * (i + 1))) for i in range(9)]
+    assert found.tokens["chosen"] == {"min": sizes[0], "median": sizes[4], "p95": sizes[8], "max": sizes[8]}
+    assert found.tokens["visual"]["max"] == 0
+    assert found.longest["id"] == "p8"
+    assert found.trained == sum(p.numel() for p in lora_of(lm, 4) if p.requires_grad)
+    assert [e.largest["1GB"] for e in found.estimates] == [0, 0, 0, 0]
+    assert all(e.largest["24GB"] > 10 for e in found.estimates)
+    (configured,) = (e for e in found.estimates if e.configured)
+    assert (configured.micro_batch, configured.checkpointing) == (2, False)
+
+
+def lora_of(lm: CaptionModel, r: int) -> list[torch.nn.Parameter]:
+    apply_lora(lm, LoraSection(r=r))
+    return list(lm.model.parameters())
+
+
+def test_the_command_prints_tables_or_json_and_loads_no_weights(
+    folders: dict[str, Path], pairs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    bare = tmp_path / "bare"  # the model's description without its weights
+    bare.mkdir()
+    for file in folders["llama"].iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    command = ["plan", "--model", str(bare), "--pairs", str(pairs), "--gpu", "24GB"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for words in ("11 preference pairs", "dropped: chosen equals rejected", "activations", "largest micro-batch, 24GB"):
+        assert words in shown
+    assert main([*command, "--json", "--set", "train.bf16=true"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["used"] == 10
+    assert document["estimates"][0]["memory"]["activations"] > 0
+    assert main([*command[:-1], "large"]) == 2
+    assert "--gpu takes a size like 24GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("80 GiB", 80 * 2**30), ("48", 48 * 10**9), ("512MiB", 2**29)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert gpu_bytes(text) == size
+
+
+def test_a_model_that_cannot_be_described_is_a_config_error(tmp_path: Path, pairs: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be planned with"):
+        plan(replace(Config(), model=ModelConfig(path=str(tmp_path))), None, pairs)
