@@ -24,7 +24,7 @@ from torch import Tensor
 
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
-from synpo.pipeline.lookahead import MOST, Drafts, guesses
+from synpo.pipeline.lookahead import MOST, Drafts
 from synpo.pipeline.streams import Reader, merge
 from synpo_kernels.contrast import contrastive_sample
 
@@ -112,7 +112,7 @@ def generate(
         streams = merge([streams, weak], room=room)
     ahead: Drafts | None = None
     if drafts is not None and sampling.repetition_penalty == 1 and not any(streams.cache.is_sliding):
-        ahead = Drafts(drafts, lm.eos_token_ids[0], device)
+        ahead = Drafts(drafts, lm.eos_token_ids[0], device, streams=1 if amateurs is None else 2)
 
     page = Page(count, limit, lm.pad_token_id, ends)
     expert, amateur = expert[:, None], None if amateur is None else amateur[:, None]  # (R, S, V)
@@ -141,7 +141,7 @@ def generate(
         if step + 1 == limit:
             break
         if ahead is not None:
-            ahead.follow(token, taken)
+            ahead.follow(token, taken, guessed is not None)
         if (step + 1) % check_every == 0:
             left = len(page.done) - int(page.done.sum())
             if left == 0:
@@ -153,13 +153,14 @@ def generate(
                 last = last[alive]
                 if ahead is not None:
                     ahead.keep(alive)
+            if ahead is not None:
+                ahead.judge()
         guessed = None
-        if ahead is not None:
-            more = guesses(len(streams.mask), device)
-            room -= 1
-            if more > 0 and room - more >= limit - 2 - step:  # columns for the passes that may follow
-                room -= more
-                guessed = ahead.guess(more)
+        room -= 1
+        if ahead is not None and room - MOST >= limit - 2 - step:  # columns for the passes that may follow
+            guessed = ahead.guess()
+            if guessed is not None:
+                room -= guessed.shape[1]
                 last = torch.cat([last, guessed], dim=1)
         logits = streams.step(last if amateur is None else last.repeat(2, 1))
         expert = logits[: len(page.rows)]

@@ -16,20 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TOKENS_A_PASS = {"cpu": 64, "cuda": 256}  # up to about here a pass costs its weights, not its tokens
+TOKENS_A_PASS = {"cpu": 32, "cuda": 256}  # up to about here a pass costs its weights, not its tokens
 MOST = 6  # guesses a pass
-
-
-def guesses(rows: int, device: torch.device) -> int:
-    """How many guesses a row may add to a pass over `rows` rows on this device."""
-    return min(MOST, TOKENS_A_PASS.get(device.type, 256) // rows - 1) if rows else 0
+TRIAL = 8  # answers a trial of guessing watches: two passes of four rows, say
+PAUSE = 16  # passes without guesses after a trial that was not worth its while; each next pause is twice as long
 
 
 class Drafts:
     """Where every row stands in its draft. Works on the device, without waiting for it."""
 
-    def __init__(self, drafts: Sequence[Sequence[int]], end: int, device: torch.device) -> None:
-        """`drafts`: R rows of token ids; `end`: the token that ends an answer."""
+    def __init__(self, drafts: Sequence[Sequence[int]], end: int, device: torch.device, streams: int = 1) -> None:
+        """`drafts`: R rows of token ids; `end`: the token that ends an answer; `streams`: how many read every answer."""
         width = max(len(d) for d in drafts) + 1
         rows = [[*d, *[end] * (width - len(d))] for d in drafts]
         self.tokens = F.pad(torch.tensor(rows, device=device), (0, MOST), value=end)  # (R, H + MOST)
@@ -37,17 +34,28 @@ class Drafts:
         self.before = F.pad(self.tokens[:, : width - 1], (1, 0), value=-1)  # (R, H) the token in front of each
         self.last = self.tokens.new_full((len(rows), 1), -1)  # the last token written
         self.places = torch.arange(width, device=device)
+        self.streams = streams
+        self._tried, self._right = 0, torch.zeros((), dtype=torch.long, device=device)
+        self._wait, self._pause = 0, PAUSE
 
-    def guess(self, count: int) -> Tensor:
-        """The next `count` tokens, should the answer go on like the draft: (R, K) int64."""
-        return self.tokens.gather(1, self.next[:, None] + torch.arange(count, device=self.next.device))
+    def guess(self) -> Tensor | None:
+        """The next K tokens, should the answer go on like the draft: (R, K) int64; None where guessing is not worth its while."""
+        rows, device = self.tokens.shape[0], self.tokens.device
+        count = min(MOST, TOKENS_A_PASS.get(device.type, 256) // max(1, rows * self.streams) - 1)
+        self._wait -= 1
+        if count < 1 or self._wait >= 0:
+            return None
+        self._tried += rows
+        return self.tokens.gather(1, self.next[:, None] + torch.arange(count, device=device))
 
-    def follow(self, token: Tensor, taken: Tensor) -> None:
-        """Find the place again after the first `taken`, (R,), of the tokens (R, S) were written.
+    def follow(self, token: Tensor, taken: Tensor, guessed: bool) -> None:
+        """Find the place again after the first `taken`, (R,), of the tokens (R, S) were written; `guessed`: by a pass of guesses.
 
         It is the nearest to where it should be at which the draft has the last two tokens, else the last one; else the answer is
         taken to have put other words in the place of as many.
         """
+        if guessed:
+            self._right = self._right + (taken - 1).sum()
         width = len(self.places)
         both_known = torch.cat([self.last, token], dim=1)  # (R, 1 + S)
         previous, self.last = (both_known.gather(1, taken[:, None] + back) for back in (-1, 0))
@@ -58,6 +66,15 @@ class Drafts:
         cost = torch.where(both, distance, torch.where(found, distance + width, 4 * width))
         best, place = cost.min(1)
         self.next = torch.where(best < 4 * width, place + 1, expected[:, 0]).clamp_(max=width - 1)
+
+    def judge(self) -> None:
+        """Look back at the guesses of the last trial (a wait for the device): with less than one in two passes right, pause."""
+        if self._tried < TRIAL:
+            return
+        if int(self._right) * 2 < self._tried:
+            self._wait = self._pause
+            self._pause *= 2
+        self._tried, self._right = 0, torch.zeros_like(self._right)
 
     def keep(self, rows: Tensor) -> None:
         self.tokens, self.before = self.tokens[rows], self.before[rows]
