@@ -1,0 +1,195 @@
+"""One training step, forward, backward and optimizer: ours beside the usual code and TRL's DPOTrainer.
+
+    python -m bench.step [--hidden 512 --layers 8 --vocab 32000 --prompt 2560 --answer 300 --pairs 1 --dtype float32]
+                         [--providers synpo] [--device cuda] [--threads 2] [--time-budget 200] [--out bench/results/step]
+
+Everyone has the same model with the same LoRA, the same pairs and AdamW. A provider first has to give the loss and the
+gradients of the usual code (two forward passes, full logits) on a small problem, and its loss on the very problem that is
+timed; one that does not shows no speed. Providers take turns. Memory is the peak of one step above what was held before it.
+Prints a table, and writes OUT.json and OUT.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bench.steps import Provider, Size, Step
+
+DEFAULTS = {
+    "cpu": {"hidden": 512, "layers": 8, "vocab": 32000, "pairs": 1, "dtype": "float32"},
+    "cuda": {"hidden": 2048, "layers": 16, "vocab": 152064, "pairs": 4, "dtype": "bfloat16"},
+}
+TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (2e-2, 1e-1)}  # relative, of the loss and in norm of all gradients
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider; times in milliseconds a step, memory in MiB, errors relative."""
+
+    case: str
+    provider: str
+    objective: str
+    note: str
+    status: str  # ok, wrong, absent
+    reason: str = ""
+    loss_error: float | None = None  # on the small problem, with the next
+    gradient_error: float | None = None
+    full_loss_error: float | None = None  # on the problem that is timed, against the first of its objective
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    runs: int = 0
+    pairs_per_second: float | None = None
+    peak_mib: float | None = None
+    load: float | None = None
+
+
+def gate(provider: Provider, size: Size, device: Any) -> Row:
+    """The provider's row after the check on a small problem; whatever it raises makes it absent."""
+    import torch
+
+    from bench import steps
+
+    blank = Row(size.name, provider.name, provider.objective, provider.note, "ok")
+    small = size.small()
+    try:
+        built = provider.build(small, steps.adapted(small, device), device)
+        truth = steps.reference(provider.objective, small, steps.adapted(small, device), device)
+        losses = []
+        for step in (built, truth):
+            loss = step.loss()
+            loss.backward()
+            losses.append(float(loss.detach()))
+    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return replace(blank, status="absent", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
+    assert built.parameters.keys() == truth.parameters.keys()
+    found, expected = (
+        torch.cat([step.parameters[n].grad.float().flatten() for n in sorted(truth.parameters)])  # type: ignore[union-attr]
+        for step in (built, truth)
+    )
+    loss_error = abs(losses[0] - losses[1]) / abs(losses[1])
+    gradient_error = float((found - expected).norm() / expected.norm())
+    row = replace(blank, loss_error=loss_error, gradient_error=gradient_error)
+    if loss_error > TOLERANCE[size.dtype][0] or gradient_error > TOLERANCE[size.dtype][1]:
+        reason = f"loss off by {loss_error:.1e}, gradients by {gradient_error:.1e}"
+        return replace(row, status="wrong", reason=reason)
+    return row
+
+
+def run(size: Size, wanted: list[str], device: Any, seconds: float) -> list[Row]:
+    """Gate, warm up, compare, time in turns and weigh."""
+    from bench import measure, steps
+
+    rows: dict[str, Row] = {}
+    ready: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    model = None
+    for provider in steps.providers():
+        if wanted and not any(provider.name.startswith(word) for word in wanted):
+            continue
+        row = replace(gate(provider, size, device), load=measure.load())
+        if row.status == "ok":
+            print(f"warming up {provider.name}", file=sys.stderr, flush=True)
+            model = steps.adapted(size, device) if model is None else steps.moved(model)
+            step = provider.build(size, model, device)
+            loss = float(step())
+            error = abs(loss - first.setdefault(provider.objective, loss)) / abs(first[provider.objective])
+            row = replace(row, full_loss_error=error)
+            if error > TOLERANCE[size.dtype][0]:
+                row = replace(row, status="wrong", reason=f"loss off by {error:.1e} at full size")
+            else:
+                ready[provider.name] = step
+        rows[provider.name] = row
+    timings = measure.interleave(ready, device=device, seconds=seconds, title="steps")
+    for name, step in ready.items():
+        timing = timings[name]
+        peak = measure.peak_bytes(step, device)
+        rows[name] = replace(
+            rows[name],
+            p20_ms=timing.p20,
+            p50_ms=timing.p50,
+            p80_ms=timing.p80,
+            runs=timing.runs,
+            pairs_per_second=1e3 * size.pairs / timing.p50,
+            peak_mib=None if peak is None else peak / 2**20,
+        )
+    return list(rows.values())
+
+
+def print_table(rows: list[Row]) -> None:
+    """Times, throughput and memory, and each next to the usual code and to TRL."""
+    by_name = {row.provider: row for row in rows if row.p50_ms is not None}
+    peers = [by_name.get(name) for name in ("synpo usual", "dpo trl")]
+    print(
+        f"\n{'provider':<14} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'runs':>5} {'pairs/s':>8} {'x usual':>8} {'x trl':>7} "
+        f"{'peak MiB':>9} {'% usual':>8} {'% trl':>7} {'loss err':>9} {'grad err':>9}"
+    )
+    for row in rows:
+        if row.p50_ms is None:
+            print(f"{row.provider:<14} {row.status}: {row.reason}")
+            continue
+        faster = [f"{peer.p50_ms / row.p50_ms:.2f}" if peer and peer.p50_ms else "-" for peer in peers]
+        smaller = [
+            f"{100 * row.peak_mib / peer.peak_mib:.0f}" if peer and peer.peak_mib and row.peak_mib else "-"
+            for peer in peers
+        ]
+        print(
+            f"{row.provider:<14} {row.p50_ms:9.0f} {row.p20_ms:9.0f} {row.p80_ms:9.0f} {row.runs:5d} "
+            f"{row.pairs_per_second:8.3f} {faster[0]:>8} {faster[1]:>7} "
+            f"{'-' if row.peak_mib is None else format(row.peak_mib, '.0f'):>9} {smaller[0]:>8} {smaller[1]:>7} "
+            f"{row.loss_error:9.1e} {row.gradient_error:9.1e}"
+        )
+    if any((row.p80_ms or 0.0) > 1.5 * (row.p20_ms or 0.0) for row in by_name.values()):
+        print("the machine was too busy for these times: some spread by more than half (p80 / p20)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("hidden", "layers", "vocab", "pairs"):
+        parser.add_argument(f"--{name}", type=int, help=" or ".join(f"{d[name]} on {k}" for k, d in DEFAULTS.items()))
+    parser.add_argument("--dtype", choices=sorted(TOLERANCE), help="float32 on cpu or bfloat16 on cuda")
+    parser.add_argument("--prompt", type=int, default=2560, help="tokens of the prompt (2560)")
+    parser.add_argument("--answer", type=int, default=300, help="tokens of each answer (300)")
+    parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="those whose names begin so (all)")
+    parser.add_argument("--device", help="cuda where there is one")
+    parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
+    parser.add_argument("--time-budget", type=float, default=150.0, help="seconds of timing (150), three runs at least")
+    parser.add_argument("--note", default="", help="a remark to keep beside the figures")
+    parser.add_argument("--out", type=Path, help="path without suffix (bench/results/<date>_<chip>_step)")
+    options = parser.parse_args(arguments)
+
+    from bench import measure  # before torch
+
+    import torch  # isort: skip
+
+    from bench import report
+    from bench.steps import Size
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given = {name: value for name in DEFAULTS["cpu"] if (value := getattr(options, name)) is not None}
+    size = Size(prompt=options.prompt, answer=options.answer, **DEFAULTS[device.type] | given)  # type: ignore[arg-type]
+    facts = measure.machine(device)
+    if options.note:
+        facts["note"] = options.note
+    for key, value in facts.items():
+        print(f"{key:20} {value}")
+    print(size.name, flush=True)
+    rows = run(size, options.providers, device, options.time_budget)
+    print_table(rows)
+    out = options.out or Path(__file__).parent / "results" / f"{facts['date']}_{measure.chip_slug(device)}_step"
+    report.write(out, facts, [asdict(row) for row in rows], [])
+    print(f"written: {out}.json, .csv")
+    return int(any(row.status == "wrong" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Ways to make one training step from a batch of preference pairs, all on the same model: ours, the usual code, TRL's.
+
+The model is a Llama built from its configuration, with LoRA on every projection; B of LoRA is not 0 but drawn from the
+parameter's name, so that policy and reference differ. Every pair has P prompt tokens and two answers of A tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from zlib import crc32
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from synpo.data.collate import PairCollator
+from synpo.data.tokenize import EncodedPair
+from synpo.model.adapter import CaptionModel
+from synpo.model.tiny import byte_tokenizer
+from synpo.train.objective import PairObjective
+from synpo_kernels import OBJECTIVES, sequence_stats
+
+BETA = 0.1  # of DPO, everyone's default
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model and the pairs. `vocab` words, `layers` layers of width `hidden`; `pairs` a step."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    prompt: int
+    answer: int
+    pairs: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.layers} layers x {self.hidden}, {self.vocab} words, {self.dtype}, {self.pairs} x "
+            f"({self.prompt} + 2 x {self.answer}) tokens"
+        )
+
+    def small(self) -> Size:
+        """A problem of the same kind that is cheap: the correctness gate."""
+        return Size(min(self.hidden, 256), 2, min(self.vocab, 4096), 96, 24, 2, self.dtype)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=16, lora_alpha=32, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj", task_type="CAUSAL_LM")
+
+
+def base_model(size: Size, device: torch.device) -> Any:
+    heads = max(1, size.hidden // 64)
+    config = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 11 // 4,
+        num_hidden_layers=size.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        max_position_embeddings=1 << 15,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(device, getattr(torch, size.dtype))
+
+
+def moved(model: Any) -> Any:
+    """`model` with values in LoRA's B, the same for the same name."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                key = name[name.index("layers.") :].split(".lora_B")[0]
+                draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(crc32(key.encode())))
+                parameter.copy_(0.02 * draw)
+            elif "lora_A" in name:
+                key = name[name.index("layers.") :].split(".lora_A")[0]
+                draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(crc32(key.encode()) + 1))
+                parameter.copy_(draw * parameter.shape[1] ** -0.5)
+    return model.train()
+
+
+def pairs_of(size: Size) -> list[EncodedPair]:
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for i in range(size.pairs):
+        ids = torch.randint(300, size.vocab, (size.prompt + 2 * size.answer,), generator=generator)
+        pairs.append(EncodedPair(str(i), *ids.split([size.prompt, size.answer, size.answer]), {}))
+    return pairs
+
+
+def _side(size: Size, side: str) -> Tensor:
+    """Ids (B, P + A) of every prompt with one of its answers."""
+    return torch.stack([torch.cat([p.prompt, getattr(p, side)]) for p in pairs_of(size)])
+
+
+@dataclass
+class Step:
+    """One provider ready to run: `loss()` is the forward pass, `parameters` are trained, by name without wrappers."""
+
+    loss: Callable[[], Tensor]
+    parameters: dict[str, Tensor]
+    optimizer: Any
+
+    def __call__(self) -> Tensor:
+        """Forward, backward and optimizer step; the loss, detached."""
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def _step(loss: Callable[[], Tensor], model: Any) -> Step:
+    trained = {n[n.index("layers.") :]: p for n, p in model.named_parameters() if p.requires_grad}
+    return Step(loss, trained, torch.optim.AdamW(trained.values(), lr=1e-6))
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _ours(loss_type: str, prefix_sharing: bool, size: Size, model: Any, device: torch.device) -> Step:
+    lm = CaptionModel(model, byte_tokenizer(), None)
+    objective = PairObjective(lm, loss_type, {"beta": BETA} if loss_type == "dpo" else {})
+    batch = _on(device, PairCollator(lm.pad_token_id, prefix_sharing)(pairs_of(size)))
+    return _step(lambda: objective(model, batch).loss, model)
+
+
+def _sequences(model: Any, ids: Tensor, prompt: int) -> Tensor:
+    """Log-probabilities (B, A) of the answers, from the logits of every position, as a plain trainer computes them."""
+    logps = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    return logps.gather(-1, ids[:, 1:, None])[:, prompt - 1 :, 0]
+
+
+def _usual(loss_type: str, size: Size, model: Any, device: torch.device) -> Step:
+    """Two forward passes, one a side, with full logits, and the loss in torch."""
+    sides = [_side(size, side).to(device) for side in ("chosen", "rejected")]
+    objective = OBJECTIVES[loss_type]
+
+    def stats() -> Any:
+        return sequence_stats(torch.cat([_sequences(model, ids, size.prompt) for ids in sides]))
+
+    def loss() -> Tensor:
+        if not objective.needs_reference:
+            return objective(stats())
+        with torch.no_grad(), model.disable_adapter():
+            reference = stats()
+        return objective(stats(), reference, beta=BETA)
+
+    return _step(loss, model)
+
+
+def _trl(size: Size, model: Any, device: torch.device) -> Step:
+    """TRL's DPOTrainer, its own loss on its own batch: both sides in one forward, the head fused, reference = adapter off."""
+    import pyarrow
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        """It is given ids, so that the pairs are everyone's."""
+
+        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+            return dataset
+
+    ids = Dataset(pyarrow.table({f"{part}_ids": [[3]] for part in ("prompt", "chosen", "rejected")}), fingerprint="ids")
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(
+            folder,
+            beta=BETA,
+            report_to="none",
+            use_cpu=device.type == "cpu",
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            logging_steps=1000,
+        )
+        trainer = Trainer(
+            model=base_model(size, device),
+            args=args,
+            train_dataset=ids,
+            processing_class=byte_tokenizer(),
+            peft_config=lora(),
+        )
+    moved(trainer.model)
+    tokens = torch.cat([_side(size, "chosen"), _side(size, "rejected")])
+    completion = torch.zeros_like(tokens)
+    completion[:, size.prompt :] = 1
+    batch = _on(device, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "completion_mask": completion})
+
+    def loss() -> Tensor:
+        trainer._metrics["train"].clear()
+        return trainer.compute_loss(trainer.model, dict(batch))
+
+    return _step(loss, trainer.model)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to make a step; `build(size, model, device)` may raise whatever a missing package raises."""
+
+    name: str
+    objective: str
+    build: Callable[[Size, Any, torch.device], Step]
+    note: str
+
+
+def providers() -> Iterator[Provider]:
+    """All of them, ours first."""
+    shared, padded = "prompt computed once, all pairs in one row", "2B padded rows, fused loss"
+    yield Provider("synpo shared", "synpo", partial(_ours, "synpo", True), shared)
+    yield Provider("synpo padded", "synpo", partial(_ours, "synpo", False), padded)
+    yield Provider(
+        "synpo usual", "synpo", partial(_usual, "synpo"), "two forward passes, full logits: the authors' way"
+    )
+    yield Provider("dpo shared", "dpo", partial(_ours, "dpo", True), shared)
+    yield Provider("dpo trl", "dpo", _trl, "trl.DPOTrainer.compute_loss with its fused head")
+
+
+def reference(loss_type: str, size: Size, model: Any, device: torch.device) -> Step:
+    """What the others are checked against."""
+    return _usual(loss_type, size, model, device)
+
+
+def adapted(size: Size, device: torch.device) -> Any:
+    return moved(get_peft_model(base_model(size, device), lora()))

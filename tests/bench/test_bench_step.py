@@ -1,0 +1,49 @@
+"""The step benchmark: right providers get times and memory, wrong ones a reason, absent ones are listed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import step, steps
+
+TINY = "--hidden 64 --layers 1 --vocab 512 --prompt 24 --answer 5 --pairs 2 --device cpu --time-budget 0.1".split()
+
+
+def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    return {row["provider"]: row for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
+
+
+def test_everyone_is_checked_timed_and_weighed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert step.main([*TINY, "--out", str(tmp_path / "step")]) == 0
+    rows = rows_of(tmp_path / "step")
+    assert set(rows) == {"synpo shared", "synpo padded", "synpo usual", "dpo shared", "dpo trl"}
+    for name, row in rows.items():
+        if name == "dpo trl" and row["status"] == "absent":
+            assert "trl" in row["reason"] or "No module" in row["reason"]
+            continue
+        assert row["status"] == "ok", row
+        assert row["gradient_error"] < 1e-4
+        assert row["runs"] >= 3
+        assert row["pairs_per_second"] == pytest.approx(2000 / row["p50_ms"])
+        assert row["peak_mib"] is None or row["peak_mib"] >= 0
+    printed = capsys.readouterr().out
+    assert "synpo shared" in printed and "x trl" in printed
+    assert (tmp_path / "step.csv").read_text().count("\n") == 6
+
+
+def test_a_provider_with_another_loss_shows_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(size: Any, model: Any, device: torch.device) -> steps.Step:
+        built = steps._ours("synpo", True, size, model, device)
+        loss = built.loss
+        built.loss = lambda: 1.01 * loss()
+        return built
+
+    monkeypatch.setattr(steps, "providers", lambda: iter([steps.Provider("synpo other", "synpo", other, "")]))
+    assert step.main([*TINY, "--out", str(tmp_path / "step")]) == 1
+    (row,) = rows_of(tmp_path / "step").values()
+    assert row["status"] == "wrong"
+    assert "loss off by 1.0e-02" in row["reason"]
+    assert row["p50_ms"] is None
