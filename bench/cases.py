@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -116,11 +117,14 @@ SWEEPS: dict[str, list[Case]] = {
     ],
     "smoke": [Case(128, 1024, 64, "float32"), Case(128, 1024, 64, "bfloat16", ignored=0.5)],
 }
-SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)(?::(\w+))?")
+NUMBERS = r"(\d+(?:,\d+)*)"
+SHAPE = re.compile(f"{NUMBERS}x{NUMBERS}x{NUMBERS}" + r"(?::(\w+))?")
 
 
 def parse(text: str) -> list[Case]:
-    """Cases of a sweep by name, or one written NxVxD or NxVxD:dtype (bfloat16 where none is given).
+    """Cases of a sweep by name, or written NxVxD or NxVxD:dtype (bfloat16 where none is given).
+
+    Several numbers, as in 256,1024x32000x512,2048, give every combination.
 
     Raises:
         ValueError: neither; or N is no multiple of 4 (2 pairs).
@@ -135,4 +139,5 @@ def parse(text: str) -> list[Case]:
     dtype = found[4] or "bfloat16"
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"{dtype!r} in {text!r} is not a dtype; take float32, bfloat16 or float16")
-    return _sweep(dtype, (int(found[1]), int(found[2]), int(found[3])))
+    numbers = [[int(number) for number in found[place].split(",")] for place in (1, 2, 3)]
+    return _sweep(dtype, *((n, v, d) for n, v, d in product(*numbers)))

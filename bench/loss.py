@@ -27,7 +27,6 @@ from torch import Tensor  # isort: skip
 from bench import cases, floor, peers, report, truth
 
 WARM_UPS = {"cpu": 1, "cuda": 2}
-HEADS = ("frozen", "trained")
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,8 @@ class Bench:
         expected: dict[str, truth.Truth] = {}
         rows = []
         for name, (provider, loss_of) in self.loaded.items():
+            if head not in provider.heads:
+                continue
             blank = Row(case.name, head, name, provider.objective, "ok")
 
             def check(
@@ -144,6 +145,9 @@ class Bench:
             row = attempt(check, blank, "failed")
             assert row is not None
             rows.append(row)
+        for name, (provider, _) in self.loaded.items():
+            if head not in provider.heads:
+                rows.append(Row(case.name, head, name, provider.objective, "absent", f"not for a {head} head"))
         return rows + [Row(case.name, head, name, "", "absent", reason) for name, reason in self.absent.items()]
 
     def measure(self, problem: cases.Problem, head: str, seconds: float) -> None:
@@ -211,10 +215,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--shapes",
         nargs="+",
         metavar="SHAPE",
-        help=f"NxVxD[:dtype], or a sweep: {', '.join(cases.SWEEPS)} (gpu or cpu)",
+        help=f"NxVxD[:dtype], several numbers as 256,1024x32000x512; or a sweep: {', '.join(cases.SWEEPS)} (gpu or cpu)",
     )
     parser.add_argument("--providers", nargs="+", default=[], metavar="NAME", help="those whose names begin so (all)")
-    parser.add_argument("--head", nargs="+", default=list(HEADS), choices=HEADS, help="(both)")
+    parser.add_argument("--head", nargs="+", default=list(peers.HEADS), choices=peers.HEADS, help="(both)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
     parser.add_argument(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from bench.cases import IGNORE_INDEX
 from bench.truth import synpo
 from synpo_kernels import FusedLinearSynPOLoss, dispatch
 
+HEADS = ("frozen", "trained")
+TOLERANCE = 2.0**-10  # of certified skipping
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -31,10 +34,17 @@ class Provider:
     load: Callable[[torch.device], LossFunction]
     note: str
     objective: str = "synpo"
+    heads: tuple[str, ...] = HEADS  # those it serves
 
     @property
     def ours(self) -> bool:
         return self.name.startswith("synpo ")
+
+
+def _mode(device: torch.device, **options: Any) -> LossFunction:
+    """Ours in another mode, on the backend that is chosen for the device."""
+    module = FusedLinearSynPOLoss(**options)
+    return lambda hidden, weight, labels: module(hidden, weight, labels).loss
 
 
 def _ours(backend: str, device: torch.device) -> LossFunction:
@@ -131,6 +141,11 @@ def providers() -> Iterator[Provider]:
     """All of them, ours first."""
     for backend in dispatch.BACKENDS:
         yield Provider(f"synpo {backend}", partial(_ours, backend), f"FusedLinearSynPOLoss(backend={backend!r})")
+    low = partial(_mode, memory="low")
+    yield Provider("synpo low-memory", low, "memory='low': slices computed again in backward", heads=("frozen",))
+    yield Provider("synpo streaming", low, "memory='low': the logits twice, four products", heads=("trained",))
+    certified = partial(_mode, skip_tolerance=TOLERANCE)
+    yield Provider("synpo certified", certified, f"skip_tolerance={TOLERANCE:.1e}", heads=("frozen",))
     yield Provider("naive", _naive, "full logits in fp32, log-softmax, gather")
     yield Provider("naive compiled", _compiled, "torch.compile of naive")
     yield Provider("liger simpo", partial(_liger_simpo, True), "SimPO: the nearest work of the same cost", "simpo")

@@ -200,6 +200,8 @@ def test_shapes_on_the_command_line() -> None:
     assert cases.parse("cpu") == cases.SWEEPS["cpu"]
     assert cases.parse("1024x32000x4096") == [cases.Case(1024, 32000, 4096, "bfloat16")]
     assert cases.parse("8192x500x64:float16")[0].pairs == 4
+    several = [case.name for case in cases.parse("64,128x500x32,64:float32")]
+    assert several == [f"{n}x500x{d} float32" for n in (64, 128) for d in (32, 64)]
     for wrong in ("1024x32000", "8x8x8:float7", "66x100x8", "everything"):
         with pytest.raises(ValueError, match="neither a sweep|not a dtype|do not divide"):
             cases.parse(wrong)
