@@ -9,7 +9,24 @@ import torch
 
 from bench import step, steps
 
-TINY = "--hidden 64 --layers 1 --vocab 512 --prompt 24 --answer 5 --pairs 2 --device cpu --time-budget 0.1".split()
+TINY = [
+    "--hidden",
+    "64",
+    "--layers",
+    "1",
+    "--vocab",
+    "512",
+    "--prompt",
+    "24",
+    "--answer",
+    "5",
+    "--pairs",
+    "2",
+    "--device",
+    "cpu",
+    "--time-budget",
+    "0.1",
+]
 
 
 def rows_of(out: Path) -> dict[str, dict[str, Any]]:
