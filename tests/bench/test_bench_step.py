@@ -9,24 +9,8 @@ import torch
 
 from bench import step, steps
 
-TINY = [
-    "--hidden",
-    "64",
-    "--layers",
-    "1",
-    "--vocab",
-    "512",
-    "--prompt",
-    "24",
-    "--answer",
-    "5",
-    "--pairs",
-    "2",
-    "--device",
-    "cpu",
-    "--time-budget",
-    "0.1",
-]
+SIZE = {"hidden": 64, "layers": 1, "vocab": 512, "prompt": 24, "answer": 5, "pairs": 2}
+TINY = [*(f"--{name}={value}" for name, value in SIZE.items()), "--device=cpu", "--time-budget=0.1"]
 
 
 def rows_of(out: Path) -> dict[str, dict[str, Any]]:
