@@ -134,10 +134,11 @@ def generate(
             uniform=None if draws is None else draws[page.rows[:, None], places.clamp(max=limit - 1)].flatten(),
         )
         token = token.view(-1, size)
-        taken = page.write(token, logp.view(-1, size), guessed)
+        taken = page.write(token, logp.view(-1, size), places, guessed)
+        last = token[:, :1]
         if guessed is not None:
             streams.take_back(size, taken if amateur is None else taken.repeat(2))
-        last = token.gather(1, taken[:, None] - 1)  # (R, 1)
+            last = token.gather(1, taken[:, None] - 1)  # (R, 1)
         if step + 1 == limit:
             break
         if ahead is not None:
@@ -165,6 +166,7 @@ def generate(
         logits = streams.step(last if amateur is None else last.repeat(2, 1))
         expert = logits[: len(page.rows)]
         amateur = None if amateur is None else logits[len(page.rows) :]
+    page.close()
     return _answers(lm, page)
 
 
@@ -177,9 +179,9 @@ class Page:
         self.steps = torch.arange(1 + MOST, device=device)
         self.tokens = torch.full(
             (count, limit + 1 + MOST), pad, device=device
-        )  # (R, T), and what was drawn beyond the end
+        )  # (R, T), then what was drawn beyond the end
         self.logps = torch.zeros(count, limit + 1 + MOST, device=device)
-        self.lengths = torch.full((count,), limit, device=device)  # tokens written, the end included
+        self.lengths = torch.zeros(count, dtype=torch.long, device=device)  # tokens written, the end included
         self.rows = torch.arange(count, device=device)
         self.written = torch.zeros(count, dtype=torch.long, device=device)
         self.done = torch.zeros(count, dtype=torch.bool, device=device)
@@ -188,32 +190,32 @@ class Page:
         """Where the next tokens go: (R, S)."""
         return self.written[:, None] + self.steps[:size]
 
-    def write(self, token: Tensor, logp: Tensor, guessed: Tensor | None) -> Tensor:
-        """Take the tokens drawn, (R, S), up to the first after a wrong guess, (R, S - 1). Returns how many, (R,)."""
-        size = token.shape[1]
-        where = (self.rows[:, None], self.places(size))
+    def write(self, token: Tensor, logp: Tensor, places: Tensor, guessed: Tensor | None) -> Tensor:
+        """Take the tokens drawn for `places`, (R, S), up to the first after a wrong guess, (R, S - 1). Returns how many, (R,)."""
+        where = (self.rows[:, None], places)
         self.tokens[where] = token
         self.logps[where] = logp
         ends = torch.isin(token, self.ends)
         if guessed is None:
-            taken = torch.ones_like(self.written)
-            length, ended = self.written + 1, ends[:, 0]
-        else:
-            taken = 1 + (token[:, :-1] == guessed).long().cumprod(1).sum(1)
-            ends &= self.steps[:size] < taken[:, None]
-            ended = ends.any(1)
-            length = self.written + torch.where(ended, ends.int().argmax(1) + 1, taken)
-            ended &= length <= self.limit
-            length = length.clamp_(max=self.limit)
-        length = torch.where(self.done, self.written, length)
-        self.written = length
-        self.lengths[self.rows] = length
-        self.done = self.done | ended | (length == self.limit)
+            self.written = self.written + ~self.done
+            self.done = self.done | ends[:, 0] | (self.written == self.limit)
+            return torch.ones_like(self.written)
+        taken = 1 + (token[:, :-1] == guessed).long().cumprod(1).sum(1)
+        ends &= self.steps[: token.shape[1]] < taken[:, None]
+        ended = ends.any(1)
+        length = self.written + torch.where(ended, ends.int().argmax(1) + 1, taken)
+        self.written = torch.where(self.done, self.written, length.clamp_(max=self.limit))
+        self.done = self.done | ended | (self.written == self.limit)
         return taken
 
     def keep(self, alive: Tensor) -> None:
-        """Go on with these rows of the batch only."""
+        """Go on with these rows of the batch only; the others are as long as they are."""
+        self.close()
         self.rows, self.written, self.done = self.rows[alive], self.written[alive], self.done[alive]
+
+    def close(self) -> None:
+        """Note how long the answers of the batch are."""
+        self.lengths[self.rows] = self.written
 
 
 def _check(
