@@ -58,7 +58,7 @@ class VisionCache:
         try:
             with safe_open(self._path(key), "pt") as file:
                 found = {name: file.get_tensor(name) for name in sorted(file.keys())}
-                return found if _checksum(found) == (file.metadata() or {}).get("crc32") else None
+                return found if checksum(found) == (file.metadata() or {}).get("crc32") else None
         except (FileNotFoundError, SafetensorError):
             return None
 
@@ -67,7 +67,7 @@ class VisionCache:
         tensors = {name: vision[name].detach().cpu().contiguous() for name in sorted(vision)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._path(key)) as temporary:
-            save_file(tensors, temporary, {"crc32": _checksum(tensors)})
+            save_file(tensors, temporary, {"crc32": checksum(tensors)})
         return tensors
 
     def _path(self, key: str) -> Path:
@@ -88,7 +88,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data
 
 
-def _checksum(tensors: Vision) -> str:
+def checksum(tensors: Vision) -> str:
     total = 0
     for name in sorted(tensors):
         total = zlib.crc32(_bytes(tensors[name]), zlib.crc32(f"{name}{tuple(tensors[name].shape)}".encode(), total))

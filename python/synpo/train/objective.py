@@ -24,6 +24,7 @@ from synpo.config import ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.model.adapter import CaptionModel, evaluating
 from synpo.model.packing import packed_inputs
+from synpo.train.reference import ReferenceStore
 from synpo_kernels import OBJECTIVES, FusedLinearSynPOLoss, SequenceStats, linear_logprobs, sequence_stats
 from synpo_kernels.losses import token_norms
 
@@ -82,6 +83,7 @@ class PairObjective:
         self.lm, self.backend = lm, backend
         self.parameters = parameters_of(loss_type, parameters)
         self.objective = OBJECTIVES[loss_type]
+        self.references: ReferenceStore | None = None  # what was computed before training is not computed again
         if self.objective.needs_reference and not hasattr(lm.model, "disable_adapter"):
             raise ConfigError(
                 f"train.loss_type: {loss_type} compares with a reference, the model with its adapter off, and this model "
@@ -121,9 +123,15 @@ class PairObjective:
             low_rank=head.low_rank(hidden),
         )
 
+    def reference_stats(self, batch: PairBatch) -> SequenceStats:
+        """Statistics of the 2B answers under the reference model, outside of training."""
+        return self._reference(self.lm.model, batch, self.lm.encode_vision(batch["vision"]))
+
     @torch.no_grad()
     def _reference(self, model: Any, batch: PairBatch, visions: list[Any]) -> SequenceStats:
         """Statistics under the model with its adapter off and its dropout too."""
+        if self.references is not None and self.references.holds(batch["pair_ids"]):
+            return self.references.stats(batch["pair_ids"], batch["input_ids"].device)
         with self.lm.model.disable_adapter(), evaluating(model):
             logps = self._logprobs(self._hidden(model, batch, visions), batch["targets"])
         return sequence_stats(logps, cu_seqlens=batch["cu_seqlens"])

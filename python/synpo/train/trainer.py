@@ -31,6 +31,7 @@ from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
 from synpo.train.objective import Outcome, PairObjective, parameters_of
+from synpo.train.reference import precompute
 from synpo.train.sharing import collator_for
 
 LOG_NAME = "train_log.jsonl"
@@ -66,6 +67,9 @@ class SynPOConfig(TrainingArguments):
     )
     max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens of an answer with its end."})
     cache_gigabytes: float = field(default=1.0, metadata={"help": "Memory for decoded and tokenized pairs."})
+    precompute_reference: bool = field(
+        default=False, metadata={"help": "Run the reference (dpo, ipo) once before training and keep what it says."}
+    )
     cache_vision: bool = field(
         default=False, metadata={"help": "Keep visual features on disk: the tower runs once a video and run."}
     )
@@ -148,6 +152,13 @@ class SynPOTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(_Progress)
         self.add_callback(JsonLog(Path(str(args.output_dir)) / LOG_NAME))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; with `precompute_reference` the reference runs first, over every training pair once."""
+        settings: Any = self.args
+        if settings.precompute_reference and self.pair_objective.objective.needs_reference:
+            self.pair_objective.references = precompute(self)
+        return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Tensor:
         """Pairs of one optimizer step, over all its micro-batches and all processes."""
