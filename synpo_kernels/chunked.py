@@ -74,6 +74,9 @@ class TorchTiles:
         self, total: Tensor, slice_: Tensor, b: Tensor, columns: Tensor, order: Tensor, kept: Tensor, first_row: int
     ) -> None:
         sizes = kept[::GROUP].tolist()  # a host read for each slice on a CUDA device
+        if all(size == len(b) for size in sizes):
+            add_matmul(total, slice_, b)
+            return
         chosen = b.index_select(0, columns[: max((size for size in sizes if size < len(b)), default=0)])
         for size, rows in zip(sizes, order.split(GROUP)):
             a = slice_.index_select(0, rows)
