@@ -171,15 +171,29 @@ void pack_sum_tiles(const void* weight, int64_t stride, int64_t rows, int64_t hi
   using F = typename E::Format;
   const auto* from = static_cast<const typename F::Number*>(weight);
   const int64_t tile_size = steps * E::at(1, 0);
+  const auto line = [&](int64_t s, int64_t d) {
+    const int64_t v = s * F::kUnit;
+    return across<F>(from + v * stride + d, stride, rows - v, hidden - d);
+  };
+  if constexpr (E::kRowsAreNeighbours) {  // along the rows of W, which lie far apart and fall on few cache sets
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t ahead = 0; ahead < F::kUnit; ++ahead) {
+        const auto* next = from + ((s + 4) * F::kUnit + ahead) * stride + first;
+        for (int64_t i = 0; i < tiles * E::kRows; i += 64 / sizeof(*next)) __builtin_prefetch(next + i);
+      }
+      for (int64_t t = 0; t < tiles; ++t) {
+        for (int64_t i0 = 0; i0 < E::kRows; i0 += Vec::kWidth) {
+          line(s, first + t * E::kRows + i0).store(tile + t * tile_size + E::at(s, i0));
+        }
+      }
+    }
+    return;
+  }
   for (int64_t s0 = 0; s0 < steps; s0 += Vec::kWidth) {
     for (int64_t t = 0; t < tiles; ++t) {
       for (int64_t i0 = 0; i0 < E::kRows; i0 += Vec::kWidth) {
-        const int64_t d = first + t * E::kRows + i0;
         Vec lines[Vec::kWidth];
-        for (int64_t j = 0; j < Vec::kWidth; ++j) {
-          const int64_t v = (s0 + j) * F::kUnit;
-          lines[j] = across<F>(from + v * stride + d, stride, rows - v, hidden - d);
-        }
+        for (int64_t j = 0; j < Vec::kWidth; ++j) lines[j] = line(s0 + j, first + t * E::kRows + i0);
         put<E>(lines, true, s0, i0, steps, tile + t * tile_size);
       }
     }
