@@ -122,9 +122,9 @@ def run(size: Size, wanted: list[str], device: Any, seconds: float) -> list[Row]
 
 
 def print_table(rows: list[Row]) -> None:
-    """Times, throughput and memory, and each next to the usual code and to TRL."""
+    """Times, throughput and memory, and each next to the usual code and to TRL at its best."""
     by_name = {row.provider: row for row in rows if row.p50_ms is not None}
-    peers = [by_name.get(name) for name in ("synpo usual", "dpo trl")]
+    peers = [by_name.get("synpo usual"), by_name.get("dpo trl rows") or by_name.get("dpo trl")]
     print(
         f"\n{'provider':<14} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'runs':>5} {'pairs/s':>8} {'x usual':>8} {'x trl':>7} "
         f"{'peak MiB':>9} {'% usual':>8} {'% trl':>7} {'loss err':>9} {'grad err':>9}"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 import torch
@@ -158,11 +160,18 @@ def _usual(loss_type: str, size: Size, model: Any, device: torch.device) -> Step
     return _step(loss, model)
 
 
-def _trl(size: Size, model: Any, device: torch.device) -> Step:
-    """TRL's DPOTrainer, its own loss on its own batch: both sides in one forward, the head fused, reference = adapter off."""
+def _trl(rows: bool, size: Size, model: Any, device: torch.device) -> Step:
+    """TRL's DPOTrainer, its own loss on its own batch: both sides in one forward, the head fused, reference = adapter off.
+
+    Its head scores the answers alone where Triton runs, and every position elsewhere; `rows` makes a CPU do as a GPU does.
+    """
     import pyarrow
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer import utils
+
+    if rows and device.type == "cuda":
+        raise RuntimeError("on a GPU this is what `dpo trl` does")
 
     class Trainer(DPOTrainer):
         """It is given ids, so that the pairs are everyone's."""
@@ -197,7 +206,8 @@ def _trl(size: Size, model: Any, device: torch.device) -> Step:
 
     def loss() -> Tensor:
         trainer._metrics["train"].clear()
-        return trainer.compute_loss(trainer.model, dict(batch))
+        with patch.object(utils, "_use_triton", lambda device: True) if rows else nullcontext():
+            return trainer.compute_loss(trainer.model, dict(batch))
 
     return _step(loss, trainer.model)
 
@@ -221,7 +231,8 @@ def providers() -> Iterator[Provider]:
         "synpo usual", "synpo", partial(_usual, "synpo"), "two forward passes, full logits: the authors' way"
     )
     yield Provider("dpo shared", "dpo", partial(_ours, "dpo", True), shared)
-    yield Provider("dpo trl", "dpo", _trl, "trl.DPOTrainer.compute_loss with its fused head")
+    yield Provider("dpo trl", "dpo", partial(_trl, False), "trl.DPOTrainer.compute_loss with its fused head")
+    yield Provider("dpo trl rows", "dpo", partial(_trl, True), "the same, scoring answers alone as it does on a GPU")
 
 
 def reference(loss_type: str, size: Size, model: Any, device: torch.device) -> Step:
