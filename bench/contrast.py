@@ -1,6 +1,6 @@
 """Contrastive sampling: the op against the same step written in torch, on this machine.
 
-    python -m bench.contrast [--shapes 8x32000 64x152064] [--dtype float32] [--seconds 20] [--json FILE]
+    python -m bench.contrast [--device cpu] [--shapes 8x32000 64x152064] [--dtype float32] [--seconds 20] [--json FILE]
 
 Variants (all: alpha 0.5, temperature 0.5, top-k 32, top-p 0.9, one given uniform number a row):
     read       both inputs summed: what reading them costs here, the floor of an op without a cut-off
@@ -9,13 +9,16 @@ Variants (all: alpha 0.5, temperature 0.5, top-k 32, top-p 0.9, one given unifor
     plain      the usual sequence over the full vocabulary: mix, divide, softmax, top-k, renormalise, top-p
     lean       lerp, top-k on the raw logits, softmax over k
     warpers    Hugging Face logits processors, where transformers is installed
+    flashinfer mix and divide in torch, then top_k_top_p_sampling_from_logits; on a GPU, where it is installed
 and `+p`: with a plausibility cut-off of 0.1. A time is printed only after every variant drew the op's tokens from the same
-logits. How times are taken: bench/measure.py. Milliseconds, median with 20th and 80th percentile.
+logits and random numbers (flashinfer takes none, so its tokens are only checked to be among those that were left).
+How times are taken: bench/measure.py. Milliseconds, median with 20th and 80th percentile.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -73,6 +76,13 @@ def warpers(expert: Tensor, amateur: Tensor, uniform: Tensor, plausibility: floa
     return draw(kept, ids, uniform)
 
 
+def flashinfer(expert: Tensor, amateur: Tensor, uniform: Tensor, plausibility: float) -> Tensor:
+    from flashinfer.sampling import top_k_top_p_sampling_from_logits
+
+    mixed = cut((1 + ALPHA) * expert - ALPHA * amateur, expert, plausibility).float() / TEMPERATURE
+    return top_k_top_p_sampling_from_logits(mixed, TOP_K, TOP_P, filter_apply_order="top_k_first").long()
+
+
 def op(expert: Tensor, amateur: Tensor, uniform: Tensor, plausibility: float, backend: str = "auto") -> Tensor:
     tokens, _ = contrastive_sample(
         expert,
@@ -96,32 +106,41 @@ def variants(expert: Tensor, amateur: Tensor, uniform: Tensor) -> dict[str, Call
         "plain": plain,
         "lean": lean,
     }
-    try:
-        import transformers  # noqa: F401
-
-        steps["warpers"] = warpers
-    except ImportError:
-        print("transformers is not installed: no Hugging Face warpers in this run")
+    for name, step in (("warpers", warpers), ("flashinfer", flashinfer)):
+        if name == "flashinfer" and expert.device.type != "cuda":
+            continue
+        package = "transformers" if name == "warpers" else name
+        if importlib.util.find_spec(package) is None:
+            print(f"{name}: absent, {package} is not installed")
+        else:
+            steps[name] = step
     for plausibility, suffix in ((0.0, ""), (PLAUSIBILITY, "+p")):
         for name, step in steps.items():
             runs[name + suffix] = partial(step, expert, amateur, uniform, plausibility)
     return runs
 
 
-def check(runs: dict[str, Callable[[], Tensor]]) -> None:
+def check(runs: dict[str, Callable[[], Tensor]], expert: Tensor, amateur: Tensor) -> None:
     """Every variant draws the op's tokens. One in 200 may differ: the peers round in fp32, where a boundary can move."""
     for name, run in runs.items():
         if name == "read":
             continue
-        expected = runs["op+p" if name.endswith("+p") else "op"]()
-        wrong = int((run() != expected).sum())
-        allowed = 0 if name.startswith(("op", "fallback")) else math.ceil(expected.numel() / 200)
+        suffix = "+p" if name.endswith("+p") else ""
+        if name.startswith("flashinfer"):
+            mixed = cut((1 + ALPHA) * expert - ALPHA * amateur, expert, PLAUSIBILITY if suffix else 0.0)
+            kept, ids = mixed.topk(TOP_K, -1)
+            wrong, allowed = int((~((ids == run()[:, None]) & (kept > -math.inf)).any(1)).sum()), 0
+        else:
+            expected = runs["op" + suffix]()
+            wrong = int((run() != expected).sum())
+            allowed = 0 if name.startswith(("op", "fallback")) else math.ceil(expected.numel() / 200)
         if wrong > allowed:
-            raise SystemExit(f"{name} drew {wrong} of {expected.numel()} tokens differently: no times are printed")
+            raise SystemExit(f"{name} drew {wrong} of {len(run())} tokens differently: no times are printed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="BxV ...")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each shape")
@@ -131,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device("cpu")
+    device = torch.device(args.device)
     where = measure.machine(device)
     for key, value in where.items():
         print(f"{key:20} {value}")
@@ -141,10 +160,10 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         expert = 3 * torch.randn(batch, vocab, generator=generator)
         amateur = (expert + torch.randn(batch, vocab, generator=generator)).to(getattr(torch, args.dtype))
-        expert = expert.to(amateur.dtype)
-        uniform = torch.rand(batch, dtype=torch.float64, generator=generator)
+        expert, amateur = expert.to(device, amateur.dtype), amateur.to(device)
+        uniform = torch.rand(batch, dtype=torch.float64, generator=generator).to(device)
         runs = variants(expert, amateur, uniform)
-        check(runs)
+        check(runs, expert, amateur)
         if args.only:
             runs = {name: run for name, run in runs.items() if name in {"read", "op", *args.only}}
         for run in runs.values():
