@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .variants import Case
@@ -119,7 +119,8 @@ def recall(case: Case, folder: Path) -> Report | None:
         kept = json.loads(_place(case, folder).read_text())
     except FileNotFoundError:
         return None
-    return Report(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    return Report(**values)
 
 
 def keep(case: Case, report: Report, folder: Path) -> None:

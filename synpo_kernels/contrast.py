@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from . import _ext
+from .dispatch import triton_supports
 
-BACKENDS = ("auto", "cpp", "torch")
+BACKENDS = ("auto", "cpp", "triton", "torch")
 BLOCK_LOGITS = 2**19  # the torch path's slice of (B, V) on a CPU
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,7 +65,7 @@ def contrastive_sample(
         history: (B, L) int64 ids; ids outside [0, V), such as -1, are padding.
         uniform: (B,) numbers in [0, 1), one a row: the same numbers give the same tokens on every backend.
             None draws them in float64 from `generator` (or torch's default one); greedy draws none.
-        backend: "auto", "cpp" or "torch".
+        backend: "auto", "cpp" (CPU tensors), "triton" (CUDA tensors, with top_k from 1 to 64) or "torch".
 
     Returns:
         tokens (B,) int64, and logps (B,) fp32: log-probability of each token under the distribution it was drawn from
@@ -116,6 +117,15 @@ def contrastive_sample(
     settings = (alpha, plausibility, temperature, top_k, top_p, min_p, history, repetition_penalty)
     if _use_cpp(expert, backend):
         return torch.ops.synpo_kernels.contrastive_sample.default(expert, amateur, uniform, *settings)
+    if backend == "triton" or (backend == "auto" and expert.is_cuda):
+        reason = _why_not_triton(expert, top_k, temperature)
+        if reason is None:
+            from .kernels import contrast_sample  # imports triton
+
+            seen = None if history is None else _seen(history, expert.size(1))
+            return contrast_sample.launch(expert, amateur, uniform, *settings[:6], seen, repetition_penalty)
+        if backend == "triton":
+            raise ValueError(f"backend 'triton': {reason}")
     return _sample_torch(expert, amateur, uniform, *settings)
 
 
@@ -163,7 +173,7 @@ def _use_cpp(expert: Tensor, backend: str) -> bool:
     """Whether the C++ op takes this call: by wish, or because the tensors are on the CPU and the extension is there."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "torch" or (backend == "auto" and expert.device.type != "cpu"):
+    if backend in ("triton", "torch") or (backend == "auto" and expert.device.type != "cpu"):
         return False
     if backend == "cpp" and expert.device.type != "cpu":
         raise ValueError(f"backend 'cpp' takes CPU tensors, got {expert.device}; use backend='auto'")
@@ -173,6 +183,29 @@ def _use_cpp(expert: Tensor, backend: str) -> bool:
         raise ValueError(f"backend 'cpp': {_ext.reason}")
     _ext.say_once()
     return False
+
+
+def _why_not_triton(expert: Tensor, top_k: int, temperature: float) -> str | None:
+    """None where the kernels take these tensors and settings, else the reason why not."""
+    served, reason = triton_supports(expert)
+    if not served:
+        return reason
+    from .kernels.contrast_sample import LEAST_TEMPERATURE, MOST
+
+    if not 0 < (top_k or expert.size(1)) <= MOST and expert.size(1) > MOST:
+        return f"the kernels sort at most {MOST} candidates in registers, got top_k={top_k}; use backend='torch'"
+    if 0 < temperature < LEAST_TEMPERATURE:
+        return (
+            f"the kernels take a temperature of 0 or from {LEAST_TEMPERATURE}, got {temperature}; use backend='torch'"
+        )
+    return None
+
+
+def _seen(history: Tensor, vocab: int) -> Tensor:
+    """(B, V) bool: tokens among a row's past ids (B, L); ids outside [0, V) are padding."""
+    seen = torch.zeros(history.size(0), vocab + 1, dtype=torch.bool, device=history.device)
+    seen.scatter_(1, torch.where((history >= 0) & (history < vocab), history, vocab), True)
+    return seen[:, :vocab]
 
 
 def _plain(logits: Tensor) -> Tensor:
@@ -220,11 +253,8 @@ def _sample_torch(
 
     x = _mix_torch(expert, amateur, alpha, plausibility)
     if history is not None:
-        rows, vocab = x.shape
-        seen = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=x.device)
-        seen.scatter_(1, torch.where((history >= 0) & (history < vocab), history, vocab), True)
         penalised = torch.where(x > 0, x * (1 / repetition_penalty), x * repetition_penalty)
-        x = torch.where(seen[:, :vocab], penalised, x)
+        x = torch.where(_seen(history, x.size(1)), penalised, x)
     broken = x.isnan().any(-1)  # (B,)
     x = torch.where(x.isnan(), -math.inf, x) + 0.0  # + 0.0 makes -0 and 0 a tie
     x, ids = _largest(x, top_k)  # (B, K), descending

@@ -153,7 +153,6 @@ def _by_torch(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logps = logps.to(compute_dtype(logps.dtype))
-    ignore_index = None if labels is None else ignore_index
     layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
     stats = losses.sequence_stats(logps, labels, **layout)
     loss = losses.synpo(stats, alpha=alpha, beta=beta, reduction=reduction)

@@ -262,7 +262,7 @@ def orpo(stats: SequenceStats, *, beta: float = 0.1, reduction: str = "mean") ->
 def synpo_coefficients(
     stats: SequenceStats,
     logps: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     alpha: float = 30.0,
     beta: float = 0.2,
@@ -270,6 +270,8 @@ def synpo_coefficients(
     ignore_index: int | None = IGNORE_INDEX,
 ) -> Tensor:
     """∂L/∂logp_t of `synpo` with reduction "sum", in the shape of `logps`; 0 at ignored tokens and in empty pairs.
+
+    labels: None, or ignore_index None: every token counts, as in `sequence_stats`.
 
     chosen:   -( α σ'(u) P+ + β exp(logp_t) ) / T+        rejected:   +α σ'(u) P- / T-        u = α (P+ - P-)
     """
@@ -286,4 +288,6 @@ def synpo_coefficients(
         constant = constant.repeat_interleave(lengths, output_size=logps.shape[0])
         reward = reward.repeat_interleave(lengths, output_size=logps.shape[0])
     coefficients = constant + reward * logps.exp()
-    return coefficients if ignore_index is None else coefficients.where(labels != ignore_index, 0.0)
+    if labels is None or ignore_index is None:
+        return coefficients
+    return coefficients.where(labels != ignore_index, 0.0)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .kernels import counted_product, epilogue, exact_rows, exp_tile
+from .kernels import contrast_sample, counted_product, epilogue, exact_rows, exp_tile
 from .kernels.configs import CHIPS, TileConfig, exact_config, product_config, tile_config
 
 FORMATS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32"))
@@ -19,7 +19,12 @@ TYPES = {
     **dict.fromkeys(("label_ptr", "kept_ptr", "index_ptr", "order_ptr", "empty_ptr"), "*i64"),
     **dict.fromkeys(("anchor_ptr", "at_target_ptr", "sum_ptr", "target_ptr", "slope_ptr", "logp_ptr"), "*fp32"),
     **dict.fromkeys(("total_ptr", "g_ptr", "field_ptr", "loss_ptr"), "*fp32"),
-    **dict.fromkeys(("flag_ptr", "nonfinite_ptr"), "*i8"),
+    **dict.fromkeys(("flag_ptr", "nonfinite_ptr", "nan_ptr", "seen_ptr"), "*i8"),
+    **dict.fromkeys(("peak_ptr", "best_ptr"), "*fp32"),
+    **dict.fromkeys(("grow", "log_plausibility", "penalty", "inverse_penalty"), "fp32"),
+    **{f"{name}_{part}": "fp32" for name in ("scale", "top_p", "min_p") for part in range(3)},
+    "uniform_ptr": "*fp64",
+    "token_ptr": "*i64",
     **dict.fromkeys(("count_ptr", "bound_ptr"), "*i32"),
     "sums_ptr": "*fp64",
     **dict.fromkeys(("logit_scale", "softcap", "alpha", "beta"), "fp32"),
@@ -62,6 +67,7 @@ def cases(archs: list[int], hidden: int) -> Iterator[Case]:
             yield from _exact(arch, dtype, precision, hidden)
             yield from _products(arch, dtype, precision)
         yield from _epilogue(arch)
+        yield from _contrast(arch)
 
 
 def _exponentials(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]:
@@ -136,6 +142,22 @@ def _epilogue(arch: int) -> Iterator[Case]:
         yield case
         constants = {**constants, "MEAN": True, "BLOCK_B": epilogue.BLOCK_B}
         yield Case(f"pair loss {layout}", epilogue.pair_loss_kernel, arch, "fp32", constants, options, case.tile)
+
+
+def _contrast(arch: int) -> Iterator[Case]:
+    """A vocabulary of 152,064, the largest of the usual ones: top-k 32 alone, and all there is with the most candidates."""
+    block, options = contrast_sample.BLOCK, contrast_sample.OPTIONS
+    tiles, vocab = 64, 152_064
+    peaks: dict[str, Any] = {"TILES": tiles, "BLOCK": block}
+    yield Case("expert peaks bf16", contrast_sample.expert_peaks_kernel, arch, "bf16", peaks, options, str(block))
+    for width, dtype, full in ((32, "bf16", False), (contrast_sample.MOST, "fp32", True)):
+        has = {"HAS_AMATEUR": True, "HAS_CUTOFF": full, "HAS_SEEN": full, "GROUP": contrast_sample.GROUP}
+        name = f"top-{width}{' cut-off' if full else ''} {dtype}"
+        kernel = contrast_sample.group_bests_kernel
+        yield Case(f"group bests {name}", kernel, arch, dtype, {**peaks, **has}, options, str(block))
+        large = contrast_sample.large_groups(vocab)
+        draw = {"TILES": tiles, "LARGE": large, "K": width, "GREEDY": False, **has}
+        yield Case(f"draw {name}", contrast_sample.draw_kernel, arch, dtype, draw, options, f"{large}+{width}x8")
 
 
 def _tiled(
