@@ -232,32 +232,47 @@ class CaptionModel:
         )
 
     def hidden_states(self, inputs: Mapping[str, Any], model: Any = None) -> Tensor:
-        """Hidden states (B, L, D) that enter the output head, without the logits.
+        """Hidden states (B, L, D) that enter the output head, without the logits; arguments as `in_place_of_logits`."""
+        return self.in_place_of_logits(inputs, lambda hidden: hidden, model)
+
+    def in_place_of_logits(
+        self, inputs: Mapping[str, Any], function: Callable[[Tensor], Tensor], model: Any = None
+    ) -> Tensor:
+        """`function` of the hidden states (B, L, D), called where the output head would make logits of them.
 
         The call goes through the top-level forward of `model` (the one to train as its trainer wrapped it; `self.model`
-        by default), so that every hook on the way fires. The head itself is given one position; in place of its result the
-        hidden states travel on, so that wrappers that watch outputs (DDP, FSDP) see what the loss will come from.
+        by default), and its result leaves as that forward's output. So everything a wrapper does to a forward pass is done
+        to the loss: the head is whole inside `function` (FSDP, ZeRO-3), and found in the graph of the output (DDP). The
+        head itself is given one position, and its result dropped.
 
         Args:
             inputs: what `forward_kwargs` made.
         """
-        found: list[Tensor] = []
+        entered: list[Tensor] = []
+        left: list[Tensor] = []
+        shape: list[torch.Size] = []
 
-        def keep(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            found.append(arguments[0])
+        def shorten(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            entered.append(arguments[0])
             return (arguments[0][:1, :1], *arguments[1:])
 
-        def pass_on(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return found[-1]
+        def compute(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            result = function(entered[-1])
+            shape.append(result.shape)
+            return result.reshape(1, 1, -1)  # what comes after the head expects three dimensions
+
+        def keep(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            left.append(output)
 
         def hand_out(base: Any, arguments: tuple[Any, ...], output: Any) -> Any:
-            output.logits = found[-1]  # whatever the model did to what it took for logits
+            output.logits = left[-1]  # whatever the model did to what it took for logits
             return output
 
         layer = self.base.get_output_embeddings()
         hooks = [
-            layer.register_forward_pre_hook(keep),
-            layer.register_forward_hook(pass_on, prepend=True),  # before the wrappers' own
+            layer.register_forward_pre_hook(shorten),  # last, when the wrappers have gathered the head
+            layer.register_forward_hook(compute, prepend=True),  # first, before they let go of it
+            layer.register_forward_hook(keep),
             self.base.register_forward_hook(hand_out, prepend=True),
         ]
         try:
@@ -265,9 +280,9 @@ class CaptionModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(found) != 1:
-            raise RuntimeError(f"{type(self.base).__name__} called its output head {len(found)} times; expected once")
-        return output.logits
+        if len(entered) != 1:
+            raise RuntimeError(f"{type(self.base).__name__} called its output head {len(entered)} times; expected once")
+        return output.logits.view(shape[0])
 
     @torch.no_grad()
     def check_head(self) -> None:
@@ -278,7 +293,9 @@ class CaptionModel:
         ids = torch.arange(4, device=self.device)[None]
         inputs = self.forward_kwargs(ids, torch.ones_like(ids), [{}])
         with evaluating(self.model):
-            hidden, head = self.hidden_states(inputs)[0], self.head()
+            seen: list[Tensor] = []
+            self.in_place_of_logits(inputs, lambda hidden: seen.append(hidden) or hidden)  # type: ignore[func-returns-value]
+            hidden, head = seen[0][0], self.head()
             logits = self.model(**inputs, use_cache=False).logits[0]
         expected = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
         if (low_rank := head.low_rank(hidden)) is not None:

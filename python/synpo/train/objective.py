@@ -1,7 +1,10 @@
 """One batch of pairs → the loss of an objective and what is worth logging about every pair.
 
-    PairBatch → vision tower (once a pair) → wrapped top-level forward → hidden states of the completion rows only (N, D)
-              → fused log-probabilities (the logits never exist) → statistics of 2B sequences → loss, statistics (B,)
+    PairBatch → vision tower (once a pair) → wrapped top-level forward [ hidden states of the completion rows only (N, D)
+              → fused log-probabilities (the logits never exist) → statistics of 2B sequences → loss ], statistics (B,)
+
+The loss is computed inside that forward, in the place of the head: the head's parameters are whole there under FSDP and
+ZeRO-3, and DDP finds them in the graph of what the forward returns.
 
 The objectives are those of `synpo_kernels.losses.OBJECTIVES`: a function registered there is a `loss_type` here. Its
 parameters are the settings of the same name (alpha, beta, gamma, weight); those left out keep the function's defaults.
@@ -13,8 +16,8 @@ none. Everything under `synpo/` is the same for every objective, so that runs ca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,19 +98,32 @@ class PairObjective:
         # a tower that is trained runs inside the model's forward, where its gradients pass
         visions = self.lm.encode_vision(batch["vision"]) if self.lm.vision_frozen else batch["vision"]
         reference = self._reference(model, batch, visions) if self.objective.needs_reference else None
-        hidden = self._hidden(model, batch, visions)
-        if self.objective.name == "synpo":
-            return self._synpo(hidden, batch["targets"], batch["cu_seqlens"])
-        return self._any(hidden, batch["targets"], batch["cu_seqlens"], reference)
+        outcomes: list[Outcome] = []
 
-    def _hidden(self, model: Any, batch: PairBatch, visions: list[Any]) -> Tensor:
-        """Hidden states (N, D) of the rows that predict completion tokens, in the dtype of the head."""
+        def score(hidden: Tensor) -> Tensor:
+            if self.objective.name == "synpo":
+                outcomes.append(self._synpo(hidden, batch["targets"], batch["cu_seqlens"]))
+            else:
+                outcomes.append(self._any(hidden, batch["targets"], batch["cu_seqlens"], reference))
+            return outcomes[-1].loss
+
+        loss = self._forward(model, batch, visions, score)
+        return replace(outcomes[-1], loss=loss)
+
+    def _forward(
+        self, model: Any, batch: PairBatch, visions: list[Any], function: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`function`, inside the forward, of the rows (N, D) that predict completion tokens, in the dtype of the head."""
         if batch["lengths"] is None:
             inputs = self.lm.forward_kwargs(batch["input_ids"], batch["attention_mask"], [*visions, *visions])
         else:
             inputs = packed_inputs(self.lm, batch["input_ids"], batch["lengths"], batch["sequences"], visions)
-        hidden = self.lm.hidden_states(inputs, model).flatten(0, 1).index_select(0, batch["rows"])
-        return hidden.to(self.lm.head().weight.dtype)
+
+        def completion_rows(hidden: Tensor) -> Tensor:
+            rows = hidden.flatten(0, 1).index_select(0, batch["rows"])
+            return function(rows.to(self.lm.head().weight.dtype))
+
+        return self.lm.in_place_of_logits(inputs, completion_rows, model)
 
     def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         head = self.lm.head()
@@ -133,7 +149,7 @@ class PairObjective:
         if self.references is not None and self.references.holds(batch["pair_ids"]):
             return self.references.stats(batch["pair_ids"], batch["input_ids"].device)
         with self.lm.model.disable_adapter(), evaluating(model):
-            logps = self._logprobs(self._hidden(model, batch, visions), batch["targets"])
+            logps = self._forward(model, batch, visions, lambda hidden: self._logprobs(hidden, batch["targets"]))
         return sequence_stats(logps, cu_seqlens=batch["cu_seqlens"])
 
     def _synpo(self, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Outcome:
