@@ -3,15 +3,15 @@
 #
 #     bench/gpu.sh OUTDIR [--cpu]
 #
-# builds the extension in place, then doctor, the kernel tests compiled, ahead-of-time compilation, compute-sanitizer and the
-# loss benchmark. Needs no network and no installed synpo. A part that fails is recorded and the rest goes on; the exit code
-# tells at the end. OUTDIR gets status.json, logs.txt, loss.{json,csv,png} and, where time is left, sweep.{json,csv,png}
+# builds the extension in place, then doctor, the kernel tests compiled, ahead-of-time compilation, compute-sanitizer, tiles of
+# the exponential kernel (bench/tune.py) and the loss benchmark. Needs no network and no installed synpo. A part that fails is recorded and the rest goes on; the exit code
+# tells at the end. OUTDIR gets status.json, logs.txt, tune.json, loss.{json,csv,png} and, where time is left, sweep.{json,csv,png}
 # (ours.* instead where a peer brought the benchmark down).
 #
 #   --cpu          rehearse the script on a machine without a GPU: same parts, a few tests and kernels, tiny shapes
 #   PYTHON         interpreter with torch (.venv/bin/python, else python3)
 #   GPU_BUDGET     seconds in all (470)
-#   PARTS          run these alone, as "build loss sweep" (facts build doctor aot tests kernels memcheck racecheck loss sweep)
+#   PARTS          run these alone, as "build loss sweep" (facts build doctor aot tests kernels memcheck racecheck tune loss sweep)
 #   SYNPO_COMMIT   what to record as the commit where the history is not at hand
 set -u
 OUT=${1:?usage: bench/gpu.sh OUTDIR [--cpu]}
@@ -78,11 +78,13 @@ if [ "$MODE" = --cpu ]; then
     export CUDA_VISIBLE_DEVICES=
     TESTS=(tests/kernels/test_dispatch.py tests/kernels/test_losses.py)
     AOT=(--arch 90 --only "exp bf16")
+    TUNE=(env TRITON_INTERPRET=1 "$PYTHON" -m bench.tune --device cpu --seconds 2)
     LOSS=(--device cpu --smoke)
     REST=(--device cpu --shapes 64x512x32:float32 --head frozen)
 else
     TESTS=(tests/kernels)
     AOT=()
+    TUNE=("$PYTHON" -m bench.tune --seconds 20)
     LOSS=(--device cuda --shapes gpu)
     REST=(--device cuda --shapes gpu-sweep gpu-formats --head frozen --providers synpo naive cce liger trl)
     if has xdist; then PYTEST+=(-n 6); fi
@@ -110,6 +112,8 @@ elif part kernels 80 "$PYTHON" -m bench.sanitize; then # compiles what the sanit
     done
 fi
 wait
+
+SHOW=60 part tune 75 "${TUNE[@]}" --out "$OUT/tune.json"
 
 # A figure is written when its case is done, so that a benchmark cut short keeps what it has.
 SPARE=$(($(left) - 30))

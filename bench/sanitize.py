@@ -17,7 +17,7 @@ os.environ.setdefault(
 
 import torch
 
-from synpo_kernels import linear_logprobs
+from synpo_kernels import contrastive_sample, linear_logprobs, synpo_pairs
 from synpo_kernels.reference import naive_logprobs
 
 SHAPES = ((5, 37, 72), (130, 1000, 72))  # N, V, D: ragged in every tile; D is compiled in, so there is one
@@ -45,6 +45,33 @@ def check(shape: tuple[int, int, int], dtype: torch.dtype, trained: bool, softca
     return max(error if error == error else float("inf") for error in errors) / TOLERANCE[dtype]
 
 
+def check_pairs(packed: bool) -> float:
+    """Relative error of the SynPO coefficients from the two small kernels, over a tolerance of 1e-5."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    logps = -torch.rand(6, 1500, generator=generator, device="cuda")
+    labels = torch.randint(-1, 3, logps.shape, generator=generator, device="cuda") * 100
+    bounds = None
+    if packed:
+        logps, labels = logps.flatten(), labels.flatten()
+        bounds = torch.tensor([0, 7, 7, 3000, 3001, 8000, 9000], device="cuda")
+    found, g = synpo_pairs(logps, labels, bounds)
+    expected, exact = synpo_pairs(logps.double(), labels, bounds, backend="chunked")
+    errors = ((g - exact).norm() / exact.norm(), (found.loss - expected.loss).abs() / expected.loss.abs())
+    return max(float(error) for error in errors) / 1e-5
+
+
+def check_draw(vocab: int, top_k: int, plausibility: float) -> float:
+    """0 where the kernels of contrastive sampling draw what the torch ops draw, else 2."""
+    generator = torch.Generator("cuda").manual_seed(vocab)
+    expert, amateur = (3 * torch.randn(5, vocab, generator=generator, device="cuda") for _ in range(2))
+    uniform = torch.rand(5, generator=generator, device="cuda", dtype=torch.float64)
+    history = torch.randint(-1, vocab, (5, 9), generator=generator, device="cuda")
+    options = {"top_k": top_k, "plausibility": plausibility, "repetition_penalty": 1.2, "history": history}
+    tokens, logps = contrastive_sample(expert, amateur, uniform=uniform, backend="triton", **options)
+    expected, exact = contrastive_sample(expert, amateur, uniform=uniform, backend="torch", **options)
+    return 0.0 if torch.equal(tokens, expected) and torch.allclose(logps, exact, atol=1e-5) else 2.0
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         raise SystemExit("compute-sanitizer watches GPUs: no CUDA device is here")
@@ -57,7 +84,14 @@ def main() -> int:
         if not off < 1:
             bad += 1
             print(f"wrong by {off:.1f} tolerances: {shape} {dtype} trained={trained} softcap={softcap} overflow={hard}")
-    print(f"{bad} of {len(SHAPES) * len(TOLERANCE) * 8} problems are wrong")
+    others = {f"pairs packed={packed}": check_pairs(packed) for packed in (False, True)}
+    for vocab, top_k, plausibility in ((1, 1, 0.0), (5003, 32, 0.0), (5003, 32, 0.1)):
+        others[f"draw V={vocab} k={top_k} plausibility={plausibility}"] = check_draw(vocab, top_k, plausibility)
+    for name, off in others.items():
+        if not off < 1:
+            bad += 1
+            print(f"wrong by {off:.1f} tolerances: {name}")
+    print(f"{bad} of {len(SHAPES) * len(TOLERANCE) * 8 + len(others)} problems are wrong")
     return 1 if bad else 0
 
 
