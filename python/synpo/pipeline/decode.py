@@ -24,7 +24,7 @@ from torch import Tensor
 
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
-from synpo.pipeline.lookahead import MOST, Drafts
+from synpo.pipeline.lookahead import MOST, Drafts, guesses
 from synpo.pipeline.streams import Reader, merge
 from synpo_kernels.contrast import contrastive_sample
 
@@ -102,7 +102,10 @@ def generate(
     ends = torch.tensor(lm.eos_token_ids, device=device)
     draws = uniforms(keys, limit).to(device) if sampling.temperature > 0 else None
 
-    # Every column of the cache counts: passes that guess stop when only the room for single tokens is left.
+    both = 1 if amateurs is None else 2
+    if sampling.repetition_penalty != 1 or guesses(count * both, device) == 0:
+        drafts = None
+    # A pass that guesses takes a column for each guess; guessing ends when only the room for single tokens is left.
     room = limit if drafts is None else 3 * limit
     reader, weak_reader = readers or (Reader(lm), Reader(lm))
     streams, expert = reader.read(prompts, room=room if amateurs is None else 0)
@@ -111,8 +114,8 @@ def generate(
         weak, amateur = weak_reader.read(amateurs)
         streams = merge([streams, weak], room=room)
     ahead: Drafts | None = None
-    if drafts is not None and sampling.repetition_penalty == 1 and not any(streams.cache.is_sliding):
-        ahead = Drafts(drafts, lm.eos_token_ids[0], device, streams=1 if amateurs is None else 2)
+    if drafts is not None and not any(streams.cache.is_sliding):
+        ahead = Drafts(drafts, lm.eos_token_ids[0], device, streams=both)
 
     page = Page(count, limit, lm.pad_token_id, ends)
     expert, amateur = expert[:, None], None if amateur is None else amateur[:, None]  # (R, S, V)

@@ -22,6 +22,11 @@ TRIAL = 8  # answers a trial of guessing watches: two passes of four rows, say
 PAUSE = 16  # passes without guesses after a trial that was not worth its while; each next pause is twice as long
 
 
+def guesses(rows: int, device: torch.device) -> int:
+    """How many guesses a row may add to a pass over `rows` rows, all streams counted, on this device: 0 to MOST."""
+    return max(0, min(MOST, TOKENS_A_PASS.get(device.type, 256) // max(1, rows) - 1))
+
+
 class Drafts:
     """Where every row stands in its draft. Works on the device, without waiting for it."""
 
@@ -41,7 +46,7 @@ class Drafts:
     def guess(self) -> Tensor | None:
         """The next K tokens, should the answer go on like the draft: (R, K) int64; None where guessing is not worth its while."""
         rows, device = self.tokens.shape[0], self.tokens.device
-        count = min(MOST, TOKENS_A_PASS.get(device.type, 256) // max(1, rows * self.streams) - 1)
+        count = guesses(rows * self.streams, device)
         self._wait -= 1
         if count < 1 or self._wait >= 0:
             return None

@@ -39,12 +39,14 @@ class RoomLayer(DynamicLayer):
         rows, length = sum(len(k) for k, _ in parts), max(k.shape[-2] for k, _ in parts)
         self._room = []
         for columns in zip(*parts):
-            space = keys.new_zeros(
+            space = keys.new_empty(
                 rows, columns[0].shape[1], length + room, columns[0].shape[3]
             )  # (R, heads, L + room, D)
             first = 0
             for part in columns:
-                space[first : first + len(part), :, length - part.shape[2] : length] = part
+                begin = length - part.shape[2]
+                space[first : first + len(part), :, :begin] = 0  # masked, but 0 · NaN would be NaN
+                space[first : first + len(part), :, begin:length] = part
                 first += len(part)
             self._room.append(space)
         self._show(length)
@@ -64,7 +66,12 @@ class RoomLayer(DynamicLayer):
         return self._length
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._room = [x[indices] for x in self._room]
+        kept = []
+        for x in self._room:
+            space = x.new_empty(len(indices), *x.shape[1:])
+            space[..., : self._length, :] = x[:, :, : self._length][indices]
+            kept.append(space)
+        self._room = kept
         self._show(self._length)
 
 
