@@ -28,7 +28,7 @@ def test_results_are_the_same(name: str, loss_type: str, request: pytest.Fixture
     objective = PairObjective(lm, loss_type, {}, backend="chunked")
     layers: list[int] = []
     layer = next(m for m in lm.base.get_decoder().modules() if type(m).__name__.endswith("DecoderLayer"))
-    count = layer.mlp.register_forward_hook(lambda *_: layers.append(1))
+    count = layer.mlp.register_forward_pre_hook(lambda *_: layers.append(1))
 
     def plain(model: Any, batch: Any) -> Tensor:
         return objective(model, batch).loss

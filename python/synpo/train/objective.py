@@ -182,7 +182,12 @@ class PairObjective:
             rewards = self.parameters["beta"] * (now.logps - reference.logps)
         statistics = _statistics(now.mean_logps, now.logps, rewards, now.chosen.mean_probs)
         if logps.requires_grad:
-            (coefficients,) = torch.autograd.grad(loss, logps, retain_graph=True)
+            # in a graph of its own, which activation checkpointing does not take apart: that would run the model again
+            with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+                apart = logps.detach().requires_grad_()
+                stats = sequence_stats(apart, cu_seqlens=cu_seqlens)
+                twin = self.objective(stats, *([] if reference is None else [reference]), **self.parameters)
+                (coefficients,) = torch.autograd.grad(twin, apart)
             statistics |= _balance(*token_norms(coefficients, cu_seqlens=cu_seqlens))
         return Outcome(loss, statistics, now.nonfinite_pairs)
 
