@@ -192,7 +192,8 @@ def _why_not_triton(expert: Tensor, top_k: int, temperature: float) -> str | Non
         return reason
     from .kernels.contrast_sample import LEAST_TEMPERATURE, MOST
 
-    if not 0 < (top_k or expert.size(1)) <= MOST and expert.size(1) > MOST:
+    vocab = expert.size(1)
+    if min(top_k or vocab, vocab) > MOST:
         return f"the kernels sort at most {MOST} candidates in registers, got top_k={top_k}; use backend='torch'"
     if 0 < temperature < LEAST_TEMPERATURE:
         return (
