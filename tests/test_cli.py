@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from synpo.cli import _config, build_parser, main
 
-COMMANDS = ("demo", "pairs", "plan", "train", "eval", "doctor")
+COMMANDS = ("demo", "pairs", "plan", "train", "eval", "presets", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -78,3 +79,40 @@ def test_against_wants_a_name_and_a_file(tmp_path, capsys):
     code = main(["eval", "--videos", str(tmp_path), "--output", str(tmp_path / "out"), "--against", "captions.jsonl"])
     assert code == 2
     assert "NAME=FILE" in capsys.readouterr().err
+
+
+def test_presets_are_listed_and_printed(capsys):
+    assert main(["presets"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("auroracap-lora", "qwen2.5-vl-lora", "llama3-lora", "smoke"):
+        assert f"{name} " in listed
+    assert main(["presets", "auroracap-lora"]) == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert values["lora"]["r"] == 128
+    assert values["train"]["learning_rate"] == 5e-6
+    assert main(["presets", "smok"]) == 2
+    assert "did you mean 'smoke'" in capsys.readouterr().err
+
+
+def test_file_set_and_flags_lie_over_a_preset(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("lora: {r: 2}\ntrain: {beta: 0.3}\n")
+    args = build_parser().parse_args(
+        [
+            "plan",
+            "--preset",
+            "smoke",
+            "--config",
+            str(file),
+            "--set",
+            "train.max_steps=7",
+            "--model",
+            "m",
+            "--pairs",
+            "p",
+        ]
+    )
+    config = _config(args)
+    assert (config.lora.r, config.lora.alpha, config.model.device, config.model.path) == (2, 8, "cpu", "m")
+    assert config.train["beta"] == 0.3
+    assert (config.train["max_steps"], config.train["num_train_epochs"]) == (7, 1)

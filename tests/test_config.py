@@ -1,11 +1,24 @@
 """Configuration: defaults, files, overrides, and errors that name the key."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from synpo.config import Config, ConfigError, ModelConfig, build, load_config, parse_override, suggest
+from synpo.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    build,
+    load_config,
+    parse_override,
+    preset_names,
+    preset_text,
+    suggest,
+)
+from synpo.train.run import settings
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -107,3 +120,24 @@ def test_an_override_that_is_not_yaml_is_a_configuration_error() -> None:
 def test_suggestions() -> None:
     assert suggest("lerning_rate", ["learning_rate", "seed"]) == "did you mean 'learning_rate'?"
     assert suggest("zzz", ["b", "a"]) == "known: a, b"
+
+
+@pytest.mark.parametrize("name", ["auroracap-lora", "qwen2.5-vl-lora", "llama3-lora"])
+def test_presets_are_the_papers_and_leave_the_vision_tower_alone(name: str, tmp_path: Path) -> None:
+    config = load_config(preset=name)
+    args = settings(replace(config, model=replace(config.model, device="cpu")), tmp_path)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 32
+    assert (args.learning_rate, args.num_train_epochs, args.alpha, args.beta) == (5e-6, 5, 30.0, 0.2)
+    assert getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (128, 64, 0.05)
+    prefix = "model.language_model.layers.0" if "qwen" in name else "model.layers.0"
+    assert re.fullmatch(config.lora.target_modules, f"{prefix}.self_attn.q_proj")
+    if "qwen" in name:
+        assert not re.fullmatch(config.lora.target_modules, "model.visual.blocks.0.mlp.gate_proj")
+
+
+def test_every_preset_says_what_it_is_for() -> None:
+    assert preset_names() == ["auroracap-lora", "llama3-lora", "qwen2.5-vl-lora", "smoke"]
+    assert all(preset_text(name).startswith("# ") for name in preset_names())
+    with pytest.raises(ConfigError, match="did you mean 'llama3-lora'"):
+        load_config(preset="llama-lora")

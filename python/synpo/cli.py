@@ -5,6 +5,7 @@ synpo pairs    videos → clips → captions → scores → preference pairs
 synpo plan     config and pairs → token counts, memory, largest micro-batch; no training
 synpo train    preference pairs → LoRA adapter
 synpo eval     held-out videos → captions → CIDEr and the rest
+synpo presets  settings to start from
 synpo doctor   what this machine has, and which backends will be used
 """
 
@@ -22,6 +23,9 @@ from synpo import __version__
 def _common(parser: argparse.ArgumentParser) -> None:
     """Flags of every command that loads a model; each overrides the key of the config file it names."""
     parser.add_argument("--config", metavar="YAML", type=Path, help="configuration file; flags override it")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="start from a preset, see `synpo presets`; --config goes over it"
+    )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. pairs.candidates=4"
     )
@@ -102,12 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="captions.jsonl of an earlier evaluation to compare with; the first is the baseline",
     )
 
+    presets = commands.add_parser("presets", help="list the presets, or print one")
+    presets.add_argument("name", nargs="?", metavar="NAME", help="print every setting of this preset as YAML")
+
     commands.add_parser("doctor", help="report versions, devices, extension and backends")
     return parser
 
 
 def _config(args: argparse.Namespace) -> Any:
-    """The run's Config: file, then --set, then flags."""
+    """The run's Config: preset, then file, then --set, then flags."""
     from synpo.config import load_config
 
     flags: dict[str, Any] = {}
@@ -118,7 +125,7 @@ def _config(args: argparse.Namespace) -> Any:
         flags["seed"] = args.seed
     if getattr(args, "engine", None) is not None:
         flags["pairs"] = {"engine": args.engine}
-    return load_config(args.config, args.set, flags)
+    return load_config(args.config, args.set, flags, args.preset)
 
 
 def _named_file(text: str) -> tuple[str, Path]:
@@ -159,6 +166,20 @@ def run_eval(args: argparse.Namespace) -> None:
     evaluate_model(_config(args), args.videos, args.references, args.output, against)
 
 
+def run_presets(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    import yaml
+
+    from synpo.config import load_config, preset_names, preset_text
+
+    if args.name is not None:
+        print(yaml.safe_dump(asdict(load_config(preset=args.name)), sort_keys=False), end="")
+        return
+    for name in preset_names():
+        print(f"{name:18}{preset_text(name).splitlines()[0].lstrip('# ')}")
+
+
 def run_doctor(args: argparse.Namespace) -> None:
     from synpo.doctor import report
 
@@ -171,6 +192,7 @@ COMMANDS = {
     "plan": run_plan,
     "train": run_train,
     "eval": run_eval,
+    "presets": run_presets,
     "doctor": run_doctor,
 }
 
@@ -182,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
     try:
         COMMANDS[args.command](args)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:  # OSError: a file that is missing or barred, a disk that is full
         if os.environ.get("SYNPO_DEBUG"):
             raise
         print(f"synpo {args.command}: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@
     pairs:   {candidates: 10, margin: 4.0}
     train:   {loss_type: synpo, learning_rate: 5.0e-6}
 
+A preset (presets/*.yaml) may lie under the file.
 An unknown section or key is an error that names the near ones. Defaults are the paper's (arXiv 2506.00835) unless said.
 The `train` section is validated against `synpo.train.trainer.SynPOConfig`, a transformers.TrainingArguments.
 """
@@ -225,27 +226,49 @@ def parse_override(text: str) -> dict[str, Any]:
     return parsed
 
 
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` takes."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The YAML of a preset; its first line is a comment that says what it is for. Raises ConfigError for an unknown name."""
+    if name not in preset_names():
+        raise ConfigError(f"--preset: unknown preset {name!r}; {suggest(name, preset_names())}")
+    return (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _read(text: str, where: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+    if not isinstance(loaded or {}, Mapping):
+        raise ConfigError(f"{where}: expected sections, got {type(loaded).__name__}")
+    return dict(loaded or {})
+
+
 def load_config(
     path: str | os.PathLike[str] | None = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> Config:
-    """Read a YAML file, lay `--set` overrides and then command-line flags over it, and check every key.
+    """A preset, a YAML file over it, `--set` overrides over that, then command-line flags; every key is checked.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or a key is unknown or of the wrong type.
+        ConfigError: the file is missing or not YAML, the preset is unknown, or a key is unknown or of the wrong type.
     """
-    values: dict[str, Any] = {}
+    values = {} if preset is None else _read(preset_text(preset), f"preset {preset}")
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise ConfigError(f"config file {path} does not exist") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config file {path} is not YAML: {error}") from error
-        if not isinstance(loaded or {}, Mapping):
-            raise ConfigError(f"config file {path}: expected sections, got {type(loaded).__name__}")
-        values = dict(loaded or {})
-    for text in overrides:
-        values = _merge(values, parse_override(text))
+        values = _merge(values, _read(text, f"config file {path}"))
+    for override in overrides:
+        values = _merge(values, parse_override(override))
     return build(Config, _merge(values, flags or {}))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from synpo.data.pairs import load_pairs
+from synpo.config import ConfigError
+from synpo.data.pairs import hold_out, load_pairs
 from synpo.records import Pair, RecordError, write_records
 
 
@@ -68,3 +69,41 @@ def test_missing_and_empty_files_say_so(tmp_path: Path) -> None:
         load_pairs(tmp_path / "missing.jsonl")
     with pytest.raises(RecordError, match="holds no pair"):
         load_pairs(write(tmp_path / "empty.jsonl"))
+
+
+AUTHORS = {"video_name": "a/b.mp4", "pos_pre": "Good.", "neg_pre": "Bad.", "pos_score": 9.5, "neg_score": 4}
+
+
+def test_the_authors_rows_are_pairs_about_a_video(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", AUTHORS, AUTHORS | {"video_name": "c.mp4"})
+    first, second = load_pairs(path, prompt="What happens?")
+    assert (first.video, first.prompt, first.chosen, first.rejected) == ("a/b.mp4", "What happens?", "Good.", "Bad.")
+    assert (first.margin, second.video) == (5.5, "c.mp4")
+    assert first.id != second.id
+    assert load_pairs(path)[0].prompt == "Describe the video in detail."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pos_pre": None}, r"pairs.jsonl:1: chosen should be"),
+        ({"pos_score": "high"}, r"pairs.jsonl:1: chosen_score should be"),
+        ({"score": 1}, r"pairs.jsonl:1: unknown key score; a row with video_name has neg_pre"),
+    ],
+)
+def test_authors_rows_that_are_none_are_named(change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=message):
+        load_pairs(write(tmp_path / "pairs.jsonl", AUTHORS | change))
+    with pytest.raises(RecordError, match="no neg_pre"):
+        load_pairs(write(tmp_path / "pairs.jsonl", {k: v for k, v in AUTHORS.items() if k != "neg_pre"}))
+
+
+def test_held_out_pairs_share_no_video_with_the_others() -> None:
+    pairs = [Pair(str(i), f"{i // 3}.mp4", "Describe.", "a", f"b{i}") for i in range(12)]
+    taught, held = hold_out(pairs, 4)
+    assert len(held) == 6 and len(taught) == 6
+    assert not {p.video for p in held} & {p.video for p in taught}
+    assert hold_out(pairs[::-1], 4)[1] != [] and {p.id for p in hold_out(pairs[::-1], 4)[1]} == {p.id for p in held}
+    assert hold_out(pairs, 0) == (pairs, [])
+    with pytest.raises(ConfigError, match="train.held_out: 12 of 12 pairs"):
+        hold_out(pairs, 12)

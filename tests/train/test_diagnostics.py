@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from synpo.train.diagnostics import read_log, warnings_of
+from synpo.train.diagnostics import findings, read_log, warnings_of
+from synpo.train.guard import Guard
 from synpo.train.plots import plot_gradient_balance, plot_rewards
+from synpo.train.repetition import repeated_share
 
 
 def run(steps: int = 20, **ends: tuple[float, float]) -> list[dict[str, Any]]:
@@ -18,6 +21,7 @@ def run(steps: int = 20, **ends: tuple[float, float]) -> list[dict[str, Any]]:
         "synpo/rejected_logp": (-1.2, -1.5),
         "synpo/chosen_prob": (0.37, 0.41),
         "synpo/margin": (0.07, 0.19),
+        "synpo/language_reward": (0.5, 0.52),
         "synpo/saturation": (0.3, 0.6),
         "synpo/grad_balance/chosen": (0.5, 0.4),
         "synpo/grad_balance/rejected": (0.4, 0.2),
@@ -43,12 +47,51 @@ def test_a_healthy_run_gets_no_warning() -> None:
         ({"saturation": (0.3, 1.0)}, "synpo", ("saturates", "Lower train.alpha")),
         ({"chosen_prob": (0.4, 0.2)}, "synpo", ("became unlikely", "learning_rate", "raise train.beta")),
         ({"chosen_prob": (0.4, 0.2)}, "dpo", ("became unlikely", "use loss_type synpo")),
+        ({"language_reward": (0.5, 0.2)}, "synpo", ("language collapses", "learning_rate", "raise train.beta")),
         ({"margin": (0.2, 0.1)}, "simpo", ("margin fell", "Raise train.learning_rate")),
     ],
 )
 def test_each_failure_is_named_with_its_knob(ends: Any, loss_type: str, words: tuple[str, ...]) -> None:
     (warning,) = warnings_of(run(**ends), loss_type)
     assert all(word in warning for word in words), warning
+
+
+def test_answers_that_begin_to_repeat_themselves_are_noticed() -> None:
+    evaluations = [{"step": i, "eval_loss": 0.0, "eval_synpo/repetition": share} for i, share in enumerate((0.1, 0.2))]
+    assert findings(run(), "synpo", evaluations) == []
+    (found,) = findings([], "synpo", [*evaluations, {"eval_loss": 0.0, "eval_synpo/repetition": 0.6}])
+    assert (found.kind, found.serious) == ("repetition", True)
+    assert "10% of their 4-grams at the first evaluation, 60% now" in found.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"),
+    [([], 0.0), ([1, 2, 3], 0.0), ([1, 2, 3, 4, 5], 0.0), ([1, 2, 3, 4] * 2, 0.2), ([7] * 8, 0.8)],
+)
+def test_repeated_share(tokens: list[int], share: float) -> None:
+    assert repeated_share(tokens) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("mode", ["off", "warn", "stop"])
+def test_the_guard_says_each_trouble_once_and_stops_only_for_the_serious(mode: str) -> None:
+    said: list[str] = []
+    guard = Guard("synpo", mode, say=said.append)
+    stopped = []
+    for row in run(saturation=(1.0, 1.0), chosen_prob=(0.4, 0.1)):
+        state = SimpleNamespace(global_step=row["step"], is_world_process_zero=True)
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        guard.on_log(None, state, control, logs={k: v for k, v in row.items() if k != "step"})
+        if control.should_training_stop:
+            assert control.should_save
+            stopped.append(row["step"])
+    assert len(said) == (0 if mode == "off" else 2)
+    if mode != "off":
+        assert "step 10: the sigmoid saturates" in said[0]
+        assert "the chosen answers became unlikely" in said[1]
+    assert bool(stopped) == (mode == "stop")
+    if stopped:
+        assert guard.stopped is not None and guard.stopped.kind == "chosen"
+        assert stopped[0] >= 10
 
 
 def test_only_training_steps_are_read(tmp_path: Path) -> None:

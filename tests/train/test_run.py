@@ -20,7 +20,9 @@ from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
-from synpo.train.run import last_checkpoint, settings, train
+from synpo.train.checkpoint import CheckpointError, last_checkpoint
+from synpo.train.run import settings, train
+from synpo.train.trainer import SynPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,6 +111,11 @@ def test_other_settings_do_not_go_on_in_the_same_folder(config: Config, data: Pa
     assert (output / "notes.txt").read_text() == "mine"
 
 
+def steps(path: Path) -> list[tuple[float, ...]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(r["step"], r["loss"], r["grad_norm"], r["synpo/margin"]) for r in rows if "synpo/margin" in r]
+
+
 def test_killed_at_any_moment_it_goes_on_and_logs_the_same(config: Config, data: Path, tmp_path: Path) -> None:
     config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 2})
     whole = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "whole")
@@ -128,12 +135,36 @@ def test_killed_at_any_moment_it_goes_on_and_logs_the_same(config: Config, data:
     assert process.wait() == -signal.SIGKILL
     resumed = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "killed")
 
-    def steps(path: Path) -> list[tuple[float, ...]]:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [(r["step"], r["loss"], r["grad_norm"], r["synpo/margin"]) for r in rows if "synpo/margin" in r]
-
     assert [row[0] for row in steps(resumed.log)] == list(range(1, 9))
     np.testing.assert_allclose(steps(resumed.log), steps(whole.log), rtol=1e-6)
+
+
+@pytest.mark.parametrize("fails", ["weights"])
+def test_a_full_disk_says_so_and_keeps_the_last_good_checkpoint(
+    fails: str, config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 2})
+    arguments = (config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+
+    def full_from_step_4(trainer: Any, real: Any, *args: Any) -> Any:
+        if trainer.state.global_step < 4:
+            return real(trainer, *args)
+        if fails == "optimizer":
+            return torch.save({"state": torch.zeros(1 << 16)}, "/dev/full")
+        with open("/dev/full", "wb", buffering=0) as file:
+            return file.write(b"0")
+
+    name = {"optimizer": "_save_optimizer_and_scheduler", "weights": "save_model"}[fails]
+    real = getattr(SynPOTrainer, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(SynPOTrainer, name, lambda self, *args, **kw: full_from_step_4(self, real, *args))
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint-4 could not be written: .*last good one is .*checkpoint-2"
+        ):
+            train(*arguments)
+    assert {f.name for f in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2"}
+    result = train(*arguments)
+    assert [row[0] for row in steps(result.log)] == list(range(1, 9))
 
 
 def test_killed_after_the_last_step_only_the_end_is_done_again(config: Config, data: Path, tmp_path: Path) -> None:
@@ -147,13 +178,40 @@ def test_killed_after_the_last_step_only_the_end_is_done_again(config: Config, d
     assert (again.adapter / "adapter_model.safetensors").exists()
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"glob'), (14, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+def test_broken_checkpoints_are_named_and_passed_over(
+    config: Config, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 8})
+    arguments = (config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    whole = steps(train(*arguments).log)
+    run = tmp_path / "run"
+    (run / "metrics.json").unlink()
+    assert last_checkpoint(run) == run / "checkpoint-8"
+
+    def truncate(name: str) -> None:
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(content[: len(content) * 2 // 3])
+
+    truncate("checkpoint-8/adapter_model.safetensors")
+    truncate("checkpoint-7/optimizer.pt")
+    (run / "checkpoint-6" / "trainer_state.json").unlink()
+    truncate("checkpoint-5/trainer_state.json")
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    (run / "checkpoint-3" / "adapter_model.safetensors").unlink()
+    capsys.readouterr()
+    again = train(*arguments)
+    said = capsys.readouterr().err
+    for words in (
+        "checkpoint-8 is passed over: adapter_model.safetensors is truncated",
+        "checkpoint-7 is passed over: optimizer.pt is truncated",
+        "checkpoint-6 is passed over: it was not written to its end",
+        "checkpoint-5 is passed over: trainer_state.json cannot be read",
+        "checkpoint-4 is passed over: it holds no optimizer state",
+        "checkpoint-3 is passed over: it holds no weights",
+        "going on from",
+    ):
+        assert words in said
+    np.testing.assert_allclose(steps(again.log), whole, rtol=1e-6)
 
 
 def test_text_pairs_in_trl_format_train_a_text_model(tmp_path: Path) -> None:
@@ -193,6 +251,7 @@ def test_an_adapter_is_trained_further_but_is_no_reference(config: Config, data:
         ({"gamma": 1}, r"train\.gamma: synpo has no such parameter"),
         ({"output_dir": "x"}, r"train\.output_dir is set by the run itself"),
         ({"warmup_ratio": 0.1}, r"train: unknown key 'warmup_ratio'"),
+        ({"guard": "halt"}, r"train\.guard: expected off, warn, stop, got 'halt'"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(values: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -1,24 +1,29 @@
-"""Preference pairs from a JSON Lines file: our own records, or rows in TRL's format.
+"""Preference pairs from a JSON Lines file: our own records, rows in TRL's format, or the SynPO authors'.
 
     {"id": …, "video": "a.mp4", "prompt": "Describe…", "chosen": "…", "rejected": "…"}             records.Pair
     {"prompt": "…", "chosen": "…", "rejected": "…"}                                                plain
     {"prompt": [{"role": "user", …}], "chosen": [{"role": "assistant", …}], "rejected": […]}       conversational
     {"chosen": [{user}, {assistant}], "rejected": [{user}, {assistant}]}                           implicit prompt
+    {"video_name": "a.mp4", "pos_pre": "…", "neg_pre": "…", "pos_score": 9.5, "neg_score": 4}      the authors' (video)
 
-TRL rows may carry a `video`. Every prompt becomes one user turn of the model's chat template.
+TRL rows may carry a `video`. The authors' rows name no question: all get `prompt`, and their video names are paths below
+the videos folder, with their ending. Every prompt becomes one user turn of the model's chat template.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from synpo.config import ConfigError, PairsConfig
 from synpo.records import Pair, RecordError, parse_record, read_jsonl, record_id
 
+AUTHORS = {"video_name", "pos_pre", "neg_pre", "pos_score", "neg_score"}
 
-def load_pairs(path: str | os.PathLike[str]) -> list[Pair]:
-    """All pairs of a file, in its order.
+
+def load_pairs(path: str | os.PathLike[str], prompt: str = PairsConfig.prompt) -> list[Pair]:
+    """All pairs of a file, in its order; `prompt` is the question of rows that have none (the authors').
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -26,15 +31,49 @@ def load_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"pairs file {os.fspath(path)} does not exist; --pairs takes a JSON Lines file")
-    pairs = [_parse(row, f"{path}:{number}") for number, row in read_jsonl(path)]
+    pairs = [_parse(row, f"{path}:{number}", prompt) for number, row in read_jsonl(path)]
     if not pairs:
         raise RecordError(f"{path} holds no pair")
     return pairs
 
 
-def _parse(row: Any, where: str) -> Pair:
+def hold_out(pairs: Sequence[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and at least `count` others, none of them about a video (or, without one, a prompt) trained on.
+
+    The choice depends on the pairs alone, so that a resumed run makes the same one. Raises ConfigError when nothing is left.
+    """
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(record_id(pair.video or pair.prompt), []).append(pair)
+    held: list[Pair] = []
+    for key in sorted(groups):
+        if len(held) >= count:
+            break
+        held += groups[key]
+    chosen = {pair.id for pair in held}
+    taught = [pair for pair in pairs if pair.id not in chosen]
+    if not taught:
+        raise ConfigError(
+            f"train.held_out: {count} of {len(pairs)} pairs, with all pairs of their videos or prompts, leave none to train on"
+        )
+    return taught, held
+
+
+def _authors(row: Mapping[str, Any], prompt: str, where: str) -> Pair:
+    unknown, missing = sorted(set(row) - AUTHORS), sorted(AUTHORS - set(row))
+    if unknown or missing:
+        named = f"no {', '.join(missing)}" if missing else f"unknown key {', '.join(unknown)}"
+        raise RecordError(f"{where}: {named}; a row with video_name has {', '.join(sorted(AUTHORS))}")
+    values = {"video": row["video_name"], "prompt": prompt, "chosen": row["pos_pre"], "rejected": row["neg_pre"]}
+    scores = {"chosen_score": row["pos_score"], "rejected_score": row["neg_score"]}
+    return parse_record(Pair, {"id": record_id(values), **values, **scores}, where)
+
+
+def _parse(row: Any, where: str, default_prompt: str) -> Pair:
     if not isinstance(row, Mapping):
         raise RecordError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if "video_name" in row:
+        return _authors(row, default_prompt, where)
     if "id" in row:
         return parse_record(Pair, row, where)
     missing = [name for name in ("chosen", "rejected") if name not in row]

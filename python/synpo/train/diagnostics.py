@@ -6,7 +6,8 @@ Each check compares the beginning of a run with its end (a fifth of the logged s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from synpo.records import read_jsonl
@@ -14,7 +15,8 @@ from synpo.records import read_jsonl
 ENOUGH = 10  # logged steps below which a run says nothing
 SHARE = 0.2  # of the logged steps taken as beginning and as end
 SATURATED = 0.9  # mean of 1 − 4σ(1 − σ): σ is within 0.026 of 0 or 1
-COLLAPSED = 0.7  # geometric-mean probability of the chosen tokens, end over beginning
+COLLAPSED = 0.7  # geometric or arithmetic mean probability of the chosen tokens, end over beginning
+REPEATS = 0.2  # rise of the share of repeated 4-grams in greedy answers since the first evaluation
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -22,7 +24,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises FileNotFoundError, or RecordError naming a line that is not JSON.
     """
-    return [row for _, row in read_jsonl(path) if "synpo/chosen_logp" in row]
+    return [dict(row) for row in steps_of(row for _, row in read_jsonl(path))]
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -43,38 +45,101 @@ def ends(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
     return before, after
 
 
-def warnings_of(rows: Sequence[Mapping[str, Any]], loss_type: str) -> list[str]:
-    """What went wrong in a run of `loss_type`, one sentence each; empty when nothing did or it was too short to tell."""
+def steps_of(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The training steps among the rows of a log."""
+    return [row for row in rows if "synpo/chosen_logp" in row]
+
+
+def evaluations_of(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The evaluations among the rows of a log."""
+    return [row for row in rows if "eval_loss" in row]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that goes wrong: its kind, a sentence with the settings to change, and whether it ruins the model."""
+
+    kind: str
+    text: str
+    serious: bool
+
+
+def findings(
+    rows: Sequence[Mapping[str, Any]], loss_type: str, evaluations: Sequence[Mapping[str, Any]] = ()
+) -> list[Finding]:
+    """What goes wrong in a run of `loss_type`, from its training steps and its evaluations, one entry a kind.
+
+    Empty when nothing does, or when there are too few steps to tell.
+    """
+    found = _of_language(evaluations, loss_type)
     if len(rows) < ENOUGH:
-        return []
+        return found
     last = rows[-round(SHARE * len(rows)) :]
-    found = []
     rejected, chosen = (mean_of(last, f"synpo/grad_balance/{side}") for side in ("rejected", "chosen"))
     if rejected is not None and chosen is not None and rejected > chosen:
+        ratio = rejected / max(chosen, 1e-12)
         found.append(
-            f"negatives dominate: at the end the gradient through the rejected side is {rejected / max(chosen, 1e-12):.2f} "
-            "times that through the chosen side. " + _remedy(loss_type)
+            Finding(
+                "negatives",
+                f"negatives dominate: at the end the gradient through the rejected side is {ratio:.2f} times that through "
+                f"the chosen side. {_remedy(loss_type)}",
+                True,
+            )
         )
     saturation = mean_of(last, "synpo/saturation")
     if saturation is not None and saturation > SATURATED:
         found.append(
-            f"the sigmoid saturates: {saturation:.0%} of its slope is gone at the end, pairs no longer teach. Lower "
-            "train.alpha, or stop earlier (train.num_train_epochs)."
+            Finding(
+                "saturation",
+                f"the sigmoid saturates: {saturation:.0%} of its slope is gone at the end, pairs no longer teach. Lower "
+                "train.alpha, or stop earlier (train.num_train_epochs).",
+                False,
+            )
         )
-    before, after = ends(rows, "synpo/chosen_prob")
-    if after < COLLAPSED * before:
-        found.append(
-            f"the chosen answers became unlikely: token probability {before:.3g} at the start, {after:.3g} at the end. "
-            "Lower train.learning_rate"
-            + (", or raise train.beta." if loss_type == "synpo" else ", or use loss_type synpo.")
-        )
+    for kind, name, words in (
+        ("chosen", "synpo/chosen_prob", "the chosen answers became unlikely: token probability"),
+        ("language", "synpo/language_reward", "language collapses: the language reward was"),
+    ):
+        if mean_of(rows, name) is None:
+            continue
+        before, after = ends(rows, name)
+        if after < COLLAPSED * before:
+            text = f"{words} {before:.3g} at the start, {after:.3g} at the end. {_gentler(loss_type)}"
+            found.append(Finding(kind, text, True))
     before, after = ends(rows, "synpo/margin")
     if after < before:
         found.append(
-            f"the margin fell from {before:.3g} to {after:.3g}: chosen and rejected are not being told apart. Raise "
-            "train.learning_rate or train.num_train_epochs, or look at the pairs."
+            Finding(
+                "margin",
+                f"the margin fell from {before:.3g} to {after:.3g}: chosen and rejected are not being told apart. Raise "
+                "train.learning_rate or train.num_train_epochs, or look at the pairs.",
+                False,
+            )
         )
     return found
+
+
+def _of_language(evaluations: Sequence[Mapping[str, Any]], loss_type: str) -> list[Finding]:
+    shares = [float(row["eval_synpo/repetition"]) for row in evaluations if "eval_synpo/repetition" in row]
+    if len(shares) < 2 or shares[-1] - shares[0] < REPEATS:
+        return []
+    text = (
+        f"greedy answers repeat themselves: {shares[0]:.0%} of their 4-grams at the first evaluation, {shares[-1]:.0%} "
+        f"now. {_gentler(loss_type)}"
+    )
+    return [Finding("repetition", text, True)]
+
+
+def warnings_of(
+    rows: Sequence[Mapping[str, Any]], loss_type: str, evaluations: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """The sentences of `findings`."""
+    return [finding.text for finding in findings(rows, loss_type, evaluations)]
+
+
+def _gentler(loss_type: str) -> str:
+    other = "or raise train.beta." if loss_type == "synpo" else "or use loss_type synpo."
+    return f"Lower train.learning_rate, {other}"
 
 
 def _remedy(loss_type: str) -> str:

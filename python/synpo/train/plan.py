@@ -149,7 +149,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         ConfigError: a setting or size cannot be used. FileNotFoundError, RecordError, ValueError: as `train`.
     """
     sizes = {name: gpu_bytes(name) for name in gpus or _present() or COMMON_SIZES}
-    loaded = load_pairs(pairs)
+    loaded = load_pairs(pairs, config.pairs.prompt)
     away = config if torch.cuda.is_available() else replace(config, model=replace(config.model, device="cpu"))
     args = settings(away, Path("plan"))
     lm = skeleton(config.model)

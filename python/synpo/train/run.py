@@ -5,7 +5,7 @@ output/train_log.jsonl       one line a logged step
 output/checkpoint-<step>/    what a killed run goes on from
 output/adapter/              the trained adapter (safetensors), for --adapter
 output/vision/               visual features, with train.cache_vision
-output/rewards.png, output/gradient_balance.png
+output/rewards.png, output/gradient_balance.png    drawn again after every evaluation and checkpoint
 output/metrics.json          written last: a folder that has it is complete
 """
 
@@ -26,13 +26,14 @@ from transformers import set_seed
 
 from synpo.config import Config, ConfigError, build, suggest
 from synpo.data.features import VisionCache
-from synpo.data.pairs import load_pairs
+from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import load
-from synpo.records import record_id, write_json
-from synpo.train.diagnostics import ends, read_log, warnings_of
+from synpo.records import read_jsonl, record_id, write_json
+from synpo.train.checkpoint import last_checkpoint, writing
+from synpo.train.diagnostics import ends, evaluations_of, read_log, warnings_of
+from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import apply_lora
-from synpo.train.plots import plot_gradient_balance, plot_rewards
 from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
 from synpo_kernels import OBJECTIVES
 
@@ -57,6 +58,8 @@ def settings(config: Config, output: Path) -> SynPOConfig:
     known = {f.name: f for f in dataclasses.fields(SynPOConfig) if f.init}
     values: dict[str, Any] = {}
     for name, value in config.train.items():
+        if name == "activation_checkpointing" and name not in known:  # its name in earlier releases
+            name = "gradient_checkpointing"
         if name in OWN:
             raise ConfigError(f"train.{name} is set by the run itself (--output, --seed, --device, --resume)")
         if name not in known:
@@ -90,11 +93,12 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     Raises:
         ConfigError: a setting cannot be used, or `output` holds a run with other settings.
         FileNotFoundError, RecordError: the pairs file is not there, or not a file of pairs.
-        ValueError: no pair can be used; DivergenceError: the loss is not finite.
+        ValueError: no pair can be used; DivergenceError: the loss is not finite; GuardError: train.guard stopped the run;
+            CheckpointError: a checkpoint could not be written.
     """
     console = Console(stderr=True, soft_wrap=True)
     args = settings(config, output)
-    chosen = load_pairs(pairs)
+    chosen = load_pairs(pairs, config.pairs.prompt)
     wanted = {
         "config": asdict(config),
         "videos": str(videos) if videos else None,
@@ -118,30 +122,43 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     lm = load(config.model)
     features = VisionCache(output / "vision", lm) if args.cache_vision else None
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)
-    dataset = PairDataset(encoder, chosen, cache_bytes=int(args.cache_gigabytes * 2**30))
+    taught, held = hold_out(chosen, args.held_out)
+    dataset = PairDataset(encoder, taught, cache_bytes=int(args.cache_gigabytes * 2**30))
     console.print(dataset.table())
+    unseen = PairDataset(encoder, held, progress=False) if held else None
     wrapped = apply_lora(lm, config.lora)
     args.dataloader_pin_memory &= lm.device.type == "cuda"
-    trainer = SynPOTrainer(lm, args, dataset)
+    trainer = SynPOTrainer(lm, args, dataset, unseen)
     trainable = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
     console.print(f"{args.loss_type} on {len(dataset)} pairs, LoRA on {len(wrapped)} modules, {trainable:,} parameters")
 
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", wanted)
-    checkpoint = last_checkpoint(output)
+    checkpoint = last_checkpoint(output, say=lambda text: console.print(text, markup=False))
     if checkpoint is not None:
         console.print(f"going on from {checkpoint}")
+    log = output / LOG_NAME
+    guard = Guard(args.loss_type, args.guard, [row for _, row in read_jsonl(log)] if log.exists() else [])
+    curves = Curves(output, args.loss_type, guard)
+    trainer.add_callback(guard)
+    trainer.add_callback(curves)
     done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    lm.model.save_pretrained(output / "adapter")
-    rows = read_log(output / LOG_NAME)
-    for plot, name in ((plot_rewards, "rewards"), (plot_gradient_balance, "gradient_balance")):
-        plot({args.loss_type: rows}, output / f"{name}.png")
-    warnings = warnings_of(rows, args.loss_type)
+    curves.draw()
+    if guard.stopped is not None:
+        raise GuardError(
+            f"stopped by train.guard at step {done.global_step}: {guard.stopped.text} {output}/checkpoint-{done.global_step} "
+            "is saved; --set train.guard=warn goes on from it, other settings want another --output"
+        )
+    with writing(output / "adapter"):
+        lm.model.save_pretrained(output / "adapter")
+    rows = read_log(log)
+    warnings = warnings_of(rows, args.loss_type, evaluations_of(guard.rows))
     metrics = {
         "loss_type": args.loss_type,
         "loss_parameters": trainer.pair_objective.parameters,
         "steps": done.global_step,
         "pairs": len(dataset),
+        "held_out": len(unseen) if unseen else 0,
         "dropped": {reason: count for reason, count, _ in dataset.reasons()},
         "trainable_parameters": trainable,
         "seconds": done.metrics["train_runtime"],
@@ -179,19 +196,6 @@ def _result(output: Path) -> TrainResult:
     return TrainResult(output, output / "adapter", output / LOG_NAME, plots, metrics, metrics["warnings"])
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end (its state file is written last); None when there is none."""
-    whole = []
-    for folder in output.glob("checkpoint-*"):
-        try:
-            whole.append(
-                (json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], folder)
-            )
-        except (OSError, json.JSONDecodeError):
-            continue  # killed while it was being written
-    return max(whole)[1] if whole else None
-
-
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:
     """Raise ConfigError naming the settings of a run that the folder already holds and that are not those asked for."""
 
@@ -204,7 +208,7 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) ->
     differ = [
         f"{name.removeprefix('config.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name != "config.model.device"
+        if before.get(name) != now.get(name) and name not in ("config.model.device", "config.train.guard")
     ]
     if differ:
         raise ConfigError(

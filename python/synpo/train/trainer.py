@@ -12,6 +12,7 @@ Checkpoints, resuming, mixed precision, accumulation and distribution are the Tr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -30,11 +31,15 @@ from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
+from synpo.train.checkpoint import writing
+from synpo.train.guard import MODES
 from synpo.train.objective import Outcome, PairObjective, parameters_of
 from synpo.train.reference import precompute
+from synpo.train.repetition import repetition
 from synpo.train.sharing import collator_for
 
 LOG_NAME = "train_log.jsonl"
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class DivergenceError(ValueError):
@@ -77,6 +82,13 @@ class SynPOConfig(TrainingArguments):
         default=True, metadata={"help": "Compute the prompt of a pair once; models that cannot say why."}
     )
 
+    guard: str = field(
+        default="warn", metadata={"help": "off, warn, or stop when negatives dominate or language breaks."}
+    )
+    held_out: int = field(default=0, metadata={"help": "Pairs kept from training and evaluated once an epoch."})
+    samples: int = field(default=4, metadata={"help": "Held-out prompts answered greedily at every evaluation."})
+    sample_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
+
     logging_steps: float = 1
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
@@ -88,11 +100,23 @@ class SynPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         parameters_of(self.loss_type, self.loss_parameters)
+        if self.guard not in MODES:
+            raise ConfigError(f"train.guard: expected {', '.join(MODES)}, got {self.guard!r}")
+        check_reporters(self.report_to)
+        if self.held_out > 0 and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            self.eval_strategy, self.eval_on_start = "epoch", True
         super().__post_init__()
 
     @property
     def loss_parameters(self) -> dict[str, float | None]:
         return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "weight": self.weight}
+
+
+def check_reporters(names: str | list[str] | None) -> None:
+    """Raise ConfigError for a tracker in `report_to` that is not installed, before any work."""
+    for name in [names] if isinstance(names, str) else names or []:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"train.report_to: {name} is not installed: pip install 'synpo[{name}]'")
 
 
 class SynPOTrainer(Trainer):
@@ -197,12 +221,24 @@ class SynPOTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def _sampled(self, count: int) -> list[EncodedPair]:
+        """The held-out pairs whose prompts are answered at every evaluation."""
+        held: Any = self.eval_dataset
+        return [] if held is None or isinstance(held, dict) else [held[i] for i in range(min(count, len(held)))]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs seen since the last log. Called by the Trainer."""
         evaluated = next((name for name in logs if name.startswith("eval") and name.endswith("_loss")), None)
         if evaluated is not None:
             prefix = evaluated.removesuffix("loss")
             logs.update({prefix + name: value for name, value in self._means["eval"].drain(self.accelerator).items()})
+            settings: Any = self.args
+            if settings.sample_tokens > 0 and (pairs := self._sampled(settings.samples)):
+                logs[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
         elif "loss" in logs:
             means = self._means["train"].drain(self.accelerator)
             logs.update({name: value for name, value in means.items() if name != "loss"})

@@ -1,0 +1,101 @@
+"""Checkpoints that can be trusted: which one a run goes on from, and what is said when one cannot be written.
+
+A checkpoint is whole when its state file, which is written last, is there and every weight and optimizer file is as long as
+it says it is. Anything else (a process killed while writing or while removing an old one, a disk that filled up, a copy
+that was cut) is passed over with its reason, and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+STATE = "trainer_state.json"
+OPTIMIZER = ("optimizer*", "global_step*", "pytorch_model_fsdp*")  # one process; DeepSpeed; FSDP
+
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream")  # in what torch.save says of a full disk
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or adapter could not be written. The message says what is left and what to do."""
+
+
+def fault(folder: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint folder; None when it can."""
+    try:
+        step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
+    except FileNotFoundError:
+        return "it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{STATE} cannot be read ({error})"
+    if folder.name != f"checkpoint-{step}":
+        return f"{STATE} is that of step {step}"
+    if not any(True for pattern in OPTIMIZER for _ in folder.glob(pattern)):
+        return "it holds no optimizer state"
+    weights = [*folder.glob("*.safetensors"), *folder.glob("global_step*"), *folder.glob("pytorch_model_fsdp*")]
+    if not weights:
+        return "it holds no weights"
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors" and not _whole_safetensors(file):
+            return f"{file.name} is truncated or not readable"
+        if file.suffix in (".pt", ".pth") and not _whole_archive(file):
+            return f"{file.name} is truncated or not readable"
+    return None
+
+
+def _whole_safetensors(file: Path) -> bool:
+    try:
+        with open(file, "rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return file.stat().st_size == 8 + length + end
+    except (OSError, ValueError, KeyError, struct.error, MemoryError, OverflowError):
+        return False
+
+
+def _whole_archive(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError):
+        return False
+
+
+def last_checkpoint(output: Path, say: Callable[[str], None] | None = None) -> Path | None:
+    """The newest whole checkpoint of a run, None when there is none; `say` hears of every newer one that is not whole."""
+    folders = [f for f in output.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(folders, key=lambda f: int(f.name.removeprefix("checkpoint-")), reverse=True):
+        reason = fault(folder)
+        if reason is None:
+            return folder
+        if say is not None:
+            say(f"{folder} is passed over: {reason}")
+    return None
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn a failed write of the folder `target` into CheckpointError, removing what was written of it.
+
+    Other errors pass; so does a folder that was whole before.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+            raise  # no matter of files
+        shutil.rmtree(target, ignore_errors=True)
+        last = last_checkpoint(target.parent)
+        kept = f"The last good one is {last}" if last else "There is no earlier one"
+        raise CheckpointError(
+            f"{target} could not be written: {str(error).splitlines()[0]}. {kept}. Free space on that disk (or lower "
+            "train.save_total_limit), then the same command goes on from it"
+        ) from error
