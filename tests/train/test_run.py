@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer
 
 from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.model.adapter import load
@@ -139,7 +141,7 @@ def test_killed_at_any_moment_it_goes_on_and_logs_the_same(config: Config, data:
     np.testing.assert_allclose(steps(resumed.log), steps(whole.log), rtol=1e-6)
 
 
-@pytest.mark.parametrize("fails", ["weights"])
+@pytest.mark.parametrize("fails", ["optimizer", "weights"])
 def test_a_full_disk_says_so_and_keeps_the_last_good_checkpoint(
     fails: str, config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +214,52 @@ def test_broken_checkpoints_are_named_and_passed_over(
     ):
         assert words in said
     np.testing.assert_allclose(steps(again.log), whole, rtol=1e-6)
+
+
+def test_held_out_pairs_are_evaluated_and_their_answers_looked_at(config: Config, data: Path, tmp_path: Path) -> None:
+    extra = {"held_out": 2, "samples": 2, "sample_tokens": 12}
+    result = train(replace(config, train=config.train | extra), data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    assert result.metrics["pairs"] == 6
+    assert result.metrics["held_out"] == 2
+    rows = [json.loads(line) for line in result.log.read_text().splitlines()]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 3, 6]
+    assert all(0 <= row["eval_synpo/repetition"] <= 1 for row in evaluations)
+    assert evaluations[-1]["eval_synpo/chosen_prob"] != evaluations[0]["eval_synpo/chosen_prob"]
+
+
+def test_curves_are_drawn_while_training_goes_on(
+    config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 4})
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return Trainer.training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SynPOTrainer, "training_step", stop, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    assert all((tmp_path / "run" / f"{name}.png").stat().st_size > 5000 for name in ("rewards", "gradient_balance"))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match=rf"report_to: {name} is not installed: pip install 'synpo\[{name}\]'"):
+        settings(Config(model=ModelConfig(device="cpu"), train={"report_to": name}), tmp_path)
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed (pip install tensorboard)")
+def test_tensorboard_gets_the_metrics(config: Config, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    config = replace(config, train=config.train | {"report_to": "tensorboard"})
+    train(config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    (events,) = (tmp_path / "board").rglob("events.*")
+    assert b"synpo/margin" in events.read_bytes()
 
 
 def test_text_pairs_in_trl_format_train_a_text_model(tmp_path: Path) -> None:
