@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"train", "pipeline", "judge", "eval", "all", "flash", "vllm", "bench", "dev"}
+TRACKERS = {"tensorboard", "wandb", "trackio"}
+EXTRAS = {"train", "pipeline", "judge", "eval", "all", "flash", "vllm", "qlora", "bench", "dev"} | TRACKERS
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
     """From a copy, so that nothing is written into the checkout: everything a build from source needs is in the archive."""
     copy = tmp_path / "checkout"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "results")
-    for folder in ("csrc", "synpo_kernels", "python", "tests", "bench"):
+    for folder in ("csrc", "synpo_kernels", "python", "tests", "bench", "examples"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
     for file in ROOT.glob("*"):
         if file.is_file():

@@ -33,7 +33,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and how it is loaded. `adapter` is a PEFT folder; `device` auto takes CUDA when there is one."""
+    """Which model, and how it is loaded. `adapter` is a PEFT folder; `device` auto takes CUDA when there is one.
+
+    `quantization` nf4 or int8 holds the language model's weights in 4 or 8 bits (needs bitsandbytes, extra `qlora`).
+    """
 
     path: str = ""
     revision: str | None = None
@@ -41,6 +44,7 @@ class ModelConfig:
     dtype: str = "auto"
     device: str = "auto"
     attention: str = "auto"
+    quantization: str = "none"
     trust_remote_code: bool = False
 
 

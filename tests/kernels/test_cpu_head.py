@@ -334,8 +334,10 @@ def test_peak_memory(shape, memory, mebibytes) -> None:
         linear_logprobs(leaf, weight, labels, backend="cpu", memory=memory).sum().backward()
 
     run()
-    peak = measure.peak_bytes(run, torch.device("cpu"))
-    if peak is None:
+    peaks = [
+        measure.peak_bytes(run, torch.device("cpu")) for _ in range(3)
+    ]  # other allocations of the process disturb some
+    if None in peaks:
         pytest.skip("this system does not say what a process held at most")
-    peak -= leaf.nbytes  # the gradient before it is added to the leaf's
+    peak = min(peaks) - leaf.nbytes  # the gradient before it is added to the leaf's
     assert peak < mebibytes << 20, f"{peak / 2**20:.1f} MiB; the logits take {shape[0] * shape[1] / 2**18:.0f}"

@@ -119,7 +119,7 @@ def test_other_masks_are_attended_to_as_before(family_lm: Any) -> None:
     lm = family_lm("llama")
     ids, mask = torch.randint(5, 200, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
-    packing._install("sdpa")
+    packing.install("sdpa")
     causal = torch.ones(9, 9).tril().bool() & mask[:, None, None].bool() | torch.eye(9).bool()
     results = []
     for name, given in (("sdpa", mask), ("sdpa", causal), ("eager", mask)):
@@ -142,7 +142,7 @@ def test_kernels_that_align_the_ends_need_no_mask() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 4, 21, 8, generator=generator)
     lengths = torch.tensor([[[[5, 3, 4], [2, 1, 6]]]])
-    packing._install("sdpa")
+    packing.install("sdpa")
     masked = packing._attend(packing._installed["sdpa"], True, None, query, key, value, lengths, {})
     assert masked.shape == (1, 21, 4, 8)
     torch.testing.assert_close(packing._attend(flash, False, None, query, key, value, lengths, {}), masked)

@@ -1,11 +1,10 @@
 """`synpo train` end to end on rendered clips: outputs, resuming, refusals."""
 
 import json
-import os
+import multiprocessing
+import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,17 +15,17 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer
 
 from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
-from synpo.train.checkpoint import CheckpointError, last_checkpoint
+from synpo.train.checkpoint import CheckpointError, fault, last_checkpoint
+from synpo.train.guard import GuardError
 from synpo.train.run import settings, train
 from synpo.train.trainer import SynPOTrainer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -118,27 +117,39 @@ def steps(path: Path) -> list[tuple[float, ...]]:
     return [(r["step"], r["loss"], r["grad_norm"], r["synpo/margin"]) for r in rows if "synpo/margin" in r]
 
 
-def test_killed_at_any_moment_it_goes_on_and_logs_the_same(config: Config, data: Path, tmp_path: Path) -> None:
-    config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 2})
-    whole = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "whole")
-    values = {"model": {"path": config.model.path, "device": "cpu"}, "train": config.train}
-    values |= {"frames": {"fps": 1, "minimum": 2, "maximum": 2}, "lora": {"r": 4, "alpha": 8}}
-    (tmp_path / "config.yaml").write_text(json.dumps(values))
-    command = [sys.executable, "-m", "synpo", "train", "--config", str(tmp_path / "config.yaml"), "--output"]
-    command += [str(tmp_path / "killed"), "--pairs", str(data / "pairs.jsonl"), "--videos", str(data / "videos")]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    log = tmp_path / "killed" / "train_log.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.exists() and log.read_text().count("\n") >= 3:
-            process.send_signal(signal.SIGKILL)
-        time.sleep(0.002)
-    assert process.wait() == -signal.SIGKILL
-    resumed = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "killed")
-
+def test_killed_again_and_again_it_goes_on_and_logs_the_same(config: Config, data: Path, tmp_path: Path) -> None:
+    """kill -9 at random moments and while a checkpoint is written, each time gone on from; also mid-epoch."""
+    config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2})
+    arguments = (config, data / "videos", data / "pairs.jsonl")
+    whole = train(*arguments, tmp_path / "whole")
+    output, rng = tmp_path / "killed", random.Random(0)
+    log = output / "train_log.jsonl"
+    written = 0
+    for moment in ("step", "checkpoint", "any", "checkpoint", "step", "any"):
+        before = log.read_text().count("\n") if log.exists() else 0
+        process = multiprocessing.get_context("fork").Process(target=train, args=(*arguments, output))
+        process.start()
+        deadline = time.monotonic() + 100
+        delay = None
+        while process.is_alive() and time.monotonic() < deadline:
+            unfinished = any(not (f / "trainer_state.json").exists() for f in output.glob("checkpoint-*"))
+            stepped = log.exists() and log.read_text().count("\n") != before
+            if delay is None and (unfinished if moment == "checkpoint" else stepped):
+                delay = time.monotonic() + (rng.uniform(0, 0.2) if moment == "any" else 0)
+            if delay is not None and time.monotonic() >= delay:
+                process.kill()
+            time.sleep(0.0005)
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        written += sum(fault(f) is not None for f in output.glob("checkpoint-*"))
+        if process.exitcode == 0:
+            break
+    assert written > 0, "no kill hit the writing of a checkpoint"
+    resumed = train(*arguments, output)
     assert [row[0] for row in steps(resumed.log)] == list(range(1, 9))
     np.testing.assert_allclose(steps(resumed.log), steps(whole.log), rtol=1e-6)
+    ours, theirs = (load_file(r.adapter / "adapter_model.safetensors") for r in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("fails", ["optimizer", "weights"])
@@ -242,6 +253,25 @@ def test_curves_are_drawn_while_training_goes_on(
     with pytest.raises(KeyboardInterrupt):
         train(config, data / "videos", data / "pairs.jsonl", tmp_path / "run")
     assert all((tmp_path / "run" / f"{name}.png").stat().st_size > 5000 for name in ("rewards", "gradient_balance"))
+
+
+def test_the_guard_stops_a_run_that_goes_wrong_and_it_can_go_on(
+    config: Config, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = {"loss_type": "dpo", "beta": 2.0, "learning_rate": 3e-2, "num_train_epochs": 8, "guard": "stop"}
+    config = replace(config, train=config.train | bad)
+    arguments = (data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    with pytest.raises(
+        GuardError, match=r"stopped by train.guard at step \d+: .*learning_rate.*checkpoint-\d+ is saved"
+    ):
+        train(config, *arguments)
+    said = capsys.readouterr().err
+    assert "warning: step" in said
+    step = last_checkpoint(tmp_path / "run")
+    assert step is not None and step.name != "checkpoint-32"
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    result = train(replace(config, train=config.train | {"guard": "off"}), *arguments)
+    assert result.metrics["steps"] == 32
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

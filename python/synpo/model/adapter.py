@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from synpo.config import ConfigError, ModelConfig
+from synpo.model import quantize
 from synpo.model.vision import OneVision, Processor, Vision, sequential_positions, vision_for
 from synpo_kernels import lora_head
 from synpo_kernels.parallel import gathered, whole
@@ -340,7 +341,7 @@ def load(config: ModelConfig) -> CaptionModel:
     """Load a checkpoint folder or hub id for captioning or training.
 
     Raises:
-        ConfigError: no model is named, the folder is missing, or its files cannot be read; says which.
+        ConfigError: no model is named, the folder is missing, its files cannot be read, or it cannot be quantized; says which.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
@@ -348,6 +349,7 @@ def load(config: ModelConfig) -> CaptionModel:
     path = os.path.expanduser(config.path)
     shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     device = _device(config.device)
+    quantized = quantize.loading(config, device)
     try:
         settings = AutoConfig.from_pretrained(path, **shared)
         kind = AutoModelForImageTextToText if getattr(settings, "vision_config", None) else AutoModelForCausalLM
@@ -356,14 +358,20 @@ def load(config: ModelConfig) -> CaptionModel:
             dtype=config.dtype,
             attn_implementation=_attention(config.attention, device),
             use_safetensors=True,
+            **quantized,
             **shared,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **shared)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {config.path} cannot be loaded: {error}") from error
+    quantize.check(model)
     vision = vision_for(model, tokenizer, path, config.revision, config.trust_remote_code)
     if config.adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, config.adapter)
+    if quantized:
+        return CaptionModel(
+            model.eval(), tokenizer, vision
+        )  # is on its device already, and 8-bit weights refuse to move
     return CaptionModel(model.to(device).eval(), tokenizer, vision)

@@ -65,7 +65,7 @@ def packed_inputs(
         sequences: (2B, S) int64, place in the row of every token of the separate sequences, chosen first, -1 behind the end.
         visions: B visual parts.
     """
-    _install(implementation(lm))
+    install(implementation(lm))
     there = sequences >= 0
     ids = input_ids.flatten()[sequences.clamp(min=0)].masked_fill(~there, lm.pad_token_id)  # (2B, S)
     separate = lm.positions(ids, there.long(), [*visions, *visions])  # (2B, S) or (3, 2B, S)
@@ -74,7 +74,7 @@ def packed_inputs(
     return {**lm.inputs(input_ids, visions), "attention_mask": lengths[None, None], "position_ids": positions}
 
 
-def _install(name: str) -> None:
+def install(name: str) -> None:
     """Teach transformers' attention `name` to read lengths in place of a mask; with any other mask it is as it was."""
     if name in _installed:
         return

@@ -10,8 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from synpo.config import ConfigError, LoraSection
 from synpo.model.adapter import CaptionModel
-
-NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|image|video|audio|projector|connector|merger|resampler|perceiver)")
+from synpo.model.quantize import NOT_LANGUAGE
 
 
 def language_prefix(model: Any) -> str:
@@ -72,7 +71,7 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
 
 
 def _checked(names: list[str], section: LoraSection) -> list[str]:
-    outside = [name for name in names if NOT_LANGUAGE.search(name)]
+    outside = [name for name in names if re.match(NOT_LANGUAGE, name)]
     if outside:
         raise ConfigError(
             f"lora.target_modules: {section.target_modules!r} reaches {outside[0]} and {len(outside) - 1} more modules "

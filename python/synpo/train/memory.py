@@ -37,7 +37,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from synpo.data.tokenize import Lengths
-from synpo.model.packing import _install as install
+from synpo.model.packing import install
+from synpo.model.quantize import weight_bytes
 from synpo_kernels.passes import MAX_ROWS, SLICE_BYTES
 
 RESERVE = 1 << 30
@@ -241,7 +242,7 @@ class MemoryModel:
     Args:
         model: the model under PEFT or not, requiring gradients where it will be trained.
         optimizer: name of the optimizer as TrainingArguments takes it. device, autocast: as `saved_by_decoder`.
-        weight_bytes: bytes of all parameters where they will not be held as they stand here (quantized).
+        quantization: how its weights will be held, as in ModelConfig; they stand here unquantized.
     """
 
     def __init__(
@@ -250,12 +251,12 @@ class MemoryModel:
         optimizer: str = "adamw_torch",
         device: str = "cuda",
         autocast: torch.dtype | None = None,
-        weight_bytes: int | None = None,
+        quantization: str = "none",
     ) -> None:
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device, self.autocast = device, autocast
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.weights = _nbytes([*model.parameters(), *model.buffers()]) if weight_bytes is None else weight_bytes
+        self.weights = weight_bytes(model, quantization)
         states = next((count for name, count in STATES.items() if name in optimizer), 2)
         numbers = sum(p.numel() for p in trained)
         self.trained = _nbytes(trained) + states * (numbers if "8bit" in optimizer else _nbytes(trained))

@@ -162,6 +162,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         optimizer=str(getattr(args.optim, "value", args.optim)),
         device="cpu" if config.model.device == "cpu" else "cuda",
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        quantization=config.model.quantization,
     )
     used = dataset.lengths
     checkpointed = bool(
