@@ -8,7 +8,7 @@ from .api import FusedLinearSynPOLoss, SynPOOutput, linear_logprobs, lora_head
 from .certified import CertifiedLogprobs, CertifiedSynPOOutput, certified_logprobs
 from .contrast import contrastive_mix, contrastive_sample
 from .epilogue import synpo_pairs
-from .losses import OBJECTIVES, Objective, SequenceStats, sequence_stats
+from .losses import OBJECTIVES, Objective, SequenceStats, objective, sequence_stats
 
 __all__ = [
     "OBJECTIVES",
@@ -24,6 +24,7 @@ __all__ = [
     "linear_logprobs",
     "lora_head",
     "losses",
+    "objective",
     "sequence_stats",
     "synpo_pairs",
 ]

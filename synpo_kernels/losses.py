@@ -179,9 +179,18 @@ class Objective:
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def _objective(
+def objective(
     *, reference: bool = False, rejected: bool = True
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorator: register function(stats, **parameters, reduction="mean") -> () under its own name in `OBJECTIVES`.
+
+    Args:
+        reference: it takes the statistics of a reference model as its second argument.
+        rejected: it needs both completions of a pair; False: the chosen one alone.
+
+    Its keyword arguments with defaults are its parameters; `reduction` is as in `reduce_pairs`.
+    """
+
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         OBJECTIVES[function.__name__] = Objective(function.__name__, function, reference, rejected)
         return function
@@ -189,7 +198,7 @@ def _objective(
     return register
 
 
-@_objective()
+@objective()
 def synpo(stats: SequenceStats, *, alpha: float = 30.0, beta: float = 0.2, reduction: str = "mean") -> Tensor:
     """L = -[ σ(α (P+ - P-)) + β a+ ], P = exp(m) the geometric, a the arithmetic mean of the token probabilities.
 
@@ -200,13 +209,13 @@ def synpo(stats: SequenceStats, *, alpha: float = 30.0, beta: float = 0.2, reduc
     return reduce_pairs(per_pair, stats.valid_pairs, reduction)
 
 
-@_objective(rejected=False)
+@objective(rejected=False)
 def sft(stats: SequenceStats, *, reduction: str = "mean") -> Tensor:
     """L = -m+, the mean negative log-likelihood of the chosen completion; each completion weighs the same."""
     return reduce_pairs(-stats.chosen.mean_logps, stats.chosen.tokens > 0, reduction)
 
 
-@_objective(reference=True)
+@objective(reference=True)
 def dpo(stats: SequenceStats, reference: SequenceStats, *, beta: float = 0.1, reduction: str = "mean") -> Tensor:
     """L = -log σ(β [ (log π - log π_ref)(y+) - (log π - log π_ref)(y-) ]), sums of log-probabilities.
 
@@ -217,7 +226,7 @@ def dpo(stats: SequenceStats, reference: SequenceStats, *, beta: float = 0.1, re
     return reduce_pairs(-F.logsigmoid(beta * (chosen - rejected)), stats.valid_pairs, reduction)
 
 
-@_objective(reference=True)
+@objective(reference=True)
 def ipo(stats: SequenceStats, reference: SequenceStats, *, beta: float = 0.1, reduction: str = "mean") -> Tensor:
     """L = ( (m - m_ref)(y+) - (m - m_ref)(y-) - 1/(2β) )², with log-likelihoods averaged over tokens.
 
@@ -228,7 +237,7 @@ def ipo(stats: SequenceStats, reference: SequenceStats, *, beta: float = 0.1, re
     return reduce_pairs((chosen - rejected - 0.5 / beta).square(), stats.valid_pairs, reduction)
 
 
-@_objective()
+@objective()
 def simpo(stats: SequenceStats, *, beta: float = 2.0, gamma: float = 1.0, reduction: str = "mean") -> Tensor:
     """L = -log σ(β (m+ - m-) - γ).
 
@@ -238,7 +247,7 @@ def simpo(stats: SequenceStats, *, beta: float = 2.0, gamma: float = 1.0, reduct
     return reduce_pairs(-F.logsigmoid(margin), stats.valid_pairs, reduction)
 
 
-@_objective()
+@objective()
 def cpo(stats: SequenceStats, *, beta: float = 0.1, weight: float = 1.0, reduction: str = "mean") -> Tensor:
     """L = -log σ(β (log π(y+) - log π(y-))) - weight · m+: sums in the preference term, the mean in the likelihood term.
 
@@ -248,7 +257,7 @@ def cpo(stats: SequenceStats, *, beta: float = 0.1, weight: float = 1.0, reducti
     return reduce_pairs(preference - weight * stats.chosen.mean_logps, stats.valid_pairs, reduction)
 
 
-@_objective()
+@objective()
 def orpo(stats: SequenceStats, *, beta: float = 0.1, reduction: str = "mean") -> Tensor:
     """L = -m+ - β log σ(log odds(y+) - log odds(y-)), odds = P / (1 - P) with P = exp(m).
 

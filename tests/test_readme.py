@@ -12,6 +12,7 @@ import yaml
 from synpo.cli import build_parser
 from synpo.config import Config, build
 from synpo.train.run import settings
+from synpo_kernels import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ def test_the_code_runs():
         "label_rows": labels.flatten()[rows],
         "bounds": torch.tensor([0, 5, 8, 13, 18]),
     }
-    (code,) = blocks("python")
+    code, own_objective = blocks("python")
     padded = code.split("# packed rows")[0]
     exec(padded, names)
     loss = names["out"].loss.item()
@@ -44,6 +45,13 @@ def test_the_code_runs():
     assert names["out"].loss.item() == pytest.approx(loss)  # packed rows give what padded rows give
     assert names["logps"].shape == (18,)
     assert hidden.grad is not None
+    try:
+        exec(own_objective, names)
+    finally:
+        OBJECTIVES.pop("hinge", None)
+    chosen, rejected = names["logps"].detach().split([8, 10])
+    gaps = [c.mean() - r.mean() for c, r in zip(chosen.split([5, 3]), rejected.split([5, 5]))]
+    assert names["loss"].item() == pytest.approx(sum(max(0.0, 0.5 - gap.item()) for gap in gaps) / 2)
 
 
 def test_the_configuration_is_accepted(tmp_path):
