@@ -30,7 +30,7 @@ from .skipping import Skipping
 OVERFLOW = 1e26  # about e⁶⁰: a row whose exponential sum passes this is computed again around its largest logit
 SLICE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}  # the slice of the logits that exists at any moment
 LOW_SLICE_BYTES = 2 << 20  # the same where memory comes first
-LOW_ROW_BYTES = 10 << 20  # and what is held there of a block of rows
+LOW_ROW_BYTES = 12 << 20  # and what is held there of a block of rows
 MAX_ROWS = 8192  # rows of a slice; more rows are taken in blocks
 
 
