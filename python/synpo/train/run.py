@@ -150,7 +150,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
             "is saved; --set train.guard=warn goes on from it, other settings want another --output"
         )
     with writing(output / "adapter"):
-        lm.model.save_pretrained(output / "adapter")
+        lm.model.save_pretrained(output / "adapter", save_embedding_layers=False)  # LoRA on a head is not that head
     rows = read_log(log)
     warnings = warnings_of(rows, args.loss_type, evaluations_of(guard.rows))
     metrics = {
