@@ -123,7 +123,8 @@ class BuildExtension(build_ext):
         found = find_torch()
         assert found is not None, "extensions() yields nothing where torch is missing"
         torch, version = found
-        ext.include_dirs += [str(ROOT / "csrc"), str(torch / "include"), pybind11.get_include()]
+        # pybind11's own headers first: the copy some torch releases ship (2.11) refuses TORCH_TARGET_VERSION.
+        ext.include_dirs += [str(ROOT / "csrc"), pybind11.get_include(), str(torch / "include")]
         ext.library_dirs.append(str(torch / "lib"))
         ext.libraries.append("torch_cpu")
         # No FMA contraction: the op must round exactly as separate multiplications and a subtraction in torch do.
