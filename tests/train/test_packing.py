@@ -105,6 +105,17 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, family_lm: An
     assert len(attended) == 2  # forward, and again in backward
 
 
+def test_the_prompt_is_held_once(text_lm: CaptionModel) -> None:
+    lm = text_lm
+    pair = EncodedPair("pair", torch.arange(5, 128), torch.arange(5, 34), torch.arange(5, 46), None)
+    held = []
+    batch = PairCollator(lm.pad_token_id, True)([pair])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(tuple(x.shape)) or x, lambda x: x):
+        PairObjective(lm, "synpo", {})(lm.model, batch)
+    assert any(123 + 29 in shape for shape in held)  # prompt and chosen attend to themselves
+    assert not any(123 + 41 in shape for shape in held)  # prompt and rejected: put together again in the backward pass
+
+
 def test_bf16_is_as_close_to_fp32_packed_as_separate(family_lm: Any) -> None:
     lm = family_lm("llama")
     pairs = pairs_of(lm)

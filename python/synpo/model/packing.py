@@ -7,6 +7,8 @@
 
 Attention is not one masked L×L product but two calls of the model's own kernel a pair: [P|C] against itself, causal, and R
 against [P|R]. Nothing is computed that a mask would throw away, no mask of L×L exists, and flash kernels serve both calls.
+The second is computed again for the backward pass: else each layer would hold the prompt's keys and values twice, and where
+a mask keeps grouped heads from the kernel, repeated for every query head.
 The lengths (B, 3) travel through the model where a 4-D attention mask would: transformers passes those on unchanged.
 
 Prior art: Wang & Hegde, arXiv 2410.20305 (one masked row a pair).
@@ -15,10 +17,12 @@ Prior art: Wang & Hegde, arXiv 2410.20305 (one masked row a pair).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -106,16 +110,24 @@ def _attend(
     """Attention (1, L, heads, head size) of packed pairs; query, key, value (1, heads, L, head size), lengths (1, 1, B, 3)."""
     if lengths not in _lengths:  # one look at the device a forward pass, not one a layer
         _lengths[lengths] = lengths.flatten(0, -2).tolist()
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     parts = []
     start = 0
     for prompt, chosen, rejected in _lengths[lengths]:
         answer, other, end = start + prompt, start + prompt + chosen, start + prompt + chosen + rejected
         first = slice(start, other)
         parts.append(inner(module, query[:, :, first], key[:, :, first], value[:, :, first], None, **options)[0])
-        keys, values = (torch.cat([x[:, :, start:answer], x[:, :, other:end]], dim=2) for x in (key, value))
-        mask = None
-        if masked:
-            mask = query.new_ones(1, 1, rejected, prompt + rejected, dtype=torch.bool).tril(prompt)
-        parts.append(inner(module, query[:, :, other:end], keys, values, mask, **options)[0])
+
+        def second(query: Tensor, *pieces: Tensor) -> Tensor:
+            keys, values = torch.cat(pieces[:2], dim=2), torch.cat(pieces[2:], dim=2)
+            rows, columns = query.shape[2], keys.shape[2]
+            mask = query.new_ones(1, 1, rows, columns, dtype=torch.bool).tril(columns - rows) if masked else None
+            return inner(module, query, keys, values, mask, **options)[0]
+
+        pieces = [x[:, :, part] for x in (key, value) for part in (slice(start, answer), slice(other, end))]
+        if trained:
+            drawn = options.get("dropout", 0.0) > 0
+            second = partial(checkpoint, second, use_reentrant=False, preserve_rng_state=drawn)
+        parts.append(second(query[:, :, other:end], *pieces))
         start = end
     return torch.cat(parts, dim=1)
