@@ -1,4 +1,5 @@
-"""Two real processes (gloo) train as one does on the same global batch: DDP through the trainer, FSDP2 around the objective.
+"""Two real processes (gloo) train as one does on the same global batch: DDP through the trainer and the command, FSDP2
+around the objective.
 
 The file is its own worker: `python test_distributed.py RANK FOLDER PORT` trains its half and saves what came of it. fp32
 throughout, and sums in another order: losses agree to 1e-5, weights to 1e-5 of their change plus 3e-7 of their norm.
@@ -18,16 +19,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from synpo.config import LoraSection
+from synpo.config import Config, LoraSection
+from synpo.config import build as build_config
 from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
-from synpo.model.tiny import byte_tokenizer, tiny_captioner, tiny_text_model
+from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
 from synpo.model.vision import OneVision
 from synpo.train.lora import apply_lora
 from synpo.train.objective import PairObjective
+from synpo.train.run import train
 from synpo.train.trainer import SynPOConfig, SynPOTrainer
 
 PROJECTIONS = r".*\.(q|v|down)_proj"
@@ -123,6 +127,34 @@ def through_trainer(case: tuple[str, str, str], folder: Path, accumulation: int)
     }
 
 
+def through_command(folder: Path, accumulation: int) -> Result:
+    """As `through_trainer`, by `synpo train`, with two pairs held out: what the adapter and metrics.json hold."""
+    values = {"learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "sgd"}
+    values |= {"max_grad_norm": 0.0, "num_train_epochs": STEPS, "per_device_train_batch_size": 2}
+    values |= {"gradient_accumulation_steps": accumulation, "disable_tqdm": True, "loss_type": "simpo"}
+    values |= {"held_out": 2, "per_device_eval_batch_size": 1, "samples": 0}
+    model = {"path": str(folder.parent / "model"), "device": "cpu"}
+    config = build_config(Config, {"model": model, "lora": {"r": 4, "dropout": 0.0}, "train": values})
+    result = train(config, None, folder.parent / "pairs.jsonl", folder)
+    rows = [json.loads(line) for line in result.log.read_text().splitlines()]
+    return {
+        "weights": load_file(result.adapter / "adapter_model.safetensors"),
+        "losses": [row["loss"] for row in rows if "loss" in row],
+        "evaluations": [row["eval_synpo/margin"] for row in rows if "eval_loss" in row],
+        "steps": [row["step"] for row in rows],
+        "last": result.metrics["last"]["synpo/margin"],
+        "warnings": len(result.warnings),
+    }
+
+
+def write_inputs(folder: Path) -> None:
+    """The model and the pairs of `through_command`."""
+    tokenizer = byte_tokenizer()
+    save(tiny_text_model(tokenizer), tokenizer, folder / "model")
+    rows = [{"prompt": f"Say {i}", "chosen": "A" * (1 + i), "rejected": "No."} for i in range(PAIRS + 2)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def around_objective(
     case: tuple[str, str, str, str], share: slice, shard: Callable[[CaptionModel], None] | None
 ) -> Result:
@@ -181,6 +213,7 @@ def work(rank: int, folder: Path, port: str) -> None:
     try:
         for name, case in DDP.items():
             results[name] = through_trainer(case, folder / name, accumulation=2)
+        results["command"] = through_command(folder / "command", accumulation=2)
         for name, sharded in FSDP.items():
             results[name] = around_objective(sharded, share, fully_sharded(sharded[3]))
     except Exception:
@@ -193,6 +226,7 @@ def work(rank: int, folder: Path, port: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
     """Results of both processes by case. One start serves all."""
     folder = tmp_path_factory.mktemp("gloo")
+    write_inputs(folder)
     root = Path(__file__).parents[2]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -229,6 +263,13 @@ def compare(two: list[dict[str, Result]], name: str, one: Result, start: dict[st
 def test_ddp_through_the_trainer(name: str, two: list[dict[str, Result]], tmp_path: Path) -> None:
     one = through_trainer(DDP[name], tmp_path, accumulation=4)
     compare(two, name, one, weights(build(*DDP[name][:2])))
+
+
+def test_the_command_with_two_processes(two: list[dict[str, Result]], tmp_path: Path) -> None:
+    """The first one writes the run's folder, and both return what it wrote."""
+    write_inputs(tmp_path)
+    one = through_command(tmp_path / "run", accumulation=4)
+    compare(two, "command", one, dict.fromkeys(one["weights"], torch.zeros(())))
 
 
 @pytest.mark.parametrize("name", FSDP)

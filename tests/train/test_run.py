@@ -103,7 +103,7 @@ def test_other_settings_do_not_go_on_in_the_same_folder(config: Config, data: Pa
     output = tmp_path / "run"
     train(config, data / "videos", data / "pairs.jsonl", output)
     other = replace(config, train=config.train | {"loss_type": "sft"})
-    with pytest.raises(ConfigError, match=r"other settings: train\.loss_type was None, now 'sft'.*--no-resume"):
+    with pytest.raises(ConfigError, match=r"other settings: train\.loss_type was 'synpo', now 'sft'.*--no-resume"):
         train(other, data / "videos", data / "pairs.jsonl", output)
     (output / "notes.txt").write_text("mine")
     result = train(other, data / "videos", data / "pairs.jsonl", output, resume=False)

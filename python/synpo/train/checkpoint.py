@@ -2,7 +2,8 @@
 
 A checkpoint is whole when its state file, which is written last, is there and every weight and optimizer file is as long as
 it says it is. Anything else (a process killed while writing or while removing an old one, a disk that filled up, a copy
-that was cut) is passed over with its reason, and the one before it is used.
+that was cut) is passed over with its reason, and the one before it is used. A run that goes on renames it to
+broken-checkpoint-<step>, so that it does not count among those to keep.
 """
 
 from __future__ import annotations
@@ -69,16 +70,26 @@ def _whole_archive(file: Path) -> bool:
         return False
 
 
-def last_checkpoint(output: Path, say: Callable[[str], None] | None = None) -> Path | None:
-    """The newest whole checkpoint of a run, None when there is none; `say` hears of every newer one that is not whole."""
+def _newest_first(output: Path) -> list[Path]:
     folders = [f for f in output.glob("checkpoint-*") if f.name.removeprefix("checkpoint-").isdigit()]
-    for folder in sorted(folders, key=lambda f: int(f.name.removeprefix("checkpoint-")), reverse=True):
+    return sorted(folders, key=lambda f: int(f.name.removeprefix("checkpoint-")), reverse=True)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None when there is none."""
+    return next((folder for folder in _newest_first(output) if fault(folder) is None), None)
+
+
+def set_broken_aside(output: Path, say: Callable[[str], None]) -> None:
+    """Rename the checkpoints that are newer than the last whole one and not whole; `say` hears of each and why."""
+    for folder in _newest_first(output):
         reason = fault(folder)
         if reason is None:
-            return folder
-        if say is not None:
-            say(f"{folder} is passed over: {reason}")
-    return None
+            return
+        say(f"{folder} is passed over: {reason}")
+        aside = folder.with_name(f"broken-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
 
 
 @contextmanager

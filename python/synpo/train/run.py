@@ -28,9 +28,9 @@ from synpo.config import Config, ConfigError, build, suggest
 from synpo.data.features import VisionCache
 from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
-from synpo.model.adapter import load
+from synpo.model.adapter import CaptionModel, load
 from synpo.records import read_jsonl, record_id, write_json
-from synpo.train.checkpoint import last_checkpoint, writing
+from synpo.train.checkpoint import last_checkpoint, set_broken_aside, writing
 from synpo.train.diagnostics import ends, evaluations_of, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import apply_lora
@@ -39,6 +39,11 @@ from synpo_kernels import OBJECTIVES
 
 # Set by the run itself: where things go, the seed, the device.
 OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
+
+# May be others when a run goes on: what other commands read, and what does not change what is learnt.
+ELSEWHERE = ("config.pairs.", "config.judge.", "config.eval.")
+FREE = {"config.model.device", *(f"config.train.{name}" for name in ("guard", "save_total_limit", "cache_gigabytes"))}
+FREE |= {f"config.train.{name}" for name in ("disable_tqdm", "report_to", "run_name")}
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ def settings(config: Config, output: Path) -> SynPOConfig:
         if name not in known:
             raise ConfigError(f"train: unknown key {name!r}; {suggest(name, set(known) - OWN)}")
         values[name] = value
+    if config.model.device.startswith("cuda:") and config.model.device != "cuda:0":
+        raise ConfigError(
+            f"model.device: training runs on the first visible GPU, not on {config.model.device}: leave it out and set "
+            f"CUDA_VISIBLE_DEVICES={config.model.device.removeprefix('cuda:')} in the environment"
+        )
     checked = build(_schema(tuple(values)), values, "train")
     values = {name: getattr(checked, name) for name in values}
     on_cpu = config.model.device == "cpu"
@@ -83,7 +93,7 @@ def _schema(names: tuple[str, ...]) -> type[Any]:
 
 
 def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume: bool = True) -> TrainResult:
-    """Train a LoRA adapter on preference pairs.
+    """Train a LoRA adapter on preference pairs. With several processes (torchrun), each calls it; the first one writes.
 
     Args:
         config: sections model, frames, lora and train are used. videos: folder the pairs' videos are in, None for text.
@@ -96,20 +106,20 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         ValueError: no pair can be used; DivergenceError: the loss is not finite; GuardError: train.guard stopped the run;
             CheckpointError: a checkpoint could not be written.
     """
-    console = Console(stderr=True, soft_wrap=True)
     args = settings(config, output)
+    first = args.process_index == 0
+    console = Console(stderr=True, soft_wrap=True, quiet=not first)
     chosen = load_pairs(pairs, config.pairs.prompt)
     wanted = {
         "config": asdict(config),
         "videos": str(videos) if videos else None,
         "pairs": str(pairs),
         "content of the pairs": record_id(*chosen),
+        "processes": args.world_size,
     }
     if resume and (output / "config.json").exists():
         _check_same(json.loads((output / "config.json").read_text(encoding="utf-8")), wanted, output)
-    elif not resume:
-        _clear(output)
-    if (output / "metrics.json").exists():
+    if resume and (output / "metrics.json").exists():
         console.print(f"{output} is complete; use --no-resume to train again")
         return _result(output)
 
@@ -123,55 +133,83 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     features = VisionCache(output / "vision", lm) if args.cache_vision else None
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)
     taught, held = hold_out(chosen, args.held_out)
-    dataset = PairDataset(encoder, taught, cache_bytes=int(args.cache_gigabytes * 2**30))
+    room = int(args.cache_gigabytes * 2**30)
+    dataset = PairDataset(encoder, taught, cache_bytes=room, progress=first)
     console.print(dataset.table())
-    unseen = PairDataset(encoder, held, progress=False) if held else None
+    unseen = PairDataset(encoder, held, cache_bytes=room, progress=False) if held else None
     wrapped = apply_lora(lm, config.lora)
     args.dataloader_pin_memory &= lm.device.type == "cuda"
     trainer = SynPOTrainer(lm, args, dataset, unseen)
-    trainable = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
-    console.print(f"{args.loss_type} on {len(dataset)} pairs, LoRA on {len(wrapped)} modules, {trainable:,} parameters")
+    trained = f"LoRA on {len(wrapped)} modules, {trainable_parameters(lm):,} parameters"
+    console.print(f"{args.loss_type} on {len(dataset)} pairs, {trained}")
 
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", wanted)
-    checkpoint = last_checkpoint(output, say=lambda text: console.print(text, markup=False))
+    with args.main_process_first(local=False):
+        if first:
+            if not resume:
+                _clear(output)
+            write_json(output / "config.json", wanted)
+            set_broken_aside(output, say=lambda text: console.print(text, markup=False))
+        checkpoint = last_checkpoint(output)
     if checkpoint is not None:
         console.print(f"going on from {checkpoint}")
+        args.eval_on_start = False
     log = output / LOG_NAME
     guard = Guard(args.loss_type, args.guard, [row for _, row in read_jsonl(log)] if log.exists() else [])
     curves = Curves(output, args.loss_type, guard)
     trainer.add_callback(guard)
     trainer.add_callback(curves)
     done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    curves.draw()
     if guard.stopped is not None:
         raise GuardError(
             f"stopped by train.guard at step {done.global_step}: {guard.stopped.text} {output}/checkpoint-{done.global_step} "
             "is saved; --set train.guard=warn goes on from it, other settings want another --output"
         )
-    with writing(output / "adapter"):
-        lm.model.save_pretrained(output / "adapter", save_embedding_layers=False)  # LoRA on a head is not that head
-    rows = read_log(log)
-    warnings = warnings_of(rows, args.loss_type, evaluations_of(guard.rows))
-    metrics = {
+    # where it is spread over processes, all of them put it together
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if args.world_size > 1 else None
+    if first:
+        with writing(output / "adapter"):  # LoRA on a head is not that head
+            lm.model.save_pretrained(output / "adapter", state_dict=state, save_embedding_layers=False)
+        curves.draw()
+        rows = read_log(log)
+        warnings = warnings_of(rows, args.loss_type, evaluations_of(guard.rows))
+        metrics = _metrics(done, trainer, dataset, unseen, rows, warnings)
+        write_json(output / "metrics.json", metrics)
+        console.print(_summary(rows))
+        for warning in warnings:
+            console.print(f"[yellow]warning:[/yellow] {warning}")
+        console.print(f"adapter: {output / 'adapter'}, plots and {LOG_NAME} beside it", markup=False)
+    trainer.accelerator.wait_for_everyone()
+    return _result(output)
+
+
+def _metrics(
+    done: Any,
+    trainer: SynPOTrainer,
+    dataset: PairDataset,
+    unseen: PairDataset | None,
+    rows: Sequence[Mapping[str, Any]],
+    warnings: list[str],
+) -> dict[str, Any]:
+    """The content of metrics.json."""
+    args: Any = trainer.args
+    return {
         "loss_type": args.loss_type,
         "loss_parameters": trainer.pair_objective.parameters,
         "steps": done.global_step,
         "pairs": len(dataset),
         "held_out": len(unseen) if unseen else 0,
         "dropped": {reason: count for reason, count, _ in dataset.reasons()},
-        "trainable_parameters": trainable,
+        "trainable_parameters": trainable_parameters(trainer.lm),
         "seconds": done.metrics["train_runtime"],
         "first": rows[0],
         "last": rows[-1],
         "warnings": warnings,
     }
-    write_json(output / "metrics.json", metrics)
-    console.print(_summary(rows))
-    for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
-    console.print(f"adapter: {output / 'adapter'}, plots and {LOG_NAME} beside it", markup=False)
-    return _result(output)
+
+
+def trainable_parameters(lm: CaptionModel) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -197,18 +235,23 @@ def _result(output: Path) -> TrainResult:
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:
-    """Raise ConfigError naming the settings of a run that the folder already holds and that are not those asked for."""
+    """Raise ConfigError naming the settings of a run that the folder already holds and that are not those asked for.
+
+    A key that is not there (the run was made before there was one) counts as its default.
+    """
 
     def flat(value: Any, name: str = "") -> dict[str, Any]:
         if not isinstance(value, Mapping):
             return {name: value}
         return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}.{key}".lstrip(".")).items()}
 
-    before, now = flat(old), flat(json.loads(json.dumps(new)))
+    trained = {f.name: f.default for f in dataclasses.fields(SynPOConfig) if f.default is not dataclasses.MISSING}
+    defaults = flat({"config": asdict(Config()) | {"train": trained}, "processes": 1})
+    before, now = (defaults | flat(json.loads(json.dumps(given))) for given in (old, new))
     differ = [
         f"{name.removeprefix('config.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in ("config.model.device", "config.train.guard")
+        if not (_same(before.get(name), now.get(name)) or name in FREE or name.startswith(ELSEWHERE))
     ]
     if differ:
         raise ConfigError(
@@ -217,9 +260,17 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) ->
         )
 
 
+def _same(before: Any, now: Any) -> bool:
+    """Whether two values of a setting are equal; numbers may be given as text, as YAML reads 5e-6."""
+    try:
+        return before == now or float(before) == float(now)
+    except (TypeError, ValueError):
+        return False
+
+
 def _clear(output: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for folder in [*output.glob("checkpoint-*"), output / "adapter"]:
+    for folder in [*output.glob("checkpoint-*"), *output.glob("broken-checkpoint-*"), output / "adapter"]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("metrics.json", LOG_NAME, "config.json", "rewards.png", "gradient_balance.png"):
         (output / name).unlink(missing_ok=True)

@@ -269,7 +269,10 @@ class _Means:
 
 
 class JsonLog(TrainerCallback):
-    """Every log of the Trainer as one line of JSON, on the disk at once; resuming drops lines past the checkpoint."""
+    """Every log of the Trainer as one line of JSON, on the disk at once; resuming drops lines past the checkpoint.
+
+    The last step is logged however seldom the others are: what a run came to is known from it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -280,6 +283,10 @@ class JsonLog(TrainerCallback):
         kept = [row for _, row in read_jsonl(self.path) if row["step"] <= state.global_step and state.global_step > 0]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_log |= state.global_step >= state.max_steps
+        return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:

@@ -1,0 +1,168 @@
+"""A run folder used again: which settings count as other ones, what is kept, and that going on changes nothing."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from synpo.config import Config, ConfigError, ModelConfig, build
+from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
+from synpo.train.checkpoint import last_checkpoint
+from synpo.train.run import settings, train
+from synpo.train.trainer import SynPOTrainer
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, a text model, and pairs.jsonl with eight pairs."""
+    root = tmp_path_factory.mktemp("restart")
+    tokenizer = byte_tokenizer()
+    save(tiny_text_model(tokenizer), tokenizer, root / "model")
+    rows = [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": f"No{'.' * i}"} for i in range(8)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def config(folder: Path, **extra: Any) -> Config:
+    """`STEPS` steps in two epochs."""
+    values = {
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "disable_tqdm": True,
+    }
+    model = {"path": str(folder / "model"), "device": "cpu"}
+    return build(Config, {"model": model, "lora": {"r": 4}, "train": values | extra})
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed(patch: pytest.MonkeyPatch, step: int, *arguments: Any) -> None:
+    """Train until `step` steps are done, and end there as a killed process does."""
+    real = SynPOTrainer.training_step
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    with patch.context() as inside, pytest.raises(Killed):
+        inside.setattr(SynPOTrainer, "training_step", stop)
+        train(*arguments)
+
+
+@pytest.mark.parametrize("logging", [{"logging_steps": 100}, {"logging_strategy": "no"}, {"logging_steps": 3}])
+def test_the_last_step_is_logged_however_seldom_the_others_are(
+    logging: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    result = train(config(folder, **logging), None, folder / "pairs.jsonl", tmp_path)
+    assert result.metrics["last"]["step"] == STEPS
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == ([3, 6, 8] if 3 in logging.values() else [8])
+    assert all(path.exists() for path in result.plots.values())
+
+
+def test_starting_over_removes_nothing_until_the_new_run_can_start(folder: Path, tmp_path: Path) -> None:
+    arguments = (None, folder / "pairs.jsonl", tmp_path / "run")
+    result = train(config(folder), *arguments)
+    before = sorted(path.name for path in result.output.rglob("*"))
+    gone = replace(config(folder), model=ModelConfig(path="./gone"))
+    with pytest.raises(ConfigError, match="does not exist"):
+        train(gone, *arguments, resume=False)
+    targets = replace(config(folder).lora, target_modules="nothing")
+    with pytest.raises(ConfigError, match="matches no module"):
+        train(replace(config(folder), lora=targets), *arguments, resume=False)
+    assert sorted(path.name for path in result.output.rglob("*")) == before
+
+
+def test_a_key_that_was_not_stored_counts_as_its_default(folder: Path, tmp_path: Path) -> None:
+    arguments = (None, folder / "pairs.jsonl", tmp_path)
+    result = train(config(folder), *arguments)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["config"]["lora"]["target_modules"], stored["config"]["model"]["quantization"], stored["processes"]
+    del stored["config"]["frames"]
+    stored["config"]["train"] |= {"learning_rate": "1e-2", "loss_type": "synpo"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert train(config(folder), *arguments) == result
+    for changed, words in (
+        (
+            replace(config(folder), lora=replace(config(folder).lora, target_modules=".*q_proj")),
+            "lora.target_modules was",
+        ),
+        (config(folder, loss_type="dpo"), r"train\.loss_type was 'synpo', now 'dpo'"),
+        (config(folder, beta=0.1), r"train\.beta was None, now 0\.1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train(changed, *arguments)
+    stored["processes"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="processes was 2, now 1"):
+        train(config(folder), *arguments)
+
+
+def test_settings_that_do_not_change_the_result_may_change(folder: Path, tmp_path: Path) -> None:
+    """Those of other commands, and what an error message advises to lower."""
+    arguments = (None, folder / "pairs.jsonl", tmp_path)
+    result = train(config(folder), *arguments)
+    other = config(folder, save_total_limit=1, report_to="none", cache_gigabytes=0.5)
+    values = {"eval": {"batch_size": 2}, "judge": {"orders": 3}, "pairs": {"margin": 1.0}}
+    sections = build(Config, values)
+    assert train(replace(other, eval=sections.eval, judge=sections.judge, pairs=sections.pairs), *arguments) == result
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_broken_checkpoint_is_not_kept_in_place_of_a_whole_one(
+    limit: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (
+        config(folder, save_strategy="steps", save_steps=1, save_total_limit=4),
+        None,
+        folder / "pairs.jsonl",
+        tmp_path,
+    )
+    killed(monkeypatch, 6, *arguments)
+    for step in (5, 6):
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"cut")
+    tight = replace(arguments[0], train=arguments[0].train | {"save_total_limit": limit})
+    killed(monkeypatch, 5, tight, *arguments[1:])
+    last = last_checkpoint(tmp_path)
+    assert last is not None and last.name == "checkpoint-5"
+    assert {path.name for path in tmp_path.glob("broken-*")} == {"broken-checkpoint-5", "broken-checkpoint-6"}
+    result = train(tight, *arguments[1:])
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, STEPS + 1))
+    train(tight, *arguments[1:], resume=False)
+    assert result.output == tmp_path and not list(tmp_path.glob("broken-*"))
+
+
+def test_going_on_evaluates_nothing_twice_and_logs_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation takes random numbers and generates; neither shows in the steps that follow."""
+    extra = {"held_out": 2, "samples": 1, "sample_tokens": 4, "save_strategy": "steps", "save_steps": 2}
+    settings = config(folder, **extra, eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    whole = train(settings, None, folder / "pairs.jsonl", tmp_path / "whole")
+    killed(monkeypatch, 5, settings, None, folder / "pairs.jsonl", tmp_path / "killed")
+    again = train(settings, None, folder / "pairs.jsonl", tmp_path / "killed")
+    assert [row["step"] for row in rows(again.output) if "eval_loss" in row] == [0, 2, 4, 6]
+    for row, other in zip(rows(again.output), rows(whole.output)):
+        for name in ("step", "loss", "eval_loss", "grad_norm", "eval_synpo/repetition"):
+            assert row.get(name) == other.get(name), (row["step"], name)
+    shutil.rmtree(again.output)
+
+
+def test_a_gpu_that_the_trainer_would_not_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.device: training runs on the first visible GPU.*CUDA_VISIBLE_DEVICES=1"
+    ):
+        settings(Config(model=ModelConfig(device="cuda:1")), tmp_path)
