@@ -86,7 +86,7 @@ def linear_logprobs(
     if low_rank is not None:
         check_low_rank(hidden, weight, u, b)
         hidden = torch.cat([hidden, u], -1)
-    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
     bias = None if bias is None else bias.contiguous()
     trained = any(t is not None and t.requires_grad for t in (weight, b, bias))
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
@@ -236,7 +236,7 @@ class FusedLinearSynPOLoss(nn.Module):
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             None if bias is None else bias.contiguous(),
-            labels.reshape(-1),
+            labels.reshape(-1).contiguous(),
             cu_seqlens,
             sequences,
             self.alpha,

@@ -88,7 +88,7 @@ def certified_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         None if bias is None else bias.contiguous(),
-        labels.reshape(-1),
+        labels.reshape(-1).contiguous(),
         softcap,
         logit_scale,
         ignore_index,

@@ -236,6 +236,19 @@ def test_leading_dimensions_and_strided_inputs(backend, device) -> None:
             torch.autograd.grad(found.sum(), [h, w] if trained else [h])
 
 
+@pytest.mark.parametrize("ignore_index", [-100, None])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_labels_with_gaps_between_them(trained, ignore_index, backend, device) -> None:
+    """A view of every other label, as of two streams in one tensor."""
+    problem = make((9, 30, 8), device, ignored=ignore_index is not None)
+    apart = torch.stack([problem.labels, torch.full_like(problem.labels, -7)], 1).flatten()[::2]
+    options = {"backend": backend, "ignore_index": ignore_index}
+    expected, gradients = problem.run(linear_logprobs, torch.float32, trained, **options)
+    problem.labels = apart
+    found, again = problem.run(linear_logprobs, torch.float32, trained, **options)
+    assert torch.equal(found, expected) and all(torch.equal(a, b) for a, b in zip(again, gradients))
+
+
 def test_padded_hidden_gradient_is_zero_at_ignored_rows(backend, device) -> None:
     hidden = torch.randn(2, 6, 8, device=device, requires_grad=True)
     labels = torch.randint(0, 20, (2, 6), device=device)
