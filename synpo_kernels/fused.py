@@ -154,7 +154,7 @@ def forward(
 
     tolerance: leave out of U what `skipping` allows; rows that are done again are done whole.
     """
-    twice = x.dtype == torch.float16
+    twice = want_direction and x.dtype == torch.float16
     tiles = TritonTiles(count, low)
     target, slope = target_logits(x, head, labels)
     target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
@@ -168,7 +168,7 @@ def forward(
         direction = directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
     flags = _counted((total > passes.OVERFLOW).to(torch.int8), count)
     _redo(x, head, labels, flags, target, slope, logps, direction)
-    if want_direction and twice:
+    if twice:
         anchor = target - logps - math.log(FP16_MAGNIFY)
         skip = None if tolerance is None else Skipping(tolerance, head, (target - anchor).exp(), count)
         _, pull = accumulate(x, head, labels, anchor, tiles, want_pull=True, skip=skip)

@@ -118,10 +118,11 @@ def exp_tile_kernel(
 
 
 def describable(tensor: Tensor) -> bool:
-    """Whether the copy engine can read this matrix: rows contiguous, base and row stride multiples of 16 bytes."""
+    """Whether the copy engine can read this matrix: rows contiguous and apart, base and row stride multiples of 16 bytes."""
     stride, step = tensor.stride()
     size = tensor.element_size()
-    return step == 1 and stride * size % 16 == 0 and stride > 0 and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+    apart = stride >= tensor.shape[1] and stride * size % 16 == 0
+    return step == 1 and apart and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
 
 
 def launch(

@@ -216,8 +216,9 @@ def test_the_same_bits_every_run(backend, device) -> None:
     assert torch.equal(first[1], second[1]) and torch.equal(first[0].bound, second[0].bound)
 
 
-def test_without_gradients_nothing_is_skipped(backend, device) -> None:
-    problem = make("peaked", device, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_without_gradients_nothing_is_skipped(dtype, backend, device) -> None:
+    problem = make("peaked", device, dtype)
     with torch.no_grad():
         found = certified_logprobs(problem.hidden, problem.weight, problem.labels, skip_tolerance=0.1, backend=backend)
     assert not found.bound.any() and found.kept_columns == 0 and not found.logps.requires_grad

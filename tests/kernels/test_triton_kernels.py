@@ -164,6 +164,7 @@ def test_what_the_copy_engine_can_read(device) -> None:
     assert not exp_tile.describable(whole[:, 1:])  # base off by 2 bytes
     assert not exp_tile.describable(torch.zeros(40, 60, dtype=torch.bfloat16, device=device))  # rows of 120 bytes
     assert not exp_tile.describable(whole[:1].expand(40, -1)) and not exp_tile.describable(whole[:0])
+    assert not exp_tile.describable(whole.as_strided((40, 64), (8, 1)))  # rows that overlap
 
 
 @pytest.mark.parametrize(("major", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (11, 10), (12, 12), (13, 12)])
