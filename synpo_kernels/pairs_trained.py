@@ -58,9 +58,12 @@ class Batch:
         return list(range(0, len(self.x) + 1, length)) if length else [0] * (self.sequences + 1)
 
     def groups(self, most_rows: int) -> Iterator[tuple[Batch, Tensor]]:
-        """(some pairs as a batch of their own, their rows (n,)): consecutive ones of `most_rows` at most; a longer one alone."""
+        """(some pairs as a batch of their own, their rows (n,)): consecutive ones of `most_rows` at most; a longer one alone.
+
+        All at once where they fit, and at 0, where every row streams and a pair alone would read W for its few rows.
+        """
         pairs, row = self.sequences // 2, torch.arange(len(self.x), device=self.x.device)
-        if len(self.x) <= most_rows:
+        if len(self.x) <= most_rows or most_rows == 0:
             yield self, row
             return
         at = self.bounds()
@@ -88,7 +91,7 @@ class Gradients:
 
     def __init__(self, x: Tensor, head: Head, want: tuple[bool, bool, bool]) -> None:
         precise = compute_dtype(x.dtype)
-        self.want, self.dtype = want, x.dtype
+        self.want, self.x = want, x
         self.hidden = torch.zeros_like(x) if want[0] else None
         self.weight = torch.zeros(head.weight.shape, dtype=precise, device=x.device) if want[1] else None
         self.bias = torch.zeros(len(head.weight), dtype=precise, device=x.device) if want[2] else None
@@ -96,7 +99,7 @@ class Gradients:
     def finished(self) -> list[Tensor]:
         """In the dtype of the inputs; one that is not wanted is empty."""
         sums = (self.hidden, self.weight, self.bias)
-        return [torch.empty(0, dtype=self.dtype) if each is None else each.to(self.dtype) for each in sums]
+        return [self.x.new_empty(0) if each is None else each.to(self.x.dtype) for each in sums]
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ def test_same_as_streaming(dtype, grouped, backend, device) -> None:
 
 
 def test_the_paths_are_taken(device, monkeypatch) -> None:
-    """What the workspace allows decides, pair by pair."""
-    for allowed, streamed in ((1 << 20, 0), (9 * ROW, 0), (8 * ROW, 2), (0, 4)):
+    """What the workspace allows decides, pair by pair; where it holds no row at all, all stream in one pass over W."""
+    for allowed, streamed in ((1 << 20, 0), (9 * ROW, 0), (8 * ROW, 2), (0, 1)):
         calls = []
         monkeypatch.setitem(pairs_trained.PAIR_BYTES, device.type, allowed)
         stream = pairs_trained.Step._stream
