@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -19,6 +20,7 @@ from synpo.config import ConfigError, JudgeConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict, make_judge
 from synpo.pipeline.judge import local as local_module
+from synpo.pipeline.judge import openai as openai_module
 from synpo.pipeline.judge.chat import InvalidAnswer, orders_of, question, read_answer
 from synpo.pipeline.judge.local import LocalJudge
 from synpo.pipeline.judge.openai import OpenAIJudge, RateLimit
@@ -66,11 +68,11 @@ class Endpoint:
                 endpoint.requests.append(request)
                 answer = endpoint.script.pop(0) if endpoint.script else says(graded)
                 status, headers, body = answer(request)
-                data = json.dumps(body).encode()
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 for name, value in {
-                    **headers,
                     "Content-Type": "application/json",
+                    **headers,
                     "Content-Length": str(len(data)),
                 }.items():
                     self.send_header(name, value)
@@ -88,7 +90,7 @@ def says(content: str | Callable[[dict[str, Any]], str], finish: str = "stop", *
     """A well-formed reply with this content."""
 
     def answer(request: dict[str, Any]) -> Reply:
-        text = content if isinstance(content, str) else content(request)
+        text = content(request) if callable(content) else content
         choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
         return 200, {}, {"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
 
@@ -202,6 +204,51 @@ def test_judging_that_fails_is_a_failure_with_a_reason_and_no_figure(endpoint: E
     endpoint.script = [says("", refusal="I cannot help with that")]
     (first, *_) = judge_at(endpoint, tmp_path).score(TASK)
     assert first == Failure("the model refused: I cannot help with that")
+
+
+def test_a_server_that_is_no_such_endpoint_stops_the_run(endpoint: Endpoint, tmp_path: Path) -> None:
+    """As when base_url lacks its /v1: a page, and not a completion."""
+    endpoint.script = [lambda _: (200, {"Content-Type": "text/html"}, b"<html>hello</html>")]
+    with pytest.raises(JudgeError, match=r"<html>hello.*judge\.base_url.*/v1"):
+        judge_at(endpoint, tmp_path).score(TASK)
+
+
+def test_an_endpoint_that_never_answered_stops_the_run(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_module, "RETRIES", 0)
+    judge = judge_at(endpoint, tmp_path, orders=1, timeout=0.2)
+    config = dataclasses.replace(judge.config, base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9/v1 cannot be reached.*judge\.base_url"):
+        OpenAIJudge(config, tmp_path / "other.sqlite").score(TASK)
+    assert judge.score(TASK) == HONEST
+
+    def late(request: dict[str, Any]) -> Reply:
+        time.sleep(0.5)
+        return says(graded)(request)
+
+    endpoint.script = [late]
+    (first, *_) = judge.score(Task("b.mp4", (), ("x", "y"), (0.0, 0.0)))
+    assert isinstance(first, Failure) and "no answer" in first.reason, "it did answer before: only this video is lost"
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (fails(402, "no money"), "refused the request: Error code: 402 - no money"),
+        ((lambda _: (200, {}, {"error": {"message": "no quota"}})), "no quota"),
+    ],
+    ids=["402", "error in a success"],
+)
+def test_a_refusal_is_told_as_it_is(endpoint: Endpoint, tmp_path: Path, reply: Script, told: str) -> None:
+    endpoint.script = [reply]
+    (first, *_) = judge_at(endpoint, tmp_path).score(TASK)
+    assert isinstance(first, Failure) and told in first.reason and len(endpoint.requests) == 1
+
+
+def test_an_answer_in_parts_is_asked_for_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.script = [says([{"type": "text", "text": GOOD}])]  # type: ignore[arg-type, list-item]
+    assert judge_at(endpoint, tmp_path, orders=1).score(TASK) == HONEST
 
 
 def test_figures_in_the_reasoning_are_not_the_verdict(endpoint: Endpoint, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class OpenAIJudge(ChatJudge):
 
     Raises:
         ConfigError: no model is named, or a figure is out of range.
-        JudgeError: from `score`: no key, refused, unknown model, or the budget is spent.
+        JudgeError: from `score`: no key, no endpoint, refused, unknown model, or the budget is spent.
     """
 
     def __init__(self, config: JudgeConfig, cache: Path, seed: int = 0) -> None:
@@ -89,6 +89,7 @@ class OpenAIJudge(ChatJudge):
         self._cache = ReplyCache(cache)
         self._rate = RateLimit(config.requests_per_minute)
         self._lock = threading.Lock()
+        self._answered = False  # whether anything like an answer has come from the endpoint
         self._opened: openai.OpenAI | None = None
         self._key = ""
         self._parameters: dict[str, Any] = {"model": config.model}
@@ -136,8 +137,31 @@ class OpenAIJudge(ChatJudge):
                 else ""
             )
             raise GaveUp(f"the endpoint refused the request: {self._clean(error)}{hint}") from None
-        except openai.APIError as error:
-            raise GaveUp(f"no answer after {RETRIES} retries: {self._clean(error)}") from None
+        except openai.APIStatusError as error:
+            retried = (
+                f" after {RETRIES} retries" if error.status_code in (408, 409, 429) or error.status_code >= 500 else ""
+            )
+            raise GaveUp(f"the endpoint refused the request{retried}: {self._clean(error)}") from None
+        except openai.APIError as error:  # no connection, no answer in time
+            problem = f"no answer after {RETRIES} retries: {self._clean(error)}"
+            if self._answered:
+                raise GaveUp(problem) from None
+            raise JudgeError(
+                f"{self.config.base_url or 'the endpoint'} cannot be reached: {problem} "
+                f"See judge.base_url, and judge.timeout ({self.config.timeout:g} s) if it is slow"
+            ) from None
+        return self._text(reply)
+
+    def _text(self, reply: Any) -> str:
+        """What the model said; `reply` is a chat completion, or whatever a server that is no such endpoint sent."""
+        if not isinstance(reply, openai.types.chat.ChatCompletion):
+            raise JudgeError(
+                f"{self.config.base_url or 'the endpoint'} answers, but not as a chat-completions endpoint: "
+                f"{self._clean(reply)!r:.100}. Does judge.base_url lack its last part, /v1?"
+            )
+        self._answered = True
+        if problem := getattr(reply, "error", None):  # some gateways report a failure as a success
+            raise GaveUp(f"the endpoint refused the request: {self._clean(problem)}")
         if not reply.choices:
             raise InvalidAnswer("it is empty")
         choice = reply.choices[0]
@@ -145,7 +169,10 @@ class OpenAIJudge(ChatJudge):
             raise InvalidAnswer("it was cut off before its end")
         if choice.message.refusal:
             raise GaveUp(f"the model refused: {choice.message.refusal[:200]}")
-        return choice.message.content or ""
+        content = choice.message.content or ""
+        if not isinstance(content, str):
+            raise InvalidAnswer("its content is no text")
+        return content
 
     def _client(self) -> openai.OpenAI:
         """The client, opened with the key from the environment when it is first needed."""
@@ -162,7 +189,7 @@ class OpenAIJudge(ChatJudge):
                 )
             return self._opened
 
-    def _clean(self, error: Exception) -> str:
-        """What went wrong, without the key, in one line."""
-        text = " ".join(str(error).split())
+    def _clean(self, said: object) -> str:
+        """What was said, without the key, in one line."""
+        text = " ".join(str(said).split())
         return (text.replace(self._key, "…") if self._key else text)[:300]
