@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunked
-from .checks import check_head, in_autocast
+from .checks import check_head, in_autocast, inside_op
 from .dispatch import choose
 from .epilogue import SynPOOutput
 from .head import Head, compute_dtype
@@ -119,7 +119,7 @@ def certified(
 
     rows, count = (slice(None), None) if ignore_index is None else passes.partition(labels, ignore_index)
     aimed = labels if ignore_index is None else labels.where(labels != ignore_index, 0)
-    with torch.autocast(x.device.type, enabled=False):
+    with inside_op(x):
         found = passes.forward(
             x[rows],
             Head(weight, bias, softcap, logit_scale),

@@ -1,7 +1,9 @@
-"""What the public functions ask of their arguments, and the casts of autocast."""
+"""What the public functions ask of their arguments, the casts of autocast, and where an op runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,13 @@ def in_autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
         return hidden, *others
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (hidden, *others))
+
+
+@contextmanager
+def inside_op(x: Tensor) -> Iterator[None]:
+    """On the device of x, where Triton launches its kernels, and without autocast: the products choose their precision."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def check_low_rank(hidden: Tensor, weight: Tensor, u: Tensor, b: Tensor) -> None:

@@ -123,7 +123,8 @@ def contrastive_sample(
             from .kernels import contrast_sample  # imports triton
 
             seen = None if history is None else _seen(history, expert.size(1))
-            return contrast_sample.launch(expert, amateur, uniform, *settings[:6], seen, repetition_penalty)
+            with torch.cuda.device_of(expert):  # Triton launches on the current device
+                return contrast_sample.launch(expert, amateur, uniform, *settings[:6], seen, repetition_penalty)
         if backend == "triton":
             raise ValueError(f"backend 'triton': {reason}")
     return _sample_torch(expert, amateur, uniform, *settings)

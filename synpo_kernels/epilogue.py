@@ -107,7 +107,8 @@ def pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ loss (), g like logps, statistics (8, B) in the order of `FIELDS`, empty pairs () int64, nonfinite (B,) bool."""
     compute = _by_kernel if choose(backend, logps).name == "triton" else _by_torch
-    return compute(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction)
+    with torch.cuda.device_of(logps):  # Triton launches on the current device
+        return compute(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction)
 
 
 def _by_kernel(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops, parallel, passes
+from .checks import inside_op
 from .chunked import TorchTiles
 from .dispatch import choose
 from .head import Head, compute_dtype
@@ -59,7 +60,7 @@ def kept(
         group: name of the process group that W, B and b are spread over by rows; empty: they are whole.
     """
     head = Head(_wide(weight, extra), bias, softcap, logit_scale)
-    with torch.autocast(x.device.type, enabled=False):
+    with inside_op(x):
         if not group:
             found = ops.forward(x, head, labels, ignore_index, backend, want_direction=want_direction, low=low)
             return _all_tensors(x, found, labels.clone())
@@ -117,7 +118,7 @@ def kept_gradients(
         d_weight, d_extra, d_bias = map(x.new_zeros, _shapes(weight, extra, want_weight, want_extra, want_bias))
         return d_weight, d_extra, d_bias
     first = 0 if want_weight else weight.shape[1]
-    with torch.autocast(x.device.type, enabled=False):
+    with inside_op(x):
         tiles, magnify = _tiles(backend, x, low)
         rows = slice(None) if ignored is None else _counted(labels, ignored)
         result = passes.gradients(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import inside_op
 from .dispatch import Backend, choose
 from .head import Head, compute_dtype
 from .passes import Forward, cut, low_rows
@@ -33,7 +34,7 @@ def forward(
     """x (N, D), labels (N,) → `Forward` with N rows, 0 where ignored. low: a block of rows at a time, smaller slices."""
     chosen = choose(backend, x)
     ignore_index = _used(labels, ignore_index)
-    with torch.autocast(x.device.type, enabled=False):  # the products choose their own precision
+    with inside_op(x):
         if ignore_index is None and not low:
             return chosen.forward(x, head, labels, want_direction=want_direction)
         logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
@@ -67,7 +68,7 @@ def gradients(
     ignore_index = _used(labels, ignore_index)
     d_hidden, d_weight, d_bias = x.new_zeros(x.shape if want[0] else 0), x.new_empty(0), x.new_empty(0)
     aimed = _aimed(labels, ignore_index)
-    with torch.autocast(x.device.type, enabled=False):
+    with inside_op(x):
         for at, count in _blocks(chosen, x, labels, ignore_index, low and want == (True, False, False)):
             known = Forward(found.logps[at], found.normalizer[at], None)
             result = chosen.gradients(x[at], head, aimed[at], known, upstream[at], want=want, count=count, low=low)

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunked
+from .checks import inside_op
 from .dispatch import Backend, choose
 from .epilogue import pairs as synpo
 from .head import Head, compute_dtype
@@ -244,7 +245,7 @@ def synpo_trained(
     pairs = (tokens > 0).all(0).sum().clamp(min=1)
     unit = pairs.to(logps.dtype).reciprocal() if reduction == "mean" else logps.new_ones(())
     head = Head(weight, bias, softcap, logit_scale)
-    with torch.autocast(x.device.type, enabled=False):
+    with inside_op(x):
         found = Gradients(x, head, (want_hidden, want_weight, want_bias))
         step = Step(head, choose(backend, x), alpha, beta, ignore_index, unit, found)
         most_rows = step.most_rows(x)

@@ -1,4 +1,5 @@
-"""What the Triton kernels promise beyond the results tested elsewhere: 64-bit addresses, whole coverage, two ways to read."""
+"""What the Triton kernels promise beyond the results tested elsewhere: 64-bit addresses, whole coverage, two ways to read,
+the right GPU of several."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from synpo_kernels import fused
-from synpo_kernels.kernels import counted_product, exact_rows, exp_tile
+from synpo_kernels import FusedLinearSynPOLoss, certified_logprobs, contrastive_sample, fused, linear_logprobs
+from synpo_kernels.kernels import contrast_sample, counted_product, epilogue, exact_rows, exp_tile
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
 
 STRIDE = (1 << 30) + 64  # elements between rows: row 2 lies past 2³¹
@@ -184,3 +185,59 @@ def test_without_a_tensor_copy_engine_nothing_is_described() -> None:
     for major, chip in CHIPS.items():
         assert chip.descriptors == (major in (9, 10)) and (chip.described is not None) == chip.descriptors
     assert CHIPS[12] is CHIPS[8]  # its 99 KiB of shared memory hold no tile of CHIPS[10]
+
+
+def every_path(device: torch.device) -> list[torch.Tensor]:
+    """The results of every op that launches kernels, forward and backward, on `device`."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, u, b = (torch.randn(*size, generator=generator).to(device) for size in ((12, 8), (30, 8), (12, 2), (30, 2)))
+    labels = torch.randint(0, 30, (12,), generator=generator).to(device)
+    labels[5] = -100
+    found = []
+    for weight, more in ((w, {}), (w.clone().requires_grad_(), {}), (w, {"low_rank": (u, b.requires_grad_())})):
+        hidden = x.clone().requires_grad_()
+        logps = linear_logprobs(hidden, weight, labels, backend="triton", **more)
+        found += [logps.detach(), *torch.autograd.grad(logps.sum(), hidden)]
+        module = FusedLinearSynPOLoss(backend="triton")
+        loss = module(hidden.view(4, 3, 8), weight, labels.view(4, 3)).loss
+        found += [loss.detach(), *torch.autograd.grad(loss, hidden)]
+    skipped = certified_logprobs(x.clone().requires_grad_(), w, labels, skip_tolerance=0.1, backend="triton")
+    found += [skipped.logps.detach(), skipped.bound]
+    uniform = torch.full((12,), 0.4, dtype=torch.float64, device=device)
+    return [*found, *contrastive_sample(x @ w.T, None, uniform=uniform, top_k=4, backend="triton")]
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(device, monkeypatch) -> None:
+    """Triton takes the current device, which need not be that of the head: a model may be spread over several."""
+    inside: list[int] = []
+
+    class Watched(torch.cuda.device_of):
+        def __enter__(self) -> None:
+            inside.append(self.idx)
+            super().__enter__()
+
+        def __exit__(self, *error) -> None:
+            inside.pop()
+            super().__exit__(*error)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Watched)
+    launched: set[str] = set()
+    for module in (exp_tile, exact_rows, counted_product, epilogue, contrast_sample):
+        name = module.__name__.rpartition(".")[2]
+
+        def launch(*args, name=name, real=module.launch, **options):
+            assert inside, f"{name} was launched on whatever device is current"
+            launched.add(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr("synpo_kernels.ops._used", lambda labels, ignore_index: ignore_index)  # as on a GPU
+    every_path(device)
+    assert launched == {"exp_tile", "exact_rows", "counted_product", "epilogue", "contrast_sample"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_while_the_first_is_current() -> None:
+    for a, b in zip(every_path(torch.device("cuda:0")), every_path(torch.device("cuda:1"))):
+        assert torch.equal(a, b.to(a.device))
