@@ -1,5 +1,6 @@
 """The command line: quick help, one-line errors, and flags that reach the configuration."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from synpo.cli import COMMANDS as COMMANDS_OF_CLI
 from synpo.cli import _config, build_parser, main
 
 COMMANDS = ("demo", "pairs", "plan", "train", "eval", "presets", "doctor")
@@ -79,6 +81,48 @@ def test_against_wants_a_name_and_a_file(tmp_path, capsys):
     code = main(["eval", "--videos", str(tmp_path), "--output", str(tmp_path / "out"), "--against", "captions.jsonl"])
     assert code == 2
     assert "NAME=FILE" in capsys.readouterr().err
+
+
+def test_against_takes_a_name_once(tmp_path, capsys):
+    arguments = ["eval", "--videos", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--against", "a=x.jsonl", "--against", "a=y.jsonl"]) == 2
+    assert "each name once, got a, a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the same command goes on"),
+        (FloatingPointError("NaN logits; try model.dtype float32"), "try model.dtype float32"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line_too(error, said, monkeypatch, capsys):
+    def failing(args):
+        raise error
+
+    monkeypatch.setitem(COMMANDS_OF_CLI, "presets", failing)
+    assert main(["presets"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_an_interruption_does_not_wait_for_requests_in_flight():
+    code = (
+        "import threading, time\n"
+        "from synpo import cli\n"
+        "def interrupted(args):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    raise KeyboardInterrupt\n"
+        "cli.COMMANDS['presets'] = interrupted\n"
+        "raise SystemExit(cli.main(['presets']))"
+    )
+    paths = [str(Path(__file__).resolve().parent.parent / p) for p in ("", "python")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert "goes on from here" in done.stderr
 
 
 def test_presets_are_listed_and_printed(capsys):

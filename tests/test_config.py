@@ -57,6 +57,14 @@ def test_flags_go_over_overrides_over_the_file(tmp_path: Path) -> None:
         ({"model": {"path": None}}, r"config\.model\.path: expected str, got None"),
         ({"frames": {"minimum": 9, "maximum": 4}}, r"config\.frames: .*minimum <= maximum"),
         ({"pairs": {"contrast": {"alhpa": 1}}}, r"config\.pairs\.contrast: unknown key 'alhpa'; did you mean 'alpha'"),
+        ({"pairs": {"margin": float("nan")}}, r"config\.pairs\.margin: expected float, got nan"),
+        ({"pairs": {"candidates": float("inf")}}, r"config\.pairs\.candidates: expected int, got inf"),
+        (
+            {"pairs": {"candidate_sampling": {"temperature": -1}}},
+            r"config\.pairs\.candidate_sampling: temperature: expected at least 0",
+        ),
+        ({"eval": {"sampling": {"max_new_tokens": 0}}}, r"config\.eval\.sampling: max_new_tokens: .* 1, got 0"),
+        ({"eval": {"sampling": {"top_p": 0}}}, r"config\.eval\.sampling: top_p: .*, got 0"),
         ([], r"config: expected a mapping, got list"),
     ],
 )

@@ -1,5 +1,6 @@
 """Videos: the sampling rule, frames by time, containers that tell little, and files that cannot be used."""
 
+import os
 from pathlib import Path
 
 import av
@@ -157,6 +158,14 @@ def test_only_videos_below_the_folder_are_listed(tmp_path: Path) -> None:
         list_videos(tmp_path / "b.mp4")
     with pytest.raises(VideoError, match="no video below"):
         list_videos(tmp_path / "folder.mp4")
+
+
+def test_a_name_that_no_record_can_hold_is_said(tmp_path: Path) -> None:
+    (tmp_path / "fine \u00a0\u200d.mp4").touch()
+    assert len(list_videos(tmp_path)) == 1
+    (tmp_path / os.fsdecode(b"b\xff.mp4")).touch()
+    with pytest.raises(VideoError, match=r"b\\udcff\.mp4.*rename that file"):
+        list_videos(tmp_path)
 
 
 def test_paths_from_records_stay_below_the_root(tmp_path: Path) -> None:

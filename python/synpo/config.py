@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -68,6 +69,18 @@ class SamplingConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy)"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 is off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -190,14 +203,17 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
         kind = typing.get_origin(option) or option
         if kind is float and not isinstance(value, bool):
             try:
-                return float(value)
+                number = float(value)
             except (TypeError, ValueError):
                 continue
+            if math.isnan(number):  # is neither above nor below a bound, so no check would see it
+                continue
+            return number
         if kind is int and not isinstance(value, bool):
             try:
                 if int(value) == float(value):
                     return int(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
@@ -272,6 +288,8 @@ def load_config(
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise ConfigError(f"config file {path} does not exist") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {path} cannot be read: {error}") from error
         values = _merge(values, _read(text, f"config file {path}"))
     for override in overrides:
         values = _merge(values, parse_override(override))

@@ -56,7 +56,11 @@ class FrameSampling:
 
 
 def list_videos(root: str | os.PathLike[str]) -> list[str]:
-    """Videos below `root` as sorted POSIX paths relative to it. Raises VideoError if there is no such folder or none in it."""
+    """Videos below `root` as sorted POSIX paths relative to it.
+
+    Raises:
+        VideoError: no such folder, no video in it, or one whose name is not UTF-8.
+    """
     folder = Path(root)
     if not folder.is_dir():
         raise VideoError(f"{folder} is not a folder; --videos takes the folder that holds the video files")
@@ -67,6 +71,11 @@ def list_videos(root: str | os.PathLike[str]) -> list[str]:
     )
     if not found:
         raise VideoError(f"no video below {folder}; looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
+    for name in found:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:  # bytes that are no UTF-8 fit in no record
+            raise VideoError(f"{name!r} below {folder} is no UTF-8 name; rename that file") from error
     return found
 
 
@@ -87,7 +96,7 @@ def _open(path: str | os.PathLike[str]) -> av.container.InputContainer:
     try:
         container = av.open(os.fspath(path))
     except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"{path} cannot be opened as a video: {error}") from error
+        raise VideoError(f"{path} cannot be opened as a video: {error.strerror or error}") from error
     if not container.streams.video:
         container.close()
         raise VideoError(f"{path} has no video stream")

@@ -194,6 +194,25 @@ def test_bad_videos_are_left_out_and_named(
     assert "left out noise.mp4" in shown.replace("\n", " ")
 
 
+def test_nothing_usable_is_an_error_and_overwrites_nothing(tiny_captioner_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "noise.mp4").write_bytes(os.urandom(4096))
+    out = tmp_path / "pairs.jsonl"
+    out.write_text("earlier pairs\n")
+    with pytest.raises(VideoError, match=r"none of the 1 videos can be used; .*problems\.jsonl"):
+        build_pairs(settings(tiny_captioner_path), tmp_path / "videos", out)
+    assert out.read_text() == "earlier pairs\n"
+    assert "noise.mp4" in (tmp_path / "pairs.jsonl.work" / "problems.jsonl").read_text()
+
+
+def test_a_folder_instead_of_a_file_is_said_before_the_work(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--pairs takes the file to write, got the folder"):
+        build_pairs(settings(tiny_captioner_path), videos, tmp_path)
+    assert not list(tmp_path.glob("*.work"))
+
+
 def test_a_video_that_breaks_off_later_leaves_the_others_alone(
     videos: Path, tiny_captioner_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

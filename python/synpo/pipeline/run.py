@@ -22,7 +22,7 @@ from synpo.pipeline.pairs import make_pairs
 from synpo.pipeline.stages import Run, caption_clips, cut_clips, sample_candidates, score_candidates
 from synpo.pipeline.summary import PairsResult, print_result
 from synpo.records import write_records
-from synpo.video import list_videos
+from synpo.video import VideoError, list_videos
 
 
 def build_pairs(
@@ -44,11 +44,13 @@ def build_pairs(
         lm: the loaded model that `config.model` names, if the caller has it already.
 
     Raises:
-        ConfigError, VideoError: settings, a model or a folder that cannot be used.
+        ConfigError, VideoError: settings, a model, a folder or every video in it that cannot be used.
         JudgeError: the judge cannot work at all; what is scored is kept.
     """
     _check(config)
     videos, pairs = Path(videos), Path(pairs)
+    if pairs.is_dir():
+        raise ConfigError(f"--pairs takes the file to write, got the folder {pairs}")
     work = Path(work) if work is not None else pairs.with_name(f"{pairs.name}.work")
     names = list_videos(videos)
     judge = judge or make_judge(config.judge, work, config.seed)
@@ -62,7 +64,8 @@ def build_pairs(
     run.lm = None  # a local judge may need its memory
     scores, judged = score_candidates(run, judge, evidence, candidates)
     made, left_out = make_pairs(candidates, scores, config.pairs.prompt, config.pairs.margin)
-    write_records(pairs, made)
+    if len(run.problems) < len(names):
+        write_records(pairs, made)
 
     result = PairsResult(
         path=pairs,
@@ -83,6 +86,8 @@ def build_pairs(
         audit=audit(judge, judged),
     )
     print_result(result)
+    if len(run.problems) == len(names):
+        raise VideoError(f"none of the {len(names)} videos can be used; {work / 'problems.jsonl'} says why")
     return result
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -223,30 +224,29 @@ def score_candidates(
         }
         final = {s.caption: s for s in store if not s.failed and ids.get(s.caption) == s.id}
         missing = {v: t for v, t in asked.items() if any(c.id not in final for c in shown[v])}
+        failures = Counter(s.caption for s in store if s.failed)
         bar.update(len(asked) - len(missing))
-        with ThreadPoolExecutor(judge.workers) as pool:
-            waiting: dict[Future[list[Verdict | Failure]], str] = {
-                pool.submit(judge.score, task): video for video, task in missing.items()
-            }
-            try:
-                for future in as_completed(waiting):
-                    video = waiting[future]
-                    outcomes = zip(shown[video], future.result(), strict=True)
-                    new = [_score(store, judge.name, ids[c.id], c, o) for c, o in outcomes if c.id not in final]
-                    store.append(*new)
-                    final |= {s.caption: s for s in new}
-                    bar.update()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ThreadPoolExecutor(judge.workers)
+        waiting: dict[Future[list[Verdict | Failure]], str] = {
+            pool.submit(judge.score, task): video for video, task in missing.items()
+        }
+        try:
+            for future in as_completed(waiting):
+                video = waiting[future]
+                outcomes = zip(shown[video], future.result(), strict=True)
+                new = [_score(judge.name, ids[c.id], c, o, failures[c.id]) for c, o in outcomes if c.id not in final]
+                store.append(*new)
+                final |= {s.caption: s for s in new}
+                bar.update()
+        finally:  # an error or an interruption does not wait for requests in flight
+            pool.shutdown(wait=False, cancel_futures=True)
     return final, [(task, [final[c.id] for c in shown[v]]) for v, task in asked.items()]
 
 
-def _score(store: RecordStore[Score], judge: str, key: str, caption: Caption, outcome: Verdict | Failure) -> Score:
-    """The record of one outcome; every failure gets an id of its own."""
+def _score(judge: str, key: str, caption: Caption, outcome: Verdict | Failure, failures: int) -> Score:
+    """The record of one outcome; a failure gets an id of its own, by how many the caption had before."""
     if isinstance(outcome, Verdict):
         figures = (outcome.factuality, outcome.fluency, outcome.consistency, outcome.total)
         return Score(key, caption.id, caption.video, *figures, judge)
-    attempt = sum(s.caption == caption.id and s.failed for s in store)
-    key = record_id(key, "failure", attempt)
+    key = record_id(key, "failure", failures)
     return Score(key, caption.id, caption.video, None, None, None, None, judge, outcome.reason)

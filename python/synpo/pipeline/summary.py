@@ -73,10 +73,11 @@ def print_result(result: PairsResult, console: Console | None = None) -> None:
     if result.audit:
         console.print(_audit_table(result.audit))
     for reason, count in result.failures.items():
-        console.print(f"failed {count}×: {reason}", markup=False, highlight=False)
+        console.print(f"failed {count}×: {reason}", markup=False, highlight=False, soft_wrap=True)
     for video, reason in result.problems.items():
-        console.print(f"left out {video}: {reason}", markup=False, highlight=False)
-    console.print(f"{result.pairs} pairs in {result.path}", markup=False, highlight=False)
+        console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if len(result.problems) < result.videos:
+        console.print(f"{result.pairs} pairs in {result.path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _audit_table(rows: list[Agreement]) -> Table:
