@@ -18,9 +18,8 @@ from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
 from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import Generation, generate, uniforms
-from synpo.pipeline.lookahead import MOST, Drafts
 from synpo.pipeline.retrospect import retrospective_prompt
-from synpo.pipeline.streams import Reader
+from synpo.pipeline.streams import Reader, Streams
 from synpo.video import amateur_frames
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=24)
@@ -201,6 +200,12 @@ def forwards(lm: CaptionModel, run: Any) -> tuple[Any, list[tuple[int, int]], in
     return result, sizes, len(seen)
 
 
+def tokens_known(streams: Streams, row: int) -> int:
+    """How many tokens a row attends to, with those there is room for."""
+    own = int(streams.mask[row].sum())
+    return own if streams.shared is None else own + int(streams.shared.mask[streams.shared.group[row]].sum())
+
+
 @pytest.mark.parametrize("family", ["onevision", "qwen2_vl"])
 def test_a_later_question_about_a_video_reads_only_what_is_new(family: str, captioner: CaptionModel) -> None:
     lm = with_ends(captioner) if family == "onevision" else qwen2_vl()
@@ -220,7 +225,8 @@ def test_a_later_question_about_a_video_reads_only_what_is_new(family: str, capt
     (plain, expected), _, _ = forwards(lm, lambda: Reader(lm).read(later, room=5))
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(streams.position, plain.position)
-    assert torch.equal(streams.mask.sum(1), plain.mask.sum(1))
+    assert [tokens_known(streams, row) for row in range(3)] == [len(p.input_ids) + 5 for p in later]
+    assert [tokens_known(plain, row) for row in range(3)] == [len(p.input_ids) + 5 for p in later]
 
     other = lm.prompt("Describe the video.", frames(8, seed=30))
     assert forwards(lm, lambda: reader.read([other]))[1] == [(1, len(other.input_ids))], "another video is read whole"
@@ -254,6 +260,29 @@ def test_second_looks_that_share_everything_say_the_same(
             assert (got.text, got.finished) == (answer.text, answer.finished)
 
 
+@pytest.mark.parametrize("family", ["onevision", "qwen2_vl"])
+def test_candidates_hold_their_prompt_once_and_read_the_instruction_once(family: str, captioner: CaptionModel) -> None:
+    lm = with_ends(captioner) if family == "onevision" else qwen2_vl()
+    views, keys = [frames(8, seed=1), frames(12, seed=2)], [[f"{v} {i}" for i in range(4)] for v in range(2)]
+    reader = Reader(lm, remember=True)
+    firsts = [p for v in views for p in [lm.prompt("Describe.", v)] * 4]
+    streams, _ = reader.read(firsts, room=7)
+    assert streams.shared is not None and [x.shape[0] for x in streams.shared.keys] == [2, 2]
+    assert streams.cache.get_seq_length() == 0 and streams.mask.shape == (8, 7), "no copy of the prompt in a row"
+
+    rows, sizes, _ = forwards(lm, lambda: describe(lm, views, keys, "Describe.", SAMPLED, refinements=2))
+    instruction = [i for i, (count, columns) in enumerate(sizes) if count == 2 and columns > 20]
+    assert len(instruction) == 2, "both prompts, then both instructions; not again for the next look"
+    for view, names, row in zip(views, keys, rows):
+        for name, got in zip(names, row):
+            asked, text = lm.prompt("Describe.", view), ""
+            for look in range(3):
+                (answer,) = generate(lm, [asked], SAMPLED, keys=[name if look == 0 else f"{name} look {look}"])
+                text = answer.text
+                asked = lm.prompt(retrospective_prompt("Describe.", text), view)
+            assert got.text == text
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 @pytest.mark.parametrize("contrast", [None, ContrastConfig()])
 def test_a_draft_changes_the_time_and_not_the_answer(
@@ -281,49 +310,6 @@ def test_a_draft_changes_the_time_and_not_the_answer(
             assert [a.logp for a in answers] == pytest.approx([a.logp for a in plain], abs=1e-4)
     assert answer(right)[1] * 2 < passes, "right guesses need no pass of their own"
     assert answer(halves)[1] < passes
-
-
-def test_the_place_in_a_draft_is_found_again() -> None:
-    drafts = Drafts([[1, 2, 3, 4, 5], [1, 2, 3, 1, 9]], 0, torch.device("cpu"))
-
-    def guess(count: int) -> list[list[int]]:
-        guessed = drafts.guess()
-        assert guessed is not None
-        return guessed[:, :count].tolist()
-
-    assert guess(2) == [[1, 2], [1, 2]]
-    drafts.follow(
-        torch.tensor([[1, 2, 7], [8, 0, 0]]), torch.tensor([3, 1]), True
-    )  # a wrong third, a wrong first token
-    assert guess(2) == [[4, 5], [2, 3]], "one word in the place of one"
-    drafts.follow(torch.tensor([[3], [1]]), torch.tensor([1, 1]), False)
-    assert guess(2) == [[4, 5], [2, 3]], "the words that follow the last one written"
-    drafts.follow(torch.tensor([[4, 5, 0], [9, 0, 0]]), torch.tensor([2, 1]), True)
-    assert guess(3) == [[0, 0, 0], [0, 0, 0]], "the end follows a draft"
-    drafts.keep(torch.tensor([1]))
-    assert guess(1) == [[0]]
-
-
-def test_guesses_stop_where_they_do_not_pay() -> None:
-    cpu = torch.device("cpu")
-    assert Drafts([[1]] * 32, 0, cpu).guess() is None, "so many rows fill a pass"
-    for rows, streams, count in ((1, 1, MOST), (1, 2, MOST), (8, 1, 3), (4, 2, 3), (8, 2, 1)):
-        guessed = Drafts([[1]] * rows, 0, cpu, streams=streams).guess()
-        assert guessed is not None and guessed.shape == (rows, count)
-
-    def passes(right: int, count: int) -> str:
-        """Which of `count` passes guess, of four rows that each take `right` guesses: G or a dot."""
-        drafts, shown = Drafts([[1] * 50] * 4, 0, cpu), ""
-        for _ in range(count):
-            guessed = drafts.guess()
-            taken = torch.full((4,), 1 if guessed is None else 1 + right)
-            drafts.follow(torch.ones(4, 1 + MOST, dtype=torch.long), taken, guessed is not None)
-            drafts.judge()
-            shown += "." if guessed is None else "G"
-        return shown
-
-    assert passes(1, 40) == "G" * 40
-    assert passes(0, 40) == "GG" + "." * 16 + "GG" + "." * 20
 
 
 def by_key(lm: CaptionModel, prompts: list[Prompt], amateurs: list[Prompt], keys: list[str]) -> dict[str, Generation]:

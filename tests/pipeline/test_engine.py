@@ -161,7 +161,7 @@ def test_requests_carry_video_question_and_seed(tiny_captioner_path: Path, calls
     (row, _), (other,) = rows
     assert row.draft == f"said {seeds[0]} <of 8 frames>" and row.text == f"again said {seeds[3]} <of 8 frames>"
     assert (
-        again[0][0] == f"<|user|><video>Describe.\nEarlier description: {row.draft}\n{INSTRUCTION}<|end|><|assistant|>"
+        again[0][0] == f"<|user|><video>Describe.\n{INSTRUCTION}\nEarlier description: {row.draft}<|end|><|assistant|>"
     )
     assert row.logp == -0.5 and row.finished == (seeds[3] % 5 != 0) and "<of 5 frames>" in other.text
     same = engine.describe(views, [["a", "b"], ["c"]], "Describe.", sampling, refinements=1)

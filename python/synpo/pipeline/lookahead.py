@@ -22,9 +22,14 @@ TRIAL = 8  # answers a trial of guessing watches: two passes of four rows, say
 PAUSE = 16  # passes without guesses after a trial that was not worth its while; each next pause is twice as long
 
 
+def tokens_a_pass(device: torch.device) -> int:
+    """Tokens a pass reads at about the price of one."""
+    return TOKENS_A_PASS.get(device.type, 256)
+
+
 def guesses(rows: int, device: torch.device) -> int:
     """How many guesses a row may add to a pass over `rows` rows, all streams counted, on this device: 0 to MOST."""
-    return max(0, min(MOST, TOKENS_A_PASS.get(device.type, 256) // max(1, rows) - 1))
+    return max(0, min(MOST, tokens_a_pass(device) // max(1, rows) - 1))
 
 
 class Drafts:

@@ -1,7 +1,8 @@
 """The self-retrospective pass: the model sees the video again with its own earlier caption and writes a better one.
 
 Self-retrospective sampling is from SynPO (arXiv 2506.00835, section 3); the wording is ours. The question begins like the first
-one, video and all, so that what the model read of the video in the first pass serves the second (streams.py).
+one, video and all, so that what the model read of the video in the first pass serves the second (streams.py); the earlier
+caption comes last, so that all candidates of a video share the instruction too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from synpo.model.adapter import CaptionModel, Prompt
 from synpo.pipeline.streams import visual_tokens
 
 INSTRUCTION = (
-    "Write a better description: correct mistakes, add missing details and the order of events, "
+    "Here is an earlier description. Write a better one: correct mistakes, add missing details and the order of events, "
     "leave out what is uncertain."
 )
 MARK = "(the question)"
@@ -27,7 +28,7 @@ def retrospective_prompt(prompt: str, draft: str) -> str:
 
     It begins with `prompt` itself, so that video and question form a common prefix with the first pass.
     """
-    return f"{prompt}\nEarlier description: {draft.strip()}\n{INSTRUCTION}"
+    return f"{prompt}\n{INSTRUCTION}\nEarlier description: {draft.strip()}"
 
 
 def without_specials(tokenizer: Any, draft: str) -> str:

@@ -15,7 +15,8 @@ Shape legend: R rows, L columns of the cache, S new columns, G videos, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from synpo.model.adapter import CaptionModel, Prompt, pad_rows
+from synpo.pipeline.attention import Shared, additive, reading, serves
+from synpo.pipeline.lookahead import tokens_a_pass
 
 VISUAL_TOKENS = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
 
@@ -83,50 +86,60 @@ class Streams:
         cache: their keys and values, L columns.
         mask: (R, L) bool, True on tokens; with the columns to come where there is room for them, (R, L + room).
         position: of the next token: (R, 1) int64, or (3, R, 1) for models that count in three dimensions.
+        shared: what is held once for several rows, in front of the cache's columns.
     """
 
     lm: CaptionModel
     cache: Cache
     mask: Tensor
     position: Tensor
+    shared: Shared | None = None
 
     def __post_init__(self) -> None:
         self._padded = not bool(self.mask.all())
-        settings = self.lm.base.config.get_text_config()
-        self._ready_mask = settings._attn_implementation == "sdpa" and not any(self.cache.is_sliding)
+        self._bias = additive(self.mask)
+        self._served = serves(self.lm, self.cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read S more tokens a row, (R, S) int64. Returns the logits (R, S, V) of what follows each."""
         new = tokens.shape[1]
-        length = self.cache.get_seq_length() + new
-        mask: Tensor | None = None  # no padding, no mask: the fastest attention kernels take none
-        if self._padded:
-            mask = self.mask[:, :length]
-            if not self._ready_mask:
-                mask = mask.long()
-            elif new == 1:
-                mask = mask[:, None, None]
-            else:
-                mask = mask[:, None, None].repeat(1, 1, new, 1)  # (R, 1, S, L)
-                mask[..., length - new :] &= mask.new_ones(new, new).tril()
         positions = self.position if new == 1 else self.position + torch.arange(new, device=tokens.device)
         self.position = self.position + new
-        return _forward(
-            self.lm, self.cache, keep=new, input_ids=tokens, attention_mask=mask, position_ids=positions
-        )  # fmt: skip
+        return self.read(tokens, positions, keep=new)
+
+    def read(self, tokens: Tensor, positions: Tensor, keep: int = 1) -> Tensor:
+        """Read tokens (R, S) at these positions, (R, S) or (3, R, S). Returns the logits (R, keep, V) at the last columns."""
+        new = tokens.shape[1]
+        length = self.cache.get_seq_length() + new
+        mask = self.mask[:, :length].long() if self._padded else None
+        guide: Any = nullcontext()
+        if self._served and (self._padded or new > 1 or self.shared is not None or not tokens.is_cuda):
+            mask = self._bias[:, None, None, :length] if self._padded or new > 1 else None
+            if mask is not None and new > 1:
+                mask = mask.repeat(1, 1, new, 1)  # (R, 1, S, L)
+                mask[..., length - new :] += additive(self.mask.new_ones(new, new).tril())
+            guide = reading(mask, self.shared, len(self.cache.layers))
+        with guide:
+            return _forward(
+                self.lm, self.cache, keep, input_ids=tokens, attention_mask=mask, position_ids=positions
+            )  # fmt: skip
 
     def take_back(self, new: int, taken: Tensor) -> None:
         """Of the last `new` tokens read, rows keep the first `taken`, (R,) int64, and forget the others."""
         length = self.cache.get_seq_length()
-        self.mask[:, length - new : length] = torch.arange(new, device=taken.device) < taken[:, None]
+        columns = slice(length - new, length)
+        self.mask[:, columns] = torch.arange(new, device=taken.device) < taken[:, None]
+        self._bias[:, columns] = additive(self.mask[:, columns])
         self.position = self.position - (new - taken)[:, None]
         self._padded = True
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, (K,) int64, only."""
         self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
+        self.mask, self._bias = self.mask[rows], self._bias[rows]
         self.position = self.position[..., rows, :]
+        if self.shared is not None:
+            self.shared = self.shared.keep(rows)
 
 
 def _forward(lm: CaptionModel, cache: Cache, keep: int = 1, **inputs: Tensor | None) -> Tensor:
@@ -209,9 +222,12 @@ class Reader:
 
         known = self._prefixes
         if known is not None and all(vision in known.rows for vision in groups):
-            place = [known.rows[vision] for vision in groups]
-            shared = [_shared_length(self.lm, [known.tokens[p], *group], n) for p, group, n in zip(place, texts, last)]
+            place: Sequence[int] = [known.rows[vision] for vision in groups]
+            shared: Sequence[int] = [
+                _shared_length(self.lm, [known.tokens[p], *group], n) for p, group, n in zip(place, texts, last)
+            ]
             if min(shared) > 0:
+                known, place, shared = self._further(known, place, shared, groups, prompts, last)
                 return self._rest(known, place, shared, groups, prompts, room)
 
         self._prefixes = known = None
@@ -230,6 +246,29 @@ class Reader:
             self._prefixes = known
         return self._rest(known, list(range(len(groups))), shared, groups, prompts, room)
 
+    def _further(
+        self,
+        known: _Prefixes,
+        place: Sequence[int],
+        shared: Sequence[int],
+        groups: dict[int, list[int]],
+        prompts: Sequence[Prompt],
+        last: Sequence[int],
+    ) -> tuple[_Prefixes, Sequence[int], Sequence[int]]:
+        """Where the prompts of a group go on alike (an instruction, say), read that too once a group, if it saves a pass."""
+        members = [[prompts[r].input_ids for r in rows] for rows in groups.values()]
+        common = [_shared_length(self.lm, t, n) if len(t) > 1 else s for t, n, s in zip(members, last, shared)]
+        saved = sum((len(t) - 1) * (n - s) for t, n, s in zip(members, common, shared))
+        if saved <= tokens_a_pass(self.lm.device):
+            return known, place, shared
+        firsts = [prompts[rows[0]] for rows in groups.values()]
+        heads = [replace(p, input_ids=p.input_ids[:n]) for p, n in zip(firsts, common)]
+        alone = {vision: [g] for g, vision in enumerate(groups)}
+        known = _remember(self._rest(known, place, shared, alone, heads, 0)[0], firsts, common)
+        if self.remember:
+            self._prefixes = known
+        return known, range(len(groups)), common
+
     def _rest(
         self,
         known: _Prefixes,
@@ -241,23 +280,31 @@ class Reader:
     ) -> tuple[Streams, Tensor]:
         """Read what follows the first `shared[g]` tokens of group g, known in row `place[g]`."""
         lm, seen = self.lm, known.streams
+        device = lm.device
         of_row = {row: g for g, rows in enumerate(groups.values()) for row in rows}
         order = [of_row[r] for r in range(len(prompts))]
-        source = torch.tensor([place[g] for g in order], device=lm.device)
-        unused = torch.tensor([len(known.tokens[place[g]]) - shared[g] for g in order], device=lm.device)[:, None]
-        width = seen.mask.shape[1] - int(unused.min())
-        columns = torch.arange(width, device=lm.device)
-        mask = seen.mask[source, :width] & (columns < seen.mask.shape[1] - unused)  # (R, L)
+        group = torch.tensor(order, device=device)
+        rows = torch.tensor(place, device=device)
+        kept = torch.tensor(shared, device=device)[:, None]
+        unused = torch.tensor([len(known.tokens[p]) for p in place], device=device)[:, None] - kept
+        mask = seen.mask[rows]
+        mask = mask & (mask.cumsum(1) <= kept)  # (G, P)
+        width = 1 + int(mask.any(0).nonzero()[-1])
+        mask = mask[:, :width]
 
         ids, new = pad_rows([p.input_ids[shared[g] :] for g, p in zip(order, prompts)], lm.pad_token_id, side="left")
-        ids, new = ids.to(lm.device), new.to(lm.device)
-        layers = [_rows(layer, source, width, ids.shape[1] + room) for layer in seen.cache.layers]
-        mask = torch.cat([mask, new.bool()], dim=1)
+        ids, new = ids.to(device), new.to(device)
         # What is left out of a prefix is text, which counts one position a token in every dimension.
-        positions = seen.position[..., source, :] - unused + (new.cumsum(-1) - 1).clamp_(min=0)  # (R, S) or (3, R, S)
-        cache = Cache(layers=layers)
-        logits = _forward(lm, cache, input_ids=ids, attention_mask=mask.long(), position_ids=positions)[:, -1]
-        return Streams(lm, cache, F.pad(mask, (0, room), value=True), positions[..., -1:] + 1), logits
+        position = (seen.position[..., rows, :] - unused)[..., group, :]
+        positions = position + (new.cumsum(-1) - 1).clamp_(min=0)  # (R, S) or (3, R, S)
+        past = None
+        if len(groups) < len(prompts) and serves(lm, seen.cache):
+            past = _share(seen.cache, rows, mask, group)
+            width, mask = 0, mask[:, :0]
+        cache = Cache(layers=[_rows(layer, rows[group], width, ids.shape[1] + room) for layer in seen.cache.layers])
+        mask = F.pad(torch.cat([mask[group], new.bool()], dim=1), (0, room), value=True)
+        streams = Streams(lm, cache, mask, position + new.sum(-1, keepdim=True), past)
+        return streams, streams.read(ids, positions)[:, -1]
 
 
 def _remember(streams: Streams, prompts: Sequence[Prompt], lengths: Sequence[int]) -> _Prefixes:
@@ -279,12 +326,27 @@ def _read_all(lm: CaptionModel, cache: Cache, rows: Sequence[Tensor], visions: S
 
 def _spread(streams: Streams, rows: Tensor, room: int) -> Streams:
     """These rows of the streams, (K,) int64, an index as often as it is wanted, with room for more tokens."""
-    length = streams.mask.shape[1]
+    lm, mask, shared = streams.lm, streams.mask, streams.shared
     if any(streams.cache.is_sliding):
         streams.keep(rows)
         return merge([streams], room)
-    cache = Cache(layers=[_rows(layer, rows, length, room) for layer in streams.cache.layers])
-    return Streams(streams.lm, cache, F.pad(streams.mask[rows], (0, room), value=True), streams.position[..., rows, :])
+    if shared is not None:
+        shared = shared.keep(rows)
+    elif serves(lm, streams.cache):
+        shared = _share(streams.cache, torch.arange(len(mask), device=rows.device), mask, rows)
+        mask = mask[:, :0]
+    cache = Cache(layers=[_rows(layer, rows, mask.shape[1], room) for layer in streams.cache.layers])
+    return Streams(lm, cache, F.pad(mask[rows], (0, room), value=True), streams.position[..., rows, :], shared)
+
+
+def _share(cache: Cache, places: Tensor, mask: Tensor, group: Tensor) -> Shared:
+    """These rows of a cache, (G,) int64, their first columns as `mask`, (G, P), for rows of these groups, (R,) int64."""
+    layers: list[Any] = cache.layers
+    keys, values = (
+        [x[places, :, : mask.shape[1]].contiguous() for x in columns]
+        for columns in zip(*((layer.keys, layer.values) for layer in layers))
+    )
+    return Shared(keys, values, mask, group)
 
 
 def _rows(layer: Any, source: Tensor, width: int, room: int) -> Any:
@@ -300,7 +362,15 @@ def merge(streams: Sequence[Streams], room: int) -> Streams:
     layers = [_merge_layers(layer, room) for layer in zip(*(s.cache.layers for s in streams))]
     mask = torch.cat([F.pad(s.mask, (length - s.mask.shape[1], 0)) for s in streams])
     position = torch.cat([s.position for s in streams], dim=-2)
-    return Streams(streams[0].lm, Cache(layers=layers), F.pad(mask, (0, room), value=True), position)
+    shared = None
+    if any(s.shared is not None for s in streams):
+        shared = Shared.merge([s.shared or _share_nothing(s) for s in streams])
+    return Streams(streams[0].lm, Cache(layers=layers), F.pad(mask, (0, room), value=True), position, shared)
+
+
+def _share_nothing(streams: Streams) -> Shared:
+    rows = torch.arange(len(streams.mask), device=streams.mask.device)
+    return _share(streams.cache, rows, streams.mask[:, :0], rows)
 
 
 def _merge_layers(layers: Sequence[Any], room: int) -> Any:

@@ -1,0 +1,201 @@
+"""Attention while answers are written: what rows share of a prompt is held once and read once for all of them.
+
+    weights of a row = softmax [ q · K_shared | q · K_own ]        K_shared: once a video;  K_own: the row's own columns
+
+Eight answers to a question about one video so hold one copy of its keys and values, and a step multiplies with them once for
+the eight. Two products and a softmax are also what a single new token needs, where kernels made for long queries are slow on a
+CPU, and grouped heads need no repeated keys under a mask. Scores are fp32, as many at a time as `SCORES` says.
+
+Transformers calls the attention by name and hands it a mask; what rows share has no place there, so it is given here, for the
+time of one pass (`reading`).
+
+Shape legend: R rows, G groups of rows that share a prompt, A rows of the largest group, H heads of keys and n queries for each,
+S new tokens, P columns of prompt, L columns of a row's own, D head size, X any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from synpo.model.adapter import CaptionModel
+
+SCORES = 1 << 26  # scores at a time: 256 MiB
+
+
+@dataclass
+class Shared:
+    """Keys and values of G prompts and which of them each of R rows has read.
+
+    Attributes:
+        keys, values: for every layer (G, H, P, D).
+        mask: (G, P) bool, True on tokens.
+        group: (R,) int64.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    mask: Tensor
+    group: Tensor
+
+    def __post_init__(self) -> None:
+        # (R, 1, 1, 1, P)
+        self.bias = None if bool(self.mask.all()) else additive(self.mask)[self.group, None, None, None]
+        count = torch.bincount(self.group, minlength=len(self.mask))
+        self.largest = int(count.max())
+        order = self.group.argsort(stable=True)
+        rank = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[self.group[order]]
+        # Where a row stands when every group has room for A: its place in (G, A).
+        self.slot = torch.empty_like(order).scatter_(0, order, self.group[order] * self.largest + rank)
+        self.even = len(order) == len(count) * self.largest and bool((self.slot.diff() == 1).all())
+
+    def keep(self, rows: Tensor) -> Shared:
+        """Of these rows, (K,) int64, an index as often as it is wanted; prompts that none of them has read are let go."""
+        used, group = self.group[rows].unique(return_inverse=True)
+        if len(used) == len(self.mask):
+            return Shared(self.keys, self.values, self.mask, group)
+        return Shared([k[used] for k in self.keys], [v[used] for v in self.values], self.mask[used], group)
+
+    @staticmethod
+    def merge(parts: Sequence[Shared]) -> Shared:
+        """Rows and prompts one after the other, the shorter prompts padded on the left."""
+        width = max(p.mask.shape[1] for p in parts)
+
+        def side_by_side(columns: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in columns])
+
+        firsts = torch.tensor([len(p.mask) for p in parts]).cumsum(0).tolist()
+        return Shared(
+            [side_by_side(layer) for layer in zip(*(p.keys for p in parts))],
+            [side_by_side(layer) for layer in zip(*(p.values for p in parts))],
+            torch.cat([F.pad(p.mask, (width - p.mask.shape[1], 0)) for p in parts]),
+            torch.cat([p.group + first for p, first in zip(parts, [0, *firsts])]),
+        )
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """(R, H, n, S, X) as (G·H, A·n·S, X); nothing where a group has fewer rows."""
+        if not self.even:
+            x = x.new_zeros(len(self.mask) * self.largest, *x.shape[1:]).index_copy_(0, self.slot, x)
+        return x.unflatten(0, (len(self.mask), self.largest)).transpose(1, 2).flatten(0, 1).flatten(1, 3)
+
+    def by_row(self, x: Tensor, like: Tensor) -> Tensor:
+        """(G·H, A·n·S, X) as (R, H, n, S, X), with H, n and S of `like`."""
+        heads, queries, new = like.shape[1:4]
+        x = x.view(len(self.mask), heads, self.largest, queries, new, -1).transpose(1, 2).flatten(0, 1)
+        return x if self.even else x[self.slot]
+
+
+@dataclass
+class _Pass:
+    """The pass under way: the mask of the rows' own columns, (R, 1, S, L) or none, what they share, and the layers so far."""
+
+    bias: Tensor | None
+    shared: Shared | None
+    layers: int = 0
+
+
+_under_way: ContextVar[_Pass | None] = ContextVar("pass", default=None)
+_installed: set[str] = set()
+
+
+def additive(mask: Tensor) -> Tensor:
+    """0 where the mask is True, -inf elsewhere, fp32."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def serves(lm: CaptionModel, cache: Cache) -> bool:
+    """Whether every layer of the model keeps its whole past and hands its attention to transformers' sdpa."""
+    decoder = lm.base.get_decoder()
+    return (
+        decoder.config.get_text_config()._attn_implementation == "sdpa"
+        and getattr(decoder, "_supports_attention_backend", False)
+        and all(isinstance(x, DynamicLayer) and not x.is_sliding and x.keys is not None for x in cache.layers)
+    )
+
+
+@contextmanager
+def reading(bias: Tensor | None, shared: Shared | None, layers: int) -> Iterator[None]:
+    """For the time of one pass through `layers` layers, attention goes by `bias`, (R, 1, S, L), and `shared`."""
+    if "sdpa" not in _installed:
+        _install("sdpa")
+    token = _under_way.set(_Pass(bias, shared))
+    try:
+        yield
+        seen = _under_way.get().layers  # type: ignore[union-attr]
+        if seen != layers:
+            raise RuntimeError(
+                f"{seen} of {layers} layers asked for attention by its name in transformers; load the model with "
+                "model.attention = eager"
+            )
+    finally:
+        _under_way.reset(token)
+
+
+def _install(name: str) -> None:
+    """Teach transformers' attention `name` to look for a pass under way; without one it is as it was."""
+    inner = ALL_ATTENTION_FUNCTIONS[name]
+    _installed.add(name)
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        under_way = _under_way.get()
+        if under_way is None:
+            return inner(module, query, key, value, attention_mask, **options)
+        under_way.layers += 1
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer = module.layer_idx
+        shared = under_way.shared
+        columns = key.shape[2] + (0 if shared is None else shared.mask.shape[1])
+        size = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * columns))  # new tokens at a time
+        parts = []
+        for start in range(0, query.shape[2], size):
+            few = slice(start, start + size)
+            bias = None if under_way.bias is None else under_way.bias[:, :, few]
+            parts.append(_attend(query[:, :, few], key, value, bias, shared, layer, scaling))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, shared: Shared | None, layer: int, scaling: float
+) -> Tensor:
+    """Attention (R, S, heads, D) of queries (R, heads, S, D) to keys and values (R, H, L, D) and to what rows share."""
+    rows, heads, new, size = query.shape
+    q = query.reshape(rows, key.shape[1], -1, new, size)  # (R, H, n, S, D)
+    scores = _product(q.flatten(0, 1).flatten(1, 2), key.flatten(0, 1)).view(*q.shape[:4], -1)
+    scores = scores.mul_(scaling) if bias is None else torch.add(bias[:, :, None], scores, alpha=scaling)
+    if shared is not None:
+        keys, values = shared.keys[layer], shared.values[layer]
+        prompts = shared.by_row(_product(shared.by_group(q), keys.flatten(0, 1)), q)
+        bias = shared.bias
+        prompts = prompts.mul_(scaling) if bias is None else torch.add(bias, prompts, alpha=scaling)
+        scores = torch.cat([prompts, scores], dim=-1)
+    weights = scores.softmax(-1).to(value.dtype)
+    own = weights[..., -key.shape[2] :]
+    out = torch.bmm(own.flatten(0, 1).flatten(1, 2), value.flatten(0, 1)).view(*q.shape[:4], -1)
+    if shared is not None:
+        prompts = shared.by_group(weights[..., : keys.shape[2]])
+        out += shared.by_row(torch.bmm(prompts, values.flatten(0, 1)), q)
+    return out.view(rows, heads, new, -1).transpose(1, 2)
+
+
+def _product(queries: Tensor, keys: Tensor) -> Tensor:
+    """Scores (B, X, L) in fp32 of queries (B, X, D) and keys (B, L, D)."""
+    keys = keys.transpose(1, 2)
+    if queries.dtype in (torch.float32, torch.float64):
+        return torch.bmm(queries, keys)
+    if queries.is_cuda:
+        return torch.bmm(queries, keys, out_dtype=torch.float32)
+    return torch.bmm(queries.float(), keys.float())
