@@ -14,6 +14,7 @@ Second looks, milliseconds of a whole batch, vision tower included: drafts alone
 The model is a small LLaVA-OneVision built from a configuration, or the one given; `long` has 2,500 visual tokens and answers of
 100. A random model never repeats its draft: what guessing ahead gives shows only with a trained one (--model, --videos).
 A time is printed only after greedy tokens agreed. How times are taken: bench/measure.py. Medians, [20th, 80th percentile].
+Memory is the peak of one run above what was held before it.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def streams(
     """Every way of writing, as a function of sampling and length."""
     lm, text = endless(lm), endless(text)
     experts, amateurs = shown(lm, views), shown(lm, [amateur_frames(v) for v in views])
-    e, a = ([p[i % len(p)] for i in range(rows)] for p in (experts, amateurs))
+    e, a = ([p[i * len(p) // rows] for i in range(rows)] for p in (experts, amateurs))  # as candidates come: by video
     te = [text.prompt(STORY * 4 + f"w{i}") for i in range(rows)]
     ta = [text.prompt(STORY + f"w{i}") for i in range(rows)]
     return {
@@ -212,6 +213,7 @@ def stream_table(
     took = measure.interleave(timed, device=lm.device, seconds=seconds, least=3, most=50, title=f"{rows} rows")
     print(
         f"\n{rows} rows, {length} tokens each\n{'':18}{'ms/token':>10}{'/ plain':>9}{'whole answer, ms':>32}{'runs':>6}"
+        f"{'peak MiB':>10}"
     )
     table = []
     for name in runs:
@@ -219,10 +221,14 @@ def stream_table(
         token = (whole.p50 - start.p50) / (length - 2)
         base = "text plain" if name.startswith("text") else "plain"
         plain = (took[base].p50 - took[base + " 2"].p50) / (length - 2)
+        peak = measure.peak_bytes(timed[name], lm.device)
         print(
             f"{name:18}{token:10.3f}{token / plain:9.2f}{whole.p50:12.1f} [{whole.p20:8.1f} {whole.p80:8.1f}]{whole.runs:6d}"
+            f"{'-' if peak is None else format(peak / 2**20, '.1f'):>10}"
         )
-        table.append({"rows": rows, "way": name, "ms_a_token": token, "to_plain": token / plain, **asdict(whole)})
+        table.append(
+            {"rows": rows, "way": name, "ms_a_token": token, "to_plain": token / plain, "peak": peak, **asdict(whole)}
+        )
     return table
 
 
@@ -262,8 +268,12 @@ def look_table(
     table = []
     for name, t in took.items():
         ratio = t.p50 / took[name.split()[0] + " draft"].p50
-        print(f"{name:24}{t.p50:10.1f} ms [{t.p20:8.1f} {t.p80:8.1f}]{ratio:8.2f} x draft{t.runs:5d} runs")
-        table.append({"case": title, "answers": answers, "what": name, "ratio": ratio, **asdict(t)})
+        peak = measure.peak_bytes(timed[name], lm.device)
+        print(
+            f"{name:24}{t.p50:10.1f} ms [{t.p20:8.1f} {t.p80:8.1f}]{ratio:8.2f} x draft{t.runs:5d} runs"
+            f"{'-' if peak is None else format(peak / 2**20, '.1f'):>10} MiB"
+        )
+        table.append({"case": title, "answers": answers, "what": name, "ratio": ratio, "peak": peak, **asdict(t)})
     return table
 
 
@@ -303,7 +313,8 @@ def main() -> None:
         table += look_table("short", lm, views, answers, args.tokens, args.seconds)
     if not args.skip_long:
         long = small(336, 512, 3)  # 13 frames of 14 x 14 visual tokens
-        table += look_table("long", long, noise(1, 13, 336), 2, 100, args.seconds)
+        for answers in (2, 8):
+            table += look_table("long", long, noise(1, 13, 336), answers, 100, args.seconds)
     if args.json:
         args.json.write_text(json.dumps({"machine": where, "rows": table}, indent=1))
 
