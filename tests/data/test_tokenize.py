@@ -47,6 +47,8 @@ BAD = {
     "video unreadable": pair("c", "corrupt.mp4"),
     "answer too long": pair("l", rejected="word " * 40),
     "prompt unusable": Pair("v", "a.mp4", "What is <video>?", "a", "b"),
+    "chosen answer unusable": pair("w", chosen="A <video> of a bar."),
+    "rejected answer unusable": pair("x", None, rejected="An <image>."),
 }
 
 
@@ -58,6 +60,15 @@ def test_a_pair_that_cannot_be_used_says_why(reason: str, look: str, captioner: 
         getattr(encoder, look)(BAD[reason])
     assert caught.value.reason == reason
     assert str(caught.value).startswith(f"pair {BAD[reason].id}: {reason}: ")
+
+
+def test_text_pairs_for_a_video_model_hold_no_placeholder(captioner: CaptionModel) -> None:
+    """It would be trained on as a word, or take another pair's visual features."""
+    with pytest.raises(PairError, match="pair p: prompt unusable: it contains <video>, which stands for what"):
+        PairEncoder(captioner).encode(Pair("p", None, "What is <video>?", "a", "b"))
+    tokenizer = byte_tokenizer()
+    text = CaptionModel(tiny_text_model(tokenizer), tokenizer, None)
+    assert PairEncoder(text).encode(Pair("p", None, "What is <video>?", "a", "b")).id == "p"
 
 
 @pytest.mark.parametrize("video", ["empty.mp4", "../secret.mp4", "/etc/passwd"])
@@ -109,7 +120,7 @@ def test_the_dataset_drops_with_a_count(cache_bytes: int, captioner: CaptionMode
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(dataset.table())
     text = console.export_text()
-    assert "11 preference pairs" in text
+    assert "13 preference pairs" in text
     assert "dropped: video missing" in text
 
 

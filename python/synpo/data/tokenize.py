@@ -91,12 +91,12 @@ class PairEncoder:
         self.max_length = max_length or context or 1 << 30
         self.max_completion_length = max_completion_length
         self.features = features
-        self._visual_token = getattr(lm.base.config, "video_token_id", None)
+        self._placeholders = sorted(lm.placeholder_ids)
         self._checked: dict[tuple[str, torch.Size], Prompt] = {}
 
     def encode(self, pair: Pair) -> EncodedPair:
         """Decode the video and tokenize. Raises PairError if the pair cannot be used, ConfigError if no video can."""
-        self._check_answers(pair)
+        self._check_texts(pair)
         if pair.video is None:
             return self._build(pair, self._prompt(pair, None))
         path, times = self._locate(pair)
@@ -116,7 +116,7 @@ class PairEncoder:
         """
         if pair.video is None or self.features is not None:
             return self.encode(pair)
-        self._check_answers(pair)
+        self._check_texts(pair)
         return self._build(pair, self._blank(pair, *self._locate(pair)))
 
     def _look(self, pair: Pair, path: Path, times: list[float]) -> Prompt:
@@ -136,15 +136,27 @@ class PairEncoder:
         return self._checked[key]
 
     def lengths(self, pair: EncodedPair) -> Lengths:
-        visual = 0 if self._visual_token is None else int((pair.prompt == self._visual_token).sum())
+        visual = int(torch.isin(pair.prompt, torch.tensor(self._placeholders, dtype=torch.long)).sum())
         return Lengths(visual, len(pair.prompt) - visual, len(pair.chosen), len(pair.rejected))
 
-    def _check_answers(self, pair: Pair) -> None:
+    def _check_texts(self, pair: Pair) -> None:
+        """Raise PairError for an answer that is empty or not different, or a text with the model's visual placeholder."""
         for side in ("chosen", "rejected"):
             if not getattr(pair, side).strip():
                 raise PairError(pair.id, f"{side} answer empty", "no text")
         if pair.chosen.strip() == pair.rejected.strip():
             raise PairError(pair.id, "chosen equals rejected", pair.chosen.strip()[:80])
+        for part, reason in (
+            ("prompt", "prompt unusable"),
+            ("chosen", "chosen answer unusable"),
+            ("rejected", "rejected answer unusable"),
+        ):
+            ids = (
+                self.lm.tokenizer(getattr(pair, part), add_special_tokens=False).input_ids if self._placeholders else []
+            )
+            if stray := set(ids).intersection(self._placeholders):
+                token = self.lm.tokenizer.convert_ids_to_tokens(min(stray))
+                raise PairError(pair.id, reason, f"it contains {token}, which stands for what the model sees")
 
     def _locate(self, pair: Pair) -> tuple[Path, list[float]]:
         """The pair's video file, and the seconds at which frames are taken."""

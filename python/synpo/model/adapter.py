@@ -27,6 +27,9 @@ from synpo.model.vision import OneVision, Processor, Vision, sequential_position
 from synpo_kernels import lora_head
 from synpo_kernels.parallel import gathered, whole
 
+PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
+"""What configurations call the tokens that stand for what a model sees or hears."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -107,6 +110,12 @@ class CaptionModel:
     @property
     def sees_video(self) -> bool:
         return self.vision is not None
+
+    @property
+    def placeholder_ids(self) -> frozenset[int]:
+        """Ids of the tokens that the model replaces by what it sees; none in a text model."""
+        found = (getattr(self.base.config, name, None) for name in PLACEHOLDERS)
+        return frozenset(place for place in found if isinstance(place, int))
 
     def prompt(self, text: str, frames: Tensor | None = None, vision: Vision | None = None) -> Prompt:
         """Encode one user turn through the chat template. Raises ValueError if the model cannot see and frames are given.

@@ -72,7 +72,7 @@ def _made_up(lm: CaptionModel) -> list[EncodedPair]:
     """Two pairs with answers of 8 and 5, 3 and 6 tokens, about 4 and 2 frames of 64×64 noise; the first with another chosen."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, min(len(lm.tokenizer), 1 << 15), (22 + LONGEST,), generator=generator)
-    for place in (*lm.eos_token_ids, lm.pad_token_id, *_placeholders(lm)):
+    for place in (*lm.eos_token_ids, lm.pad_token_id, *lm.placeholder_ids):
         ids[ids == place] = lm.completion("a")[0]
     answers = ids.split([LONGEST, 5, 3, 6, LONGEST])
     pairs = []
@@ -83,12 +83,6 @@ def _made_up(lm: CaptionModel) -> list[EncodedPair]:
         prompt = lm.prompt(text, frames)
         pairs.append(EncodedPair(str(i), prompt.input_ids, answers[2 * i], answers[2 * i + 1], prompt.vision))
     return [*pairs, replace(pairs[0], chosen=answers[4])]
-
-
-def _placeholders(lm: CaptionModel) -> list[int]:
-    """Ids that a model replaces by what it sees."""
-    names = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
-    return [place for name in names if isinstance(place := getattr(lm.base.config, name, None), int)]
 
 
 def _states(lm: CaptionModel, pairs: list[EncodedPair], packed: bool) -> Tensor:
