@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import IA3Config, get_peft_model
 
 from synpo.config import ConfigError, LoraSection
 from synpo.data.collate import PairCollator
@@ -90,6 +91,13 @@ def test_a_model_that_has_an_adapter_trains_that_one_further() -> None:
     assert sorted(apply_lora(lm, LoraSection(r=16))) == sorted(names)
     assert lm.model is first
     assert sum(p.requires_grad for p in lm.model.parameters()) == 2 * len(names)
+
+
+def test_an_adapter_that_is_no_lora_is_refused() -> None:
+    lm = build("llama")
+    lm.model = get_peft_model(lm.model, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ConfigError, match=r"model\.adapter: .* holds no LoRA"):
+        apply_lora(lm, LoraSection(r=2))
 
 
 @pytest.mark.parametrize("kind", ["captioner", "llama"])

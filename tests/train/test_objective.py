@@ -11,7 +11,7 @@ from synpo.data.collate import PairCollator
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.train.objective import PairObjective, parameters_of
-from synpo_kernels import OBJECTIVES, sequence_stats
+from synpo_kernels import OBJECTIVES, Objective, sequence_stats
 
 
 @pytest.fixture(params=["captioner", "text_lm"])
@@ -121,6 +121,17 @@ def test_rewards_are_relative_to_the_reference_where_there_is_one(text_lm: Capti
     with text_lm.model.disable_adapter():
         same = PairObjective(text_lm, "dpo", {})(text_lm.model, batch).statistics
     assert torch.equal(same["rewards/chosen"], torch.zeros(len(pairs)))
+
+
+def test_an_objective_with_a_reference_needs_no_beta(text_lm: CaptionModel, pairs_for: Any, monkeypatch: Any) -> None:
+    def gap(stats: Any, reference: Any, *, reduction: str = "mean") -> Tensor:
+        """L = - [(log π+ - log π-) - (log π_ref+ - log π_ref-)]"""
+        rewards = stats.logps - reference.logps
+        return -(rewards.chunk(2)[0] - rewards.chunk(2)[1]).mean()
+
+    monkeypatch.setitem(OBJECTIVES, "gap", Objective("gap", gap, True, True))
+    outcome = PairObjective(text_lm, "gap", {})(text_lm.model, PairCollator(0)(pairs_for(text_lm)))
+    torch.testing.assert_close(outcome.statistics["rewards/margins"].mean(), -outcome.loss.detach())
 
 
 def test_the_reference_sees_no_dropout_and_training_mode_comes_back(text_lm: CaptionModel, pairs_for: Any) -> None:

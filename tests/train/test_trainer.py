@@ -13,6 +13,7 @@ from torch import Tensor
 from synpo.config import ConfigError
 from synpo.data.collate import PairCollator
 from synpo.model.adapter import CaptionModel
+from synpo.train.repetition import repetition
 from synpo.train.trainer import DivergenceError, SynPOConfig, SynPOTrainer
 
 
@@ -105,6 +106,25 @@ def test_evaluation_is_the_mean_over_pairs_also_of_a_partial_batch(
         float(outcome.statistics["synpo/chosen_prob"].mean()), rel=1e-5
     )
     assert "eval_synpo/grad_balance/chosen" not in metrics
+
+
+def test_what_other_passes_saw_is_not_in_an_evaluation(text_lm: Any, pairs_for: Any, trainer_for: Any) -> None:
+    data = pairs_for(text_lm, 3)
+    trainer = trainer_for(text_lm, data)
+    expected = trainer.evaluate(data)["eval_synpo/margin"]
+    found = trainer.predict(data[:1]).metrics
+    assert found["test_loss"] == pytest.approx(float(trainer.predict(data[:1]).metrics["test_loss"]))
+    assert found["test_synpo/margin"] != expected
+    assert trainer.evaluate(data[:1], metric_key_prefix="other")["other_synpo/margin"] == found["test_synpo/margin"]
+    assert trainer.evaluate(data)["eval_synpo/margin"] == expected
+
+
+def test_greedy_samples_are_greedy_whatever_the_model_asks_for(text_lm: Any, pairs_for: Any) -> None:
+    pairs = pairs_for(text_lm, 2)
+    plain = repetition(text_lm, pairs, 40)
+    assert plain > 0.1
+    text_lm.base.generation_config.update(repetition_penalty=50.0, no_repeat_ngram_size=2)
+    assert repetition(text_lm, pairs, 40) == plain
 
 
 def with_dropout(lm: CaptionModel) -> CaptionModel:

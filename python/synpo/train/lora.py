@@ -29,12 +29,18 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
         Names of the wrapped modules.
 
     Raises:
-        ConfigError: nothing matches, a match is not a linear layer PEFT can wrap, or it belongs to a vision tower.
+        ConfigError: the model's adapter is not LoRA, nothing matches, a match is not a linear layer PEFT can wrap, or it
+            belongs to a vision tower.
     """
     if isinstance(lm.model, PeftModel):
         wrapped = [name for name, module in lm.base.named_modules() if hasattr(module, "lora_A")]
         for name, parameter in lm.model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+        if not wrapped:
+            kind = next(iter(lm.model.peft_config.values())).peft_type.value
+            raise ConfigError(
+                f"model.adapter: an adapter of kind {kind} holds no LoRA, and nothing else is trained here"
+            )
         return _checked(wrapped, section)
     if section.r < 1:
         raise ConfigError(f"lora.r: expected a rank of at least 1, got {section.r}")

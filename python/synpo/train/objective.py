@@ -9,8 +9,9 @@ ZeRO-3, and DDP finds them in the graph of what the forward returns.
 The objectives are those of `synpo_kernels.losses.OBJECTIVES`: a function registered there is a `loss_type` here. Its
 parameters are the settings of the same name (alpha, beta, gamma, weight); those left out keep the function's defaults.
 
-Rewards are β (log π − log π_ref) where the objective has a reference, and the mean log-likelihood of a token where it has
-none. Everything under `synpo/` is the same for every objective, so that runs can be compared.
+Rewards are β (log π − log π_ref) where the objective has a reference, β = 1 where it has no such parameter, and the mean
+log-likelihood of a token where it has none. Everything under `synpo/` is the same for every objective, so that runs can be
+compared.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class PairObjective:
         now = stats.detach()
         rewards = now.mean_logps
         if reference is not None:
-            rewards = self.parameters["beta"] * (now.logps - reference.logps)
+            rewards = self.parameters.get("beta", 1.0) * (now.logps - reference.logps)
         statistics = _statistics(now.mean_logps, now.logps, rewards, now.chosen.mean_probs)
         if logps.requires_grad:
             # in a graph of its own, which activation checkpointing does not take apart: that would run the model again

@@ -29,7 +29,13 @@ def repetition(lm: CaptionModel, pairs: Sequence[EncodedPair], tokens: int) -> f
             inputs = lm.forward_kwargs(ids, torch.ones_like(ids), lm.encode_vision([vision]))
             inputs.pop("position_ids")  # generate counts on from the prompt itself
             written = lm.model.generate(
-                **inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=lm.pad_token_id, use_cache=True
+                **inputs,
+                max_new_tokens=tokens,
+                do_sample=False,
+                repetition_penalty=1.0,  # a checkpoint's own settings would hide what is looked for
+                no_repeat_ngram_size=0,
+                pad_token_id=lm.pad_token_id,
+                use_cache=True,
             )[0]
             answer = written[ids.shape[1] :] if "input_ids" in inputs else written
             ended = [i for i, token in enumerate(answer.tolist()) if token in lm.eos_token_ids]

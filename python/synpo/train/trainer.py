@@ -230,16 +230,21 @@ class SynPOTrainer(Trainer):
         held: Any = self.eval_dataset
         return [] if held is None or isinstance(held, dict) else [held[i] for i in range(min(count, len(held)))]
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; the metrics hold the means over all pairs, and how greedy samples repeat themselves."""
+        output = super().evaluation_loop(*args, **kwargs)
+        means, metrics = self._means["eval"].drain(self.accelerator), output.metrics or {}
+        if (prefix := next((name.removesuffix("loss") for name in metrics if name.endswith("_loss")), None)) is None:
+            return output
+        metrics.update({prefix + name: value for name, value in means.items()})
+        settings: Any = self.args
+        if prefix.startswith("eval") and settings.sample_tokens > 0 and (pairs := self._sampled(settings.samples)):
+            metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over the pairs seen since the last log. Called by the Trainer."""
-        evaluated = next((name for name in logs if name.startswith("eval") and name.endswith("_loss")), None)
-        if evaluated is not None:
-            prefix = evaluated.removesuffix("loss")
-            logs.update({prefix + name: value for name, value in self._means["eval"].drain(self.accelerator).items()})
-            settings: Any = self.args
-            if settings.sample_tokens > 0 and (pairs := self._sampled(settings.samples)):
-                logs[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
-        elif "loss" in logs:
+        if "loss" in logs:
             means = self._means["train"].drain(self.accelerator)
             logs.update({name: value for name, value in means.items() if name != "loss"})
             logs["num_tokens"] = self.state.num_input_tokens_seen
