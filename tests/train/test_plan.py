@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from synpo.cli import main
 from synpo.config import Config, ConfigError, LoraSection, ModelConfig, build
 from synpo.data.collate import PairCollator
-from synpo.data.tokenize import EncodedPair, Lengths
+from synpo.data.tokenize import EncodedPair, Lengths, PairEncoder
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
 from synpo.records import Pair, write_records
@@ -173,6 +173,17 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(folders: dict[str, P
     assert largest_batch(model, lengths, "shared", False, 10**9) == 0
 
 
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "qwen3"])
+def test_visual_tokens_are_counted_in_every_family(family: str, family_lm: Any) -> None:
+    """Also where a video is read as images."""
+    lm = family_lm(family)
+    frames = torch.zeros(4, 3, 48, 48, dtype=torch.uint8) if lm.sees_video else None
+    prompt = lm.prompt("Describe.", frames)
+    found = PairEncoder(lm).lengths(EncodedPair("p", prompt.input_ids, torch.ones(3), torch.ones(2), prompt.vision))
+    visual = {"llava_onevision": 17, "qwen2_5_vl": 8, "qwen3_vl": 8, "qwen3": 0}.get(family, 16)
+    assert found == Lengths(visual, len(prompt.input_ids) - visual, 3, 2)
+
+
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     rows = [Pair(f"p{i}", None, "Why? " * (i + 1), "Because. " * (i + 1), "No.") for i in range(9)]
@@ -184,6 +195,10 @@ def pairs(tmp_path: Path) -> Path:
 def test_tokens_and_what_is_dropped_are_counted(folders: dict[str, Path], pairs: Path) -> None:
     values = {"model": {"path": str(folders["llama"])}, "lora": {"r": 4}, "train": {"max_completion_length": 120}}
     values["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    part = {**values, "train": values["train"] | {"num_train_epochs": 0.5, "held_out": 2}}
+    assert plan(build(Config, part), None, pairs, ["24GB"]).steps == 1  # 7 pairs in 2 steps, half of them
+    part["train"]["num_train_epochs"] = 0.6
+    assert plan(build(Config, part), None, pairs, ["24GB"]).steps == 2
     found = plan(build(Config, values), None, pairs, ["24GB", "1GB"])
     assert (found.pairs, found.used, found.steps) == (11, 9, 6)
     assert {reason: row["count"] for reason, row in found.dropped.items()} == {
@@ -208,7 +223,7 @@ def lora_of(lm: CaptionModel, r: int) -> list[torch.nn.Parameter]:
 
 
 def test_the_command_prints_tables_or_json_and_loads_no_weights(
-    folders: dict[str, Path], pairs: Path, tmp_path: Path, capsys: Any
+    folders: dict[str, Path], pairs: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = tmp_path / "bare"  # the model's description without its weights
     bare.mkdir()
@@ -216,8 +231,12 @@ def test_the_command_prints_tables_or_json_and_loads_no_weights(
         if file.suffix != ".safetensors":
             (bare / file.name).write_bytes(file.read_bytes())
     command = ["plan", "--model", str(bare), "--pairs", str(pairs), "--gpu", "24GB"]
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(command) == 0
     shown = capsys.readouterr().out
+    memory = shown[shown.index("Memory in GiB") : shown.index("longest pair")].splitlines()
+    assert max(map(len, memory)) <= 80
+    assert "…" not in "".join(memory)
     for words in ("11 preference pairs", "dropped: chosen equals rejected", "activations", "largest micro-batch, 24GB"):
         assert words in shown
     assert main([*command, "--json", "--set", "train.bf16=true"]) == 0

@@ -14,6 +14,7 @@ each with and without activation checkpointing. The formulas are in memory.py. N
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import sys
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synpo.config import Config, ConfigError, ModelConfig
-from synpo.data.pairs import load_pairs
+from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, check_paths
 from synpo.model.vision import vision_for
@@ -125,11 +126,17 @@ def stored_dtype(path: str, described: Any) -> torch.dtype:
 
 def largest_batch(model: MemoryModel, lengths: Lengths, layout: str, checkpointing: bool, size: int) -> int:
     """Most pairs of these lengths whose step fits in `size` bytes; 0 when one does not."""
-    one, two = (model.step(Batch(n, lengths, layout), checkpointing).total for n in (1, 2))
-    guess = 0 if one > size else 1 + (size - one) // max(1, two - one)  # all but the loss's slice grows evenly
-    while guess and model.step(Batch(guess, lengths, layout), checkpointing).total > size:
-        guess -= 1
-    return guess
+
+    def fits(pairs: int) -> bool:
+        return model.step(Batch(pairs, lengths, layout), checkpointing).total <= size
+
+    fitting, beyond = 0, 1
+    while fits(beyond):
+        fitting, beyond = beyond, 2 * beyond
+    while beyond - fitting > 1:
+        middle = (fitting + beyond) // 2
+        fitting, beyond = (middle, beyond) if fits(middle) else (fitting, middle)
+    return fitting
 
 
 def statistics(values: Sequence[int]) -> dict[str, int]:
@@ -154,7 +161,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     args = settings(away, Path("plan"))
     lm = skeleton(config.model)
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length)
-    dataset = PairDataset(encoder, loaded, cache_bytes=0)
+    dataset = PairDataset(encoder, hold_out(loaded, args.held_out)[0], cache_bytes=0)
     with torch.device("meta"):
         wrapped = apply_lora(lm, config.lora)
     model = MemoryModel(
@@ -192,7 +199,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
             **{f"pair, {layout}": statistics([Batch(1, n, layout).tokens for n in used]) for layout in LAYOUTS},
         },
         longest={"id": dataset.pairs[at].id, "video": dataset.pairs[at].video, **asdict(used[at])},
-        steps=args.max_steps if args.max_steps > 0 else int(windows * args.num_train_epochs),
+        steps=args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs),
         parameters=sum(p.numel() for p in lm.model.parameters()),
         trained=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
         modules=len(wrapped),
@@ -224,8 +231,8 @@ def show(found: Plan, as_json: bool = False) -> None:
         markup=False,
     )
     console.print(
-        f"* as configured. Each total holds {_gib(RESERVE)} GiB for the CUDA context and the allocator. No GPU has "
-        "confirmed these figures yet.",
+        f"* as configured; checkp.: with activation checkpointing. Each total holds {_gib(RESERVE)} GiB for the CUDA context "
+        "and the allocator. No GPU has confirmed these figures yet.",
         markup=False,
     )
 
@@ -251,16 +258,16 @@ def _memory_table(found: Plan) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for entry in found.estimates:
-        name = entry.layout + (" *" if entry.configured else "") + ("\ncheckpointing" if entry.checkpointing else "")
+        name = entry.layout + (" *" if entry.configured else "") + ("\ncheckp." if entry.checkpointing else "")
         table.add_column(name, justify="right", no_wrap=True)
     rows = {
         "weights": lambda m: m.weights,
         "gradients and optimizer": lambda m: m.trained,
         "activations": lambda m: m.activations,
         "gradients in flight": lambda m: m.backward,
-        "vision tower, before the rest": lambda m: m.vision,
+        "vision tower (before)": lambda m: m.vision,
         "loss": lambda m: m.loss,
-        "(loss from full logits)": lambda m: m.naive_loss,
+        "(from full logits)": lambda m: m.naive_loss,
     }
     for label, value in rows.items():
         table.add_row(label, *(_gib(value(entry.memory)) for entry in found.estimates))
