@@ -1,6 +1,7 @@
 """Warnings in words, and the two pictures."""
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,21 @@ def test_a_healthy_run_gets_no_warning() -> None:
     assert warnings_of([], "synpo") == []
     assert warnings_of(run(9, saturation=(1.0, 1.0)), "synpo") == []
     assert warnings_of(run(10, saturation=(1.0, 1.0)), "synpo") != []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_chance_and_unequal_lengths_are_no_finding(seed: int) -> None:
+    """A run in warm-up: nothing moves, batches differ; rejected answers are a quarter longer. Looked at after every step."""
+    draw = random.Random(seed)
+    rows = run(60, grad_balance__chosen=(0.4, 0.4), grad_balance__rejected=(0.447, 0.447), margin=(0.1, 0.1))
+    for row in rows:
+        row["synpo/margin"] += draw.gauss(0, 0.05)
+    found = [warnings_of(rows[:count], "dpo") for count in range(61)]
+    assert sum(map(bool, found)) <= 2
+    for i, row in enumerate(rows):
+        row["synpo/margin"] -= 0.005 * i
+    (fell,) = warnings_of(rows, "dpo")
+    assert "margin fell" in fell
 
 
 @pytest.mark.parametrize(

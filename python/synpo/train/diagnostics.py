@@ -1,10 +1,12 @@
 """What a training log says about the objective, in words: negatives that dominate, a sigmoid that saturates, a collapse.
 
-Each check compares the beginning of a run with its end (a fifth of the logged steps each) and names the setting to change.
+Each check looks at the end of a run, or compares it with the beginning (a fifth of the logged steps each), and names the
+setting to change. What unequal lengths or the luck of the batches explain is no finding.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from synpo.records import read_jsonl
 
 ENOUGH = 10  # logged steps below which a run says nothing
 SHARE = 0.2  # of the logged steps taken as beginning and as end
+DOMINANT = 1.2  # rejected over chosen gradient; answers of unequal length alone make √(length ratio)
+CERTAIN = 3.0  # standard errors by which a mean must have fallen
 SATURATED = 0.9  # mean of 1 − 4σ(1 − σ): σ is within 0.026 of 0 or 1
 COLLAPSED = 0.7  # geometric or arithmetic mean probability of the chosen tokens, end over beginning
 REPEATS = 0.2  # rise of the share of repeated 4-grams in greedy answers since the first evaluation
@@ -76,7 +80,7 @@ def findings(
         return found
     last = rows[-round(SHARE * len(rows)) :]
     rejected, chosen = (mean_of(last, f"synpo/grad_balance/{side}") for side in ("rejected", "chosen"))
-    if rejected is not None and chosen is not None and rejected > chosen:
+    if rejected is not None and chosen is not None and rejected > DOMINANT * chosen:
         ratio = rejected / max(chosen, 1e-12)
         found.append(
             Finding(
@@ -107,7 +111,7 @@ def findings(
             text = f"{words} {before:.3g} at the start, {after:.3g} at the end. {_gentler(loss_type)}"
             found.append(Finding(kind, text, True))
     before, after = ends(rows, "synpo/margin")
-    if after < before:
+    if before - after > CERTAIN * _noise(rows, "synpo/margin"):
         found.append(
             Finding(
                 "margin",
@@ -117,6 +121,13 @@ def findings(
             )
         )
     return found
+
+
+def _noise(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Standard error of end minus beginning: steps differ from their neighbours by chance, whatever the trend."""
+    values = [float(row[name]) for row in rows]
+    variance = sum((b - a) ** 2 for a, b in zip(values, values[1:])) / (2 * (len(values) - 1))
+    return math.sqrt(2 * variance / max(1, round(SHARE * len(values))))
 
 
 def _of_language(evaluations: Sequence[Mapping[str, Any]], loss_type: str) -> list[Finding]:

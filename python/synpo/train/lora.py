@@ -37,7 +37,7 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
         for name, parameter in lm.model.named_parameters():
             parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
         if not wrapped:
-            kind = next(iter(lm.model.peft_config.values())).peft_type.value
+            kind = type(next(iter(lm.model.peft_config.values()))).__name__
             raise ConfigError(
                 f"model.adapter: an adapter of kind {kind} holds no LoRA, and nothing else is trained here"
             )
