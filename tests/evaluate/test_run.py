@@ -124,6 +124,13 @@ def test_one_system_has_no_difference_table_and_one_chart_a_metric() -> None:
     assert alone.to_table().good == set()
 
 
+def test_a_single_video_has_neither_intervals_nor_differences() -> None:
+    one = {"v0": REFERENCES["v0"]}
+    alone = evaluate({"a": captions(1), "b": captions(2)}, one, meteor=False, progress=False)
+    assert alone.to_difference_table() is None
+    assert alone.to_table().notes[0] == "×100; 1 video"
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="no system to evaluate"):
         evaluate({}, REFERENCES)

@@ -25,6 +25,8 @@ from synpo.pipeline.decode import generate
 from synpo.records import RecordStore, record_id, write_json, write_jsonl
 from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video
 
+SELF = "this model"  # its name in the tables
+
 
 @dataclass(frozen=True)
 class VideoCaption:
@@ -96,9 +98,11 @@ def evaluate_model(
         against: name → captions.jsonl of earlier evaluations; the first is the baseline of the paired differences.
 
     Raises:
-        ConfigError, VideoError, ValueError: input that cannot be used; the message says which.
+        ConfigError, VideoError, ValueError: input that cannot be used; the message says which. All but videos that cannot
+            be read, and captions that an earlier evaluation lacks, is found before a model is loaded.
     """
     console = Console()
+    _check(config, references, against or {})
     names = list_videos(videos)
     wanted = {name: name for name in names}
     reference_captions: dict[str, list[str]] = {}
@@ -113,10 +117,12 @@ def evaluate_model(
             console.print(f"{len(matched.missing)} of {len(found.captions)} referenced videos are not in {videos}")
     lm = load(config.model)
     captions, problems = caption_videos(lm, config, videos, sorted(wanted.values()), output / "captions.work.jsonl")
-    write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
     for video, reason in problems.items():
-        console.print(f"left out {video}: {reason}", markup=False)
-    console.print(f"{len(captions)} captions in {output / 'captions.jsonl'}", markup=False)
+        console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if not captions:
+        raise VideoError(f"none of the {len(wanted)} videos in {videos} can be read; the lines above say why")
+    write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
+    console.print(f"{len(captions)} captions in {output / 'captions.jsonl'}", markup=False, soft_wrap=True)
     if references is None:
         return None
     usable = {video: file for video, file in wanted.items() if file in captions}
@@ -124,7 +130,7 @@ def evaluate_model(
     for name, path in (against or {}).items():
         others = read_captions(path, usable.values())
         systems[name] = {video: others[file] for video, file in usable.items()}
-    systems["this model"] = {video: captions[file] for video, file in usable.items()}
+    systems[SELF] = {video: captions[file] for video, file in usable.items()}
     result = evaluate(
         systems,
         {video: reference_captions[video] for video in usable},
@@ -136,3 +142,15 @@ def evaluate_model(
     if difference := result.to_difference_table():
         print_table(difference)
     return result
+
+
+def _check(config: Config, references: Path | None, against: Mapping[str, Path]) -> None:
+    for name, value in (("batch_size", config.eval.batch_size), ("bootstrap", config.eval.bootstrap)):
+        if value < 1:
+            raise ConfigError(f"eval.{name}: expected at least 1, got {value}")
+    if against and references is None:
+        raise ConfigError("--against compares scores, and without --references there are none")
+    if SELF in against:
+        raise ConfigError(f"--against: {SELF!r} is what this evaluation is called; give the other one another name")
+    for path in against.values():
+        read_captions(path)

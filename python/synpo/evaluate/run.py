@@ -91,14 +91,22 @@ class EvalResult:
             for column, metric in enumerate(shown, 1):
                 values = [self.scores[system].corpus[metric] for system in self.systems]
                 best |= {(row, column) for row, value in enumerate(values) if value == max(values)}
-        under = f"×100; under each score its {self.level:.0%} bootstrap interval over {len(self.videos)} videos"
+        over = count(len(self.videos), "video")
+        bounded = any(interval for found in self.intervals.values() for interval in found.values())
+        under = (
+            f"×100; under each score its {self.level:.0%} bootstrap interval over {over}"
+            if bounded
+            else f"×100; {over}"
+        )
         return Table("Caption scores", ["system", *shown], rows, best, notes=[under, *self._notes()])
 
     def to_difference_table(self) -> Table | None:
-        """Each system minus the baseline, ×100; differences whose interval leaves out 0 stand out. None for one system."""
+        """Each system minus the baseline, ×100; differences whose interval leaves out 0 stand out. None where there is none."""
         if not self.differences:
             return None
         shown = [m for m in self._shown() if any(found[m] is not None for found in self.differences.values())]
+        if not shown:  # a single video
+            return None
         rows: list[list[str]] = []
         better, worse = set(), set()
         for r, (system, found) in enumerate(self.differences.items()):

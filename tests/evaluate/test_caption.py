@@ -1,0 +1,102 @@
+"""`synpo eval` from video files to scores, on a random captioner."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from synpo.config import Config, ConfigError, EvalConfig, ModelConfig, SamplingConfig
+from synpo.demo.render import render
+from synpo.demo.world import make_split
+from synpo.evaluate import caption as module
+from synpo.evaluate.caption import evaluate_model
+from synpo.records import read_jsonl, write_jsonl
+from synpo.video import VideoError
+
+GREEDY = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three videos, and a file that is none."""
+    folder = tmp_path_factory.mktemp("videos")
+    for scene in make_split(0, "held-out", 3):
+        render(scene, folder)
+    (folder / "noise.mp4").write_bytes(b"not a video")
+    return folder
+
+
+@pytest.fixture
+def config(tiny_captioner_path: Path) -> Config:
+    model = ModelConfig(path=str(tiny_captioner_path), device="cpu")
+    return Config(model=model, eval=EvalConfig(sampling=GREEDY, batch_size=2, bootstrap=20))
+
+
+def test_captions_scores_and_what_was_left_out(config: Config, videos: Path, tmp_path: Path, capsys: object) -> None:
+    references = tmp_path / "references.jsonl"
+    names = [f"held-out-0000{i}.mp4" for i in range(3)]
+    write_jsonl(
+        references, [{"video": n, "captions": ["a red circle."]} for n in (*names, "noise.mp4", "elsewhere.mp4")]
+    )
+    earlier = tmp_path / "earlier.jsonl"
+    write_jsonl(earlier, [{"video": n, "caption": "a red circle."} for n in names])
+    output = tmp_path / "out"
+    result = evaluate_model(config, videos, references, output, {"earlier": earlier})
+    assert result is not None and result.videos == names and result.baseline == "earlier"
+    assert result.scores["earlier"].corpus["BLEU-1"] > result.scores["this model"].corpus["BLEU-1"]
+    assert [row["video"] for _, row in read_jsonl(output / "captions.jsonl")] == names
+    assert set(json.loads((output / "scores.json").read_text())["systems"]) == {"earlier", "this model"}
+    shown = capsys.readouterr().out  # type: ignore[attr-defined]
+    assert "left out noise.mp4" in shown and "1 of 5 referenced videos are not in" in shown
+
+
+def test_an_interrupted_run_captions_what_is_missing_and_no_more(
+    config: Config, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate_model(config, videos, None, tmp_path / "whole")
+    evaluate_model(config, videos, None, tmp_path / "killed")
+    work = tmp_path / "killed" / "captions.work.jsonl"
+    rows = work.read_bytes().splitlines(keepends=True)
+    work.write_bytes(rows[0] + rows[1] + rows[2][:10])
+    asked: list[int] = []
+    real = module.generate
+    monkeypatch.setattr(
+        module, "generate", lambda lm, prompts, *a, **k: asked.append(len(prompts)) or real(lm, prompts, *a, **k)
+    )
+    evaluate_model(config, videos, None, tmp_path / "killed")
+    assert sum(asked) == 1
+    for name in ("captions.jsonl", "captions.work.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_nothing_readable_is_an_error(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "noise.mp4").write_bytes(b"not a video")
+    with pytest.raises(VideoError, match="none of the 1 videos"):
+        evaluate_model(config, tmp_path, None, tmp_path / "out")
+    assert not (tmp_path / "out" / "captions.jsonl").exists()
+
+
+def test_what_cannot_be_used_is_said_before_the_model_is_loaded(
+    config: Config, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: ModelConfig) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(module, "load", load)
+    references, broken = tmp_path / "references.jsonl", tmp_path / "broken.jsonl"
+    write_jsonl(references, [{"video": "held-out-00000.mp4", "captions": ["a circle."]}])
+    broken.write_text("{}\n")
+    for settings, against, message in (
+        ({"batch_size": 0}, {}, r"eval\.batch_size: expected at least 1, got 0"),
+        ({"bootstrap": 0}, {}, r"eval\.bootstrap: expected at least 1, got 0"),
+        ({}, {"this model": references}, "--against: 'this model'"),
+        ({}, {"a": broken}, r"broken\.jsonl:1: expected"),
+    ):
+        other = replace(config, eval=replace(config.eval, **settings))
+        with pytest.raises(ValueError, match=message):
+            evaluate_model(other, videos, references, tmp_path / "out", against)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        evaluate_model(config, videos, references, tmp_path / "out", {"a": tmp_path / "missing.jsonl"})
+    with pytest.raises(ConfigError, match="without --references"):
+        evaluate_model(config, videos, None, tmp_path / "out", {"a": references})
