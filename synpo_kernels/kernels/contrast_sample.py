@@ -22,6 +22,7 @@ Shape legend: B rows, V tokens, G = cdiv(V, GROUP) groups, K candidates.
 from __future__ import annotations
 
 import math
+from ctypes import c_float
 
 import torch
 import triton
@@ -416,7 +417,7 @@ def _parts(number: float) -> tuple[float, float, float]:
     """Three fp32 numbers whose sum in float64 is `number`."""
     parts = []
     for _ in range(3):
-        part = float(torch.tensor(number, dtype=torch.float32))
+        part = c_float(number).value
         parts.append(part)
         number -= part
     return parts[0], parts[1], parts[2]

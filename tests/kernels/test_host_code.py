@@ -1,0 +1,227 @@
+"""The host side of the Triton path, traced for a CUDA device that need not exist.
+
+FakeTensorMode runs what happens between the kernels on tensors with a shape, a dtype and a device but no data, and each
+kernel is replaced by a check of its arguments. So a tensor on the wrong device, a value or a size that the host would have to
+read back, and a call that does not fit its kernel are errors here, on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+
+from synpo_kernels import certified, contrast, epilogue, kept, ops, pairs_trained
+from synpo_kernels.kernels import contrast_sample, counted_product, exact_rows, exp_tile
+from synpo_kernels.kernels import epilogue as epilogue_kernels
+
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this build of torch knows no CUDA tensors")
+
+KERNELS = (
+    (exp_tile, "exp_tile_kernel"),
+    (exact_rows, "exact_rows_kernel"),
+    (counted_product, "counted_product_kernel"),
+    (epilogue_kernels, "sequence_sums_kernel"),
+    (epilogue_kernels, "pair_loss_kernel"),
+    (contrast_sample, "expert_peaks_kernel"),
+    (contrast_sample, "group_bests_kernel"),
+    (contrast_sample, "draw_kernel"),
+)
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+N, D, V, R = 96, 64, 1000, 16
+HEADS = {  # dtype, with a bias, softcap
+    "bf16": (torch.bfloat16, False, None),
+    "fp16 bias": (torch.float16, True, None),
+    "fp32 softcap": (torch.float32, False, 30.0),
+}
+
+
+class Watched:
+    """Stands for a kernel: each parameter given once, pointers to the GPU and nothing else a tensor, a grid that is not empty."""
+
+    def __init__(self, kernel: Any, launched: set[str], name: str) -> None:
+        self.parameters, self.launched, self.name = list(kernel.arg_names), launched, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(isinstance(size, int) and size > 0 for size in grid), grid
+        return self.launch
+
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        given = dict(zip(self.parameters, arguments, strict=False))
+        assert len(given) == len(arguments) and not given.keys() & options.keys()
+        given |= {name: value for name, value in options.items() if name not in LAUNCH_OPTIONS}
+        assert given.keys() == set(self.parameters)
+        for name, value in given.items():
+            value = getattr(value, "base", value)  # of a tensor descriptor
+            assert isinstance(value, Tensor) == name.endswith("_ptr"), (self.name, name, value)
+            assert not isinstance(value, Tensor) or value.is_cuda, (self.name, name, value.device)
+        self.launched.add(self.name)
+
+
+class OnTheGPU(TorchDispatchMode):
+    """Nothing but single numbers, which CUDA ops take as they are, may lie in the host's memory, and none may be copied."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.addmm.dtype_out:  # torch 2.11 has no rule for its shape that works
+            result, (total, a, b, dtype) = kwargs["out"], args
+            assert a.dtype == b.dtype and total.dtype == result.dtype == dtype
+            assert result.shape == total.shape == (len(a), b.shape[1])
+        else:
+            result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        assert all(tensor.is_cuda or not tensor.dim() for tensor in tensors), (function, tensors)
+        copied = function is torch.ops.aten._to_copy.default
+        assert not copied or tensors[0].device == tensors[-1].device, (function, tensors)
+        return result
+
+
+@pytest.fixture(params=[8, 9], ids=["sm_80", "sm_90"])
+def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Names of the kernels that were launched, on a GPU of this generation."""
+    names: set[str] = set()
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, Watched(getattr(module, name), names, name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (request.param, 0))
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: 256, raising=False)
+    with FakeTensorMode(), OnTheGPU():
+        yield names
+
+
+@pytest.fixture(params=HEADS)
+def head(request: pytest.FixtureRequest) -> tuple[Any, ...]:
+    return HEADS[request.param]
+
+
+@pytest.fixture(params=[-100, None], ids=["some ignored", "all counted"])
+def ignore_index(request: pytest.FixtureRequest) -> int | None:
+    return request.param
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="cuda")
+
+
+def inputs(head: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float | None, float]:
+    """x, W, b, labels, softcap, logit_scale as the ops take them."""
+    dtype, biased, softcap = head
+    bias = empty(V, dtype=dtype) if biased else None
+    return empty(N, D, dtype=dtype), empty(V, D, dtype=dtype), bias, empty(N, dtype=torch.int64), softcap, 1.5
+
+
+def body(op: Any) -> Any:
+    """What a custom op runs; called by name it would answer FakeTensorMode with shapes alone."""
+    return op._init_fn
+
+
+def test_frozen_head(launched, head, ignore_index) -> None:
+    x, w, b, labels, *scale = inputs(head)
+    logps, direction = body(ops.frozen)(x, w, b, labels, *scale, ignore_index, "auto")
+    assert logps.shape == (N,) and direction.shape == x.shape and direction.dtype == x.dtype
+    assert {"exp_tile_kernel", "exact_rows_kernel"} <= launched
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_trained_head(launched, head, ignore_index, low) -> None:
+    x, w, b, labels, *scale = inputs(head)
+    logps, normalizer = body(ops.trained)(x, w, b, labels, *scale, ignore_index, "auto", low)
+    known = (x, w, b, labels, logps, normalizer, torch.empty_like(logps), *scale, ignore_index, "auto", low)
+    for want in ((True, False, False), (True, True, b is not None), (False, True, False)):
+        found = body(ops.trained_gradients)(*known, *want)
+        shapes = zip(want, (x.shape, w.shape, w.shape[:1]), strict=True)
+        assert [each.shape for each in found] == [shape if wanted else (0,) for wanted, shape in shapes]
+    assert launched
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_lora_head(launched, head, low) -> None:
+    x, w, b, labels, *scale = inputs(head)
+    x, extra = torch.cat([x, empty(N, R, dtype=x.dtype)], 1), empty(V, R, dtype=x.dtype)
+    logps, normalizer, _, aimed = body(kept.kept)(x, w, extra, b, labels, *scale, -100, "auto", low, "", True)
+    known = (x, w, extra, b, aimed, logps, normalizer, torch.empty_like(logps), *scale, None, "auto", low)
+    _, d_extra, _ = body(kept.kept_gradients)(*known, False, True, b is not None)
+    assert d_extra.shape == extra.shape and launched
+
+
+def test_skipping(launched, head, ignore_index) -> None:
+    x, w, b, labels, *scale = inputs(head)
+    certificate = body(certified.certified)(x, w, b, labels, *scale, ignore_index, "auto", 2.0**-10, True)
+    assert [each.shape for each in certificate] == [(N,), x.shape, (N,), ()]
+    assert "counted_product_kernel" in launched
+
+
+@pytest.mark.parametrize("held_rows", [N, N // 2, 1])
+def test_pairs_under_a_trained_head(launched, head, ignore_index, held_rows, monkeypatch) -> None:
+    x, w, b, labels, *scale = inputs(head)
+    monkeypatch.setitem(pairs_trained.PAIR_BYTES, "cuda", held_rows * V * x.element_size())
+    options = (*scale, ignore_index, "auto", True, True, b is not None)
+    found = body(pairs_trained.synpo_trained)(x, w, b, labels, None, 4, 10.0, 0.2, "mean", *options)
+    assert [each.shape for each in found] == [(), (N,), x.shape, w.shape, (0,) if b is None else (V,)]
+    assert launched
+
+
+def test_packed_pairs_under_a_trained_head(launched, head, ignore_index, monkeypatch) -> None:
+    """All at once the host reads nothing; in groups it reads the bounds, as `Batch.bounds` says."""
+    x, w, b, labels, *scale = inputs(head)
+    bounds = empty(5, dtype=torch.int32)
+    options = (bounds, 4, 10.0, 0.2, "mean", *scale, ignore_index, "auto", True, True, b is not None)
+    body(pairs_trained.synpo_trained)(x, w, b, labels, *options)
+    assert launched
+    if x.dtype != torch.float16:
+        monkeypatch.setitem(pairs_trained.PAIR_BYTES, "cuda", N // 2 * V * x.element_size())
+        with pytest.raises(DataDependentOutputException):
+            body(pairs_trained.synpo_trained)(x, w, b, labels, *options)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_epilogue(launched, packed, ignore_index, backend) -> None:
+    shape = (N,) if packed else (4, N // 4)
+    labels = None if ignore_index is None else empty(*shape, dtype=torch.int64)
+    bounds = empty(5, dtype=torch.int32) if packed else None
+    loss, g, fields, *_ = body(epilogue.pairs)(
+        empty(*shape, dtype=torch.float32), labels, bounds, 10.0, 0.2, ignore_index, "mean", backend
+    )
+    assert loss.shape == () and g.shape == shape and fields.shape == (len(epilogue.FIELDS), 2)
+    assert launched == ({"sequence_sums_kernel", "pair_loss_kernel"} if backend == "auto" else set())
+
+
+@pytest.mark.parametrize("top_k", [0, 20], ids=["torch", "kernels"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("plausibility", [0.0, 0.1])
+def test_sampling(launched, top_k, temperature, plausibility) -> None:
+    expert, amateur, history = empty(3, 2, V)[:, -1], empty(3, 2, V)[:, -1], empty(3, 7, dtype=torch.int64)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": 0.9, "min_p": 0.01}
+    for other in (amateur, None):
+        tokens, logps = contrast.contrastive_sample(
+            expert, other, plausibility=plausibility, repetition_penalty=1.2, history=history, **settings
+        )
+        assert tokens.shape == logps.shape == (3,)
+        assert contrast.contrastive_mix(expert, other, plausibility=plausibility).shape == (3, V)
+    assert ("draw_kernel" in launched) == (top_k > 0)
+
+
+@pytest.mark.parametrize("fault", ["host memory", "host index", "read back", "argument"])
+def test_faults_are_seen(launched, fault, monkeypatch) -> None:
+    """That these tests can fail."""
+    x, w, b, labels, *scale = inputs(HEADS["bf16"])
+    if fault == "host memory":
+        monkeypatch.setattr(torch, "arange", lambda *size, device=None: torch.ones(*size).cumsum(0))
+    elif fault == "host index":
+        monkeypatch.setattr(Tensor, "index_select", lambda w, at, rows: w[torch.zeros(N, dtype=torch.int64)])
+    elif fault == "read back":
+        monkeypatch.setattr(torch, "log1p", lambda total: total * total.amax().item())
+    else:
+        monkeypatch.setattr(exp_tile, "describable", lambda tensor: False)
+        monkeypatch.setattr(exp_tile.exp_tile_kernel, "parameters", exp_tile.exp_tile_kernel.parameters[:-1])
+    with pytest.raises((AssertionError, DataDependentOutputException, RuntimeError)):
+        body(ops.frozen)(x, w, b, labels, *scale, -100, "auto")
