@@ -29,7 +29,7 @@ TYPES = {
     "sums_ptr": "*fp64",
     **dict.fromkeys(("logit_scale", "softcap", "alpha", "beta"), "fp32"),
 }
-SIZES = ("M", "D", "K")  # multiples of 16 on real shapes, which triton notes at launch
+SIZES = ("M", "D", "K", "V")  # multiples of 16 on real shapes, which triton notes at launch
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class ChipConfig:
     half_small: TileConfig  # where more is alive an element (a soft cap's slope, a sum to add to): larger tiles spill
     full: TileConfig  # float32 inputs
     full_small: TileConfig  # float32 inputs where more is alive
+    full_product: TileConfig  # and of their counted products
     descriptors: bool = False  # whether the two below take the place of half and half_counted, where x and W allow it
     described: TileConfig | None = None
     described_counted: TileConfig | None = None
@@ -50,6 +51,7 @@ CHIPS: dict[int, ChipConfig] = {
         half_small=TileConfig(128, 128, 32, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
         full_small=TileConfig(64, 64, 32, 8, 8, 3),
+        full_product=TileConfig(64, 64, 32, 8, 8, 3),
     ),
     9: ChipConfig(
         half=TileConfig(128, 256, 64, 8, 8, 3),
@@ -57,6 +59,7 @@ CHIPS: dict[int, ChipConfig] = {
         half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
         full_small=TileConfig(64, 128, 32, 8, 8, 3),
+        full_product=TileConfig(64, 64, 32, 8, 4, 3),
         descriptors=True,  # 158 registers and a fourth stage where pointers take 255; no time was measured
         described=TileConfig(128, 256, 64, 8, 8, 4, True),
         described_counted=TileConfig(128, 256, 64, 8, 8, 4, True),
@@ -67,6 +70,7 @@ CHIPS: dict[int, ChipConfig] = {
         half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
         full_small=TileConfig(64, 128, 32, 8, 8, 3),
+        full_product=TileConfig(64, 64, 32, 8, 4, 3),
         descriptors=True,
         described=TileConfig(128, 256, 64, 8, 8, 4, True),
         described_counted=TileConfig(128, 128, 64, 8, 8, 5, True),
@@ -102,7 +106,7 @@ def product_config(major: int | None, itemsize: int) -> TileConfig:
     """Parameters of a counted product, as `tile_config`."""
     if major is None:
         return INTERPRETER
-    return _chip(major).full_small if itemsize == 4 else _chip(major).half_small
+    return _chip(major).full_product if itemsize == 4 else _chip(major).half_small
 
 
 def _chip(major: int) -> ChipConfig:

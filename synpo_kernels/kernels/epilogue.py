@@ -27,6 +27,7 @@ BLOCK_T = 1024  # tokens at a time
 BLOCK_B = 256  # pairs at a time
 PROGRAMS = 512  # of pair_loss at most; each adds up all pairs, so there are not more than fill a GPU
 WARPS, STAGES = 4, 2
+SIZES = ["S", "T", "N"]  # they change from batch to batch, which must not compile anything anew
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def pair_terms(sums_ptr, i, inside, S, alpha):
     return valid, tokens_c, tokens_r, mean_c, mean_r, p_c, p_r, reward, preferred
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sequence_sums_kernel(
     logp_ptr,
     label_ptr,
@@ -104,7 +105,7 @@ def sequence_sums_kernel(
     tl.store(sums_ptr + 3 * S + s, tl.sum(squares, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pair_loss_kernel(
     logp_ptr,
     label_ptr,

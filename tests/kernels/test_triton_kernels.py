@@ -175,7 +175,8 @@ def test_a_chip_without_an_entry_takes_an_older_one(major, known) -> None:
     assert tile_config(major, 2, softcap=False, counted=True) is chip.half_counted
     assert tile_config(major, 2, softcap=True, counted=True) is product_config(major, 2) is chip.half_small
     assert tile_config(major, 4, softcap=False, counted=True) is chip.full
-    assert tile_config(major, 4, softcap=True, counted=False) is product_config(major, 4) is chip.full_small
+    assert tile_config(major, 4, softcap=True, counted=False) is chip.full_small
+    assert product_config(major, 4) is chip.full_product
     described = tile_config(major, 2, softcap=False, counted=False, describable=True)
     assert described is (chip.described if known in (9, 10) else chip.half)
     assert tile_config(major, 4, softcap=False, counted=False, describable=True) is chip.full
