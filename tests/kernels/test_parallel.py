@@ -324,6 +324,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("gloo")
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # the processes have CPU tensors
     command = [sys.executable, __file__]
     workers = [subprocess.Popen([*command, str(r), str(folder)], env=environment, cwd=root) for r in range(2)]
     try:
