@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Everything there is to know about this checkout on a GPU, in one command and within eight minutes:
+# Everything there is to know about this checkout on a GPU, in one command and within nine minutes:
 #
 #     bench/gpu.sh OUTDIR [--cpu]
 #
 # builds the extension in place, then doctor, the kernel tests compiled, ahead-of-time compilation, compute-sanitizer, tiles of
-# the exponential kernel (bench/tune.py) and the loss benchmark. Needs no network and no installed synpo. A part that fails is recorded and the rest goes on; the exit code
-# tells at the end. OUTDIR gets status.json, logs.txt, tune.json, loss.{json,csv,png} and, where time is left, sweep.{json,csv,png}
-# (ours.* instead where a peer brought the benchmark down).
+# the exponential kernel (bench/tune.py) and the loss benchmark. Needs no network and no installed synpo. A part that fails or
+# runs out of time is recorded, what it had found included, and the rest goes on; the exit code tells at the end. OUTDIR gets
+# seven files at most: status.json and logs.txt, written anew after every part, tune.json, loss.{json,png} and, where time is
+# left, sweep.{json,png} (ours.* instead where a peer brought the benchmark down).
 #
 #   --cpu          rehearse the script on a machine without a GPU: same parts, a few tests and kernels, tiny shapes
 #   PYTHON         interpreter with torch (.venv/bin/python, else python3)
-#   GPU_BUDGET     seconds in all (470)
+#   GPU_BUDGET     seconds in all (540)
 #   PARTS          run these alone, as "build loss sweep" (facts build doctor aot tests kernels memcheck racecheck tune loss sweep)
 #   SYNPO_COMMIT   what to record as the commit where the history is not at hand
 set -u
@@ -24,13 +25,26 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 export PYTHONPATH="$ROOT:$ROOT/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
-BUDGET=${GPU_BUDGET:-470}
+BUDGET=${GPU_BUDGET:-540}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 SECONDS=0
 left() { echo $((BUDGET - SECONDS)); }
 
-# part NAME LIMIT COMMAND...: run within LIMIT seconds and what is left, log, record "name <tab> exit code <tab> seconds"
+# record NAME CODE SECONDS: note a part that has ended, and write status.json and logs.txt with all that have
+record() {
+    local name code took
+    printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$WORK/parts"
+    while IFS=$'\t' read -r name code took; do
+        printf '%s\n===== %s: exit code %s, %s s\n' "" "$name" "$code" "$took"
+        cat "$WORK/$name.log"
+    done <"$WORK/parts" >"$WORK/logs-$1" && mv "$WORK/logs-$1" "$OUT/logs.txt"
+    awk -F'\t' 'BEGIN { print "{\"parts\": [" }
+        { printf "%s {\"name\": \"%s\", \"exit\": \"%s\", \"seconds\": %s}", (NR > 1 ? ",\n" : ""), $1, $2, $3 }
+        END { print "\n]}" }' "$WORK/parts" >"$WORK/status-$1" && mv "$WORK/status-$1" "$OUT/status.json"
+}
+
+# part NAME LIMIT COMMAND...: run within LIMIT seconds and what is left, log and record
 part() {
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
@@ -46,7 +60,7 @@ part() {
     echo "== $name: started, at most $limit s"
     timeout -k 5 "$limit" "$@" >"$WORK/$name.log" 2>&1
     code=$?
-    printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - start)) >>"$WORK/parts"
+    record "$name" "$code" $((SECONDS - start))
     printf '== %s: exit code %s, %s s\n%s\n' "$name" "$code" $((SECONDS - start)) \
         "$(tail -n "${SHOW:-3}" "$WORK/$name.log" | cut -c1-180)"
     return "$code"
@@ -54,7 +68,7 @@ part() {
 
 skip() {
     echo "$2" >"$WORK/$1.log"
-    printf '%s\tskipped\t0\n' "$1" >>"$WORK/parts"
+    record "$1" skipped 0
     echo "== $1: skipped, $2"
 }
 
@@ -82,12 +96,16 @@ if [ "$MODE" = --cpu ]; then
     LOSS=(--device cpu --smoke)
     REST=(--device cpu --shapes 64x512x32:float32 --head frozen)
 else
-    TESTS=(tests/kernels)
-    AOT=()
+    # what runs on the GPU first; all that is left when the time for tests is spent is skipped
+    TESTS=(tests/kernels/test_{triton_kernels,linear_logprobs,trained_pairs,epilogue,skipping,contrast_triton,low_memory}.py
+        tests/kernels --deselect tests/kernels/test_aot.py::test_every_kernel_compiles_for_every_chip)
+    AOT=(--jobs 4)
+    CHIP=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_capability()[0] * 10)' 2>/dev/null)
+    case $CHIP in 80 | 90 | 100) AOT+=(--arch "$CHIP") ;; esac # the tests compile for all of them, on any machine
     TUNE=("$PYTHON" -m bench.tune --seconds 20)
     LOSS=(--device cuda --shapes gpu)
     REST=(--device cuda --shapes gpu-sweep gpu-formats --head frozen --providers synpo naive cce liger trl)
-    if has xdist; then PYTEST+=(-n 6); fi
+    if has xdist; then PYTEST+=(-n 8); fi
     if has pytest_timeout; then PYTEST+=(--timeout 90); fi
 fi
 
@@ -97,19 +115,20 @@ part build 120 env SYNPO_REQUIRE_EXT=1 "$PYTHON" setup.py -q build_ext --inplace
 
 # What is not timed runs side by side.
 SHOW=40 part doctor 60 "$PYTHON" -c 'from synpo.doctor import report; report()' &
-part aot 150 "$PYTHON" -m synpo_kernels.aot "${AOT[@]}" &
-SHOW=12 part tests 150 "${PYTEST[@]}" "${TESTS[@]}" &
+part aot 120 "$PYTHON" -m synpo_kernels.aot "${AOT[@]}" &
+SHOW=12 part tests 200 env OMP_NUM_THREADS=1 SYNPO_TEST_SECONDS=150 "${PYTEST[@]}" "${TESTS[@]}" &
 if [ "$MODE" = --cpu ]; then
     for name in kernels memcheck racecheck; do skip "$name" "no GPU in this rehearsal"; done
-elif part kernels 80 "$PYTHON" -m bench.sanitize; then # compiles what the sanitizer then watches
+else
+    part kernels 80 "$PYTHON" -m bench.sanitize --jobs 4 # compiles what the sanitizer then watches
     SANITIZER=$(find_sanitizer)
-    for tool in memcheck racecheck; do
-        if [ -n "$SANITIZER" ]; then
-            part "$tool" 80 "$SANITIZER" --tool "$tool" --error-exitcode 9 "$PYTHON" -m bench.sanitize &
-        else
-            skip "$tool" "compute-sanitizer was not found"
-        fi
-    done
+    if [ -n "$SANITIZER" ]; then
+        WATCHED=(--error-exitcode 9 "$PYTHON" -m bench.sanitize --seconds 75)
+        part memcheck 120 "$SANITIZER" --tool memcheck --report-api-errors no "${WATCHED[@]}" &
+        part racecheck 120 "$SANITIZER" --tool racecheck "${WATCHED[@]}" &
+    else
+        for name in memcheck racecheck; do skip "$name" "compute-sanitizer was not found"; done
+    fi
 fi
 wait
 
@@ -127,14 +146,7 @@ elif [ "$(left)" -gt 45 ]; then
     SHOW=90 part sweep "$SPARE" "$PYTHON" -m bench.loss "${REST[@]}" --time-budget $((SPARE - 15)) --out "$OUT/sweep"
 fi
 
-rm -f "$OUT"/*.part "$OUT"/*.part.png
-while IFS=$'\t' read -r name code took; do
-    printf '%s\n===== %s: exit code %s, %s s\n' "" "$name" "$code" "$took"
-    cat "$WORK/$name.log"
-done <"$WORK/parts" >"$OUT/logs.txt"
-awk -F'\t' 'BEGIN { print "{\"parts\": [" }
-    { printf "%s {\"name\": \"%s\", \"exit\": \"%s\", \"seconds\": %s}", (NR > 1 ? ",\n" : ""), $1, $2, $3 }
-    END { print "\n]}" }' "$WORK/parts" >"$OUT/status.json"
+rm -f "$OUT"/*.part "$OUT"/*.part.png "$OUT"/{loss,sweep,ours}.csv # the JSON holds what the CSV does
 echo
 column -t -s $'\t' "$WORK/parts" 2>/dev/null || cat "$WORK/parts"
 FAILED=$(awk -F'\t' '$2 != "0" && $2 != "skipped" { printf " %s", $1 }' "$WORK/parts")

@@ -134,18 +134,18 @@ def measure(shape: tuple[int, int, int], configs: tuple[TileConfig, ...], device
     candidates = {name_of(config): problem.tile(config) for config in configs} | {"library": problem.library()}
     runs, failed = {}, {}
     for name, run in candidates.items():
+        problem.out.fill_(torch.nan)
         try:
-            found = run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            off = (run() - expected).abs() / expected  # waits for the device on the next line
+            written = (problem.out.sum(1, dtype=torch.float32) - expected).abs() / expected
+            worst, worst_written = float(off.max()), float(written.max())
         except Exception as error:  # whatever it is: it goes into the report, and the other candidates go on
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             continue
-        off = float(((found - expected).abs() / expected).max())
-        if off < 1e-3:
+        if worst < 1e-3 and worst_written < 5e-3:  # bf16 rounds each exponential by 4e-3 at most
             runs[name] = run
         else:
-            failed[name] = f"wrong: sums are off by {off:.1e}"
+            failed[name] = f"wrong: sums are off by {worst:.1e}, what was written by {worst_written:.1e}"
     times = interleave(runs, device=device, seconds=seconds, least=3, most=50) if runs else {}
     work = 2 * len(problem.x) * len(problem.w) * shape[2]
     return {
