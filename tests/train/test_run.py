@@ -260,7 +260,9 @@ def test_the_guard_stops_a_run_that_goes_wrong_and_it_can_go_on(
 ) -> None:
     bad = {"loss_type": "dpo", "beta": 2.0, "learning_rate": 3e-2, "num_train_epochs": 8, "guard": "stop"}
     config = replace(config, train=config.train | bad)
-    arguments = (data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    pairs = [Pair(f"p{i}", f"{i % 4}.mp4", "Describe.", f"A bar {i}.", f"It rains {i} times. " * 3) for i in range(8)]
+    write_records(tmp_path / "pairs.jsonl", pairs)  # the long answers outweigh the short ones
+    arguments = (data / "videos", tmp_path / "pairs.jsonl", tmp_path / "run")
     with pytest.raises(
         GuardError, match=r"stopped by train.guard at step \d+: .*learning_rate.*checkpoint-\d+ is saved"
     ):
