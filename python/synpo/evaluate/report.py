@@ -115,7 +115,7 @@ def render(report: Report, figures: Any, data_name: str) -> str:
         body.append(f'<div class="triple">{"".join(map(parts.chart_html, report.charts))}</div>')
     if report.plots:
         plots = "".join(parts.plot_html(p.title, p.caption, p.image) for p in report.plots)
-        body.append(f'<h2>What happened in training</h2><div class="pair">{plots}</div>')
+        body.append(f'<h2>What happened in training</h2><div class="plots">{plots}</div>')
     if report.samples:
         body.append(
             '<h2>Captions</h2><p class="legend">Words that no reference uses are <mark>underlined</mark>; '

@@ -41,8 +41,8 @@ td.good { background: var(--tint); color: var(--accent); font-weight: 700; }
 td.bad { color: var(--c2); font-weight: 700; }
 .info td, .info td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; padding-left: .2rem; }
 .info td:first-child { width: 11rem; color: var(--soft); font-weight: 400; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; margin-bottom: 1rem; }
-.pair > .card { margin: 0; }
+.plots { display: grid; gap: 1rem; margin-bottom: 1rem; }
+.plots > .card { margin: 0; }
 .triple { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem; }
 .triple > .card { margin: 0; }
 figure { margin: 0; }
@@ -81,7 +81,6 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .86rem; }
   .sample { break-inside: auto; }
   .sample dd { break-inside: avoid; }
   .tile .value { font-size: 1.4rem; }
-  .pair { grid-template-columns: 1fr 1fr; }
   .triple { grid-template-columns: 1fr 1fr 1fr; }
   .scroll { overflow: visible; }
 }
