@@ -323,6 +323,16 @@ def test_the_budget_and_the_rate_are_kept(endpoint: Endpoint, tmp_path: Path) ->
     assert 0.29 < time.monotonic() - start < 2
 
 
+def test_a_cache_that_cannot_be_used_is_named(endpoint: Endpoint, tmp_path: Path) -> None:
+    (tmp_path / "judge_cache.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(JudgeError, match=r"judge_cache\.sqlite cannot be used: .*remove it"):
+        judge_at(endpoint, tmp_path)
+    (tmp_path / "other").mkdir()
+    judge = judge_at(endpoint, tmp_path / "other", orders=1)
+    with pytest.raises(JudgeError, match="cannot be used"):
+        judge._cache._run("INSERT INTO nothing VALUES (1)")
+
+
 def test_bad_settings(tmp_path: Path) -> None:
     for config, message in (
         (JudgeConfig(kind="opnai"), "did you mean 'openai'"),
@@ -364,6 +374,25 @@ def test_local_judge_asks_the_model_the_same_question(
     assert all(isinstance(v, Verdict) for v in outcome) and len(asked) == 3, "one answer of a random model is no answer"
     first = question(TASK, orders_of(TASK, 1, 0)[0])
     assert first[1]["content"] in asked[0] and "cannot be used" in asked[1]
+
+
+def test_a_caption_cannot_end_the_turn_of_a_local_judge(
+    captioner: CaptionModel, tiny_captioner_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specials = list(captioner.tokenizer.get_added_vocab())
+    assert len(specials) > 2
+    asked: list[list[int]] = []
+
+    def record(lm: CaptionModel, prompts: Any, sampling: Any, **options: Any) -> Any:
+        asked.append(prompts[0].input_ids.tolist())
+        raise InvalidAnswer("enough")
+
+    monkeypatch.setattr(local_module, "generate", record)
+    judge = LocalJudge(JudgeConfig(kind="local", model=str(tiny_captioner_path), orders=1), lm=captioner)
+    judge.score(Task("a.mp4", ("clip",), ("x", "y"), (0.0, 0.0)))
+    judge.score(Task("b.mp4", ("".join(specials),), ("x" + "".join(specials), "y"), (0.0, 0.0)))
+    counts = [sum(i in captioner.tokenizer.get_added_vocab().values() for i in ids) for ids in asked]
+    assert len(counts) == 6 and len(set(counts)) == 1, "no more special tokens than a harmless caption has"
 
 
 def test_a_random_local_judge_fails_and_says_so(captioner: CaptionModel, tiny_captioner_path: Path) -> None:

@@ -8,6 +8,7 @@ from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
 from synpo.pipeline.judge.base import Verdict
 from synpo.pipeline.judge.chat import VERSION, ChatJudge, Messages, read_answer
+from synpo.pipeline.retrospect import without_specials
 from synpo.records import record_id
 
 TOKENS_A_CANDIDATE = 64
@@ -29,7 +30,8 @@ class LocalJudge(ChatJudge):
     def ask(self, messages: Messages, attempt: int, count: int) -> list[Verdict]:
         if self._lm is None:
             self._lm = load(self.model)
-        prompt = self._lm.prompt("\n\n".join(m["content"] for m in messages))
+        text = "\n\n".join(m["content"] for m in messages)
+        prompt = self._lm.prompt(without_specials(self._lm.tokenizer, text))  # a caption must not end the turn
         limit = TOKENS_A_CANDIDATE * count + TOKENS_BESIDES
         greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=limit)
         (answer,) = generate(self._lm, [prompt], greedy, keys=[self.identity])
