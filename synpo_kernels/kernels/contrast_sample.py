@@ -229,7 +229,8 @@ def draw_kernel(
     HAS_SEEN: tl.constexpr,
     GREEDY: tl.constexpr,
 ):
-    """Grid: (B,); a program owns a row. Top-k leaves `candidates` tokens; K is the power of two above, LARGE that of G / FAN.
+    """Grid: (B,); a program owns a row. Top-k leaves `candidates` tokens; K > 1 is the power of two from there, LARGE that from
+    G / FAN.
 
     Pointers beside those of `group_bests_kernel`: uniform (B,) float64, token (B,) int64, logp (B,) fp32.
     """
@@ -348,7 +349,7 @@ def launch(
     assert expert.stride(1) == 1 and (amateur is None or amateur.stride(1) == 1) and uniform.is_contiguous()
     assert seen is None or seen.stride(1) == 1
     candidates = min(top_k, vocab) if top_k else vocab
-    width = triton.next_power_of_2(candidates)
+    width = max(2, triton.next_power_of_2(candidates))  # tl.topk of triton 3.6 fails to take one of several
     groups, tiles = triton.cdiv(vocab, GROUP), triton.cdiv(vocab, BLOCK)
     padded = triton.next_power_of_2(tiles)
     device = expert.device

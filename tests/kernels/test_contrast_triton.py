@@ -180,6 +180,23 @@ def test_no_host_read_of_the_settings_or_the_result(monkeypatch) -> None:
     ]
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_two_candidates_at_least_are_sorted(top_k, monkeypatch) -> None:
+    """tl.topk of triton 3.6 cannot take one: it reduces its operand to a scalar and then asks for its shape."""
+    widths = []
+
+    class Counted:
+        def __getitem__(self, grid):
+            return lambda *_, **options: widths.append(options.get("K"))
+
+    for name in ("group_bests_kernel", "draw_kernel"):
+        monkeypatch.setattr(contrast_sample, name, Counted())
+    logits = torch.zeros(2, 300, device="meta")
+    uniform = torch.zeros(2, device="meta", dtype=torch.float64)
+    contrast_sample.launch(logits, logits, uniform, 0.5, 0.0, 0.7, top_k, 0.9, 0.0, None, 1.0)
+    assert widths == [None, 4 if top_k == 3 else 2]
+
+
 def test_three_parts_make_a_double() -> None:
     for number in (1.0, 1 / 3, 0.1, 1e30, 1e-9, 1 - 2**-53, math.pi * 1e17):
         assert sum(contrast_sample._parts(number)) == number
