@@ -80,6 +80,7 @@ def test_values_are_converted_to_their_type() -> None:
     assert (config.lora.r, config.lora.dropout) == (8, 0.05)
     assert config.model.trust_remote_code is True
     assert config.model.adapter is None
+    assert load_config(overrides=["lora=null"], preset="smoke").lora is None
 
 
 @pytest.mark.parametrize(

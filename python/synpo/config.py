@@ -51,7 +51,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraSection:
-    """LoRA on the language model's projections; the regular expression must not reach the vision tower."""
+    """LoRA on the language model's projections; the regular expression must not reach the vision tower.
+
+    `lora: null` trains the language model and its head themselves.
+    """
 
     r: int = 128
     alpha: int = 64
@@ -156,7 +159,7 @@ class Config:
     frames: FrameSampling = field(default_factory=FrameSampling)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    lora: LoraSection = field(default_factory=LoraSection)
+    lora: LoraSection | None = field(default_factory=LoraSection)
     train: dict[str, Any] = field(default_factory=dict)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -190,8 +193,6 @@ def build(kind: type[Section], values: Any, where: str = "config") -> Section:
 
 def _coerce(annotation: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type; numbers given as text ("5e-6" is text to YAML) are read as numbers."""
-    if dataclasses.is_dataclass(annotation):
-        return build(typing.cast(type, annotation), value, where)
     options = (
         typing.get_args(annotation)
         if typing.get_origin(annotation) in (typing.Union, types.UnionType)
@@ -200,6 +201,8 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
     if value is None and type(None) in options:
         return None
     for option in options:
+        if dataclasses.is_dataclass(option):
+            return build(typing.cast(type, option), value, where)
         kind = typing.get_origin(option) or option
         if kind is float and not isinstance(value, bool):
             try:

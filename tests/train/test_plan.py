@@ -16,7 +16,7 @@ from synpo.data.tokenize import EncodedPair, Lengths, PairEncoder
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
 from synpo.records import Pair, write_records
-from synpo.train.lora import apply_lora
+from synpo.train.lora import apply_lora, make_trainable
 from synpo.train.memory import RESERVE, Batch, MemoryModel, SavedBytes, saved_by_decoder
 from synpo.train.objective import PairObjective
 from synpo.train.plan import gpu_bytes, largest_batch, plan, skeleton
@@ -42,6 +42,11 @@ def lora(lm: CaptionModel) -> CaptionModel:
     return lm
 
 
+def whole(lm: CaptionModel) -> CaptionModel:
+    make_trainable(lm, replace(Config(), lora=None))
+    return lm
+
+
 def pair_for(lm: CaptionModel) -> EncodedPair:
     generator = torch.Generator().manual_seed(0)
     if lm.sees_video:
@@ -60,12 +65,13 @@ def lengths_of(lm: CaptionModel, pair: EncodedPair) -> Lengths:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("layout", ["padded", "shared"])
-@pytest.mark.parametrize("family", ["llama", "onevision"])
+@pytest.mark.parametrize("family", ["llama", "onevision", "llama-whole"])
 def test_the_estimate_is_within_15_percent_of_what_a_real_step_holds(
     family: str, layout: str, checkpointing: bool, folders: dict[str, Path]
 ) -> None:
-    config = ModelConfig(path=str(folders[family]), device="cpu")
-    lm = lora(load(config))
+    config = ModelConfig(path=str(folders[family.removesuffix("-whole")]), device="cpu")
+    trainable = whole if family.endswith("whole") else lora
+    lm = trainable(load(config))
     pair = pair_for(lm)
     batch = PairCollator(lm.pad_token_id, prefix_sharing=layout == "shared")([pair, pair])
     assert (batch["lengths"] is None) == (layout == "padded")
@@ -77,7 +83,7 @@ def test_the_estimate_is_within_15_percent_of_what_a_real_step_holds(
 
     planned = skeleton(config)
     with torch.device("meta"):
-        lora(planned)
+        trainable(planned)
     lengths = lengths_of(lm, pair)
     estimate = MemoryModel(planned.model, device="cpu").step(Batch(2, lengths, layout), checkpointing)
 
@@ -86,7 +92,7 @@ def test_the_estimate_is_within_15_percent_of_what_a_real_step_holds(
         kept = objective(lm.model, batch)
     saved = sum(counter.by_layer.values())
     if checkpointing:  # the layer that is run again in the backward pass is on top
-        layer = lora(load(config)).base.get_decoder()
+        layer = trainable(load(config)).base.get_decoder()
         layer.train()
         parts = saved_by_decoder(planned.base, Batch(2, lengths, layout), device="cpu")
         again = SavedBytes(layer)

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from synpo.config import Config, ConfigError, ModelConfig, build
+from synpo.config import Config, ConfigError, LoraSection, ModelConfig, build
+from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.train.checkpoint import last_checkpoint
+from synpo.train.lora import make_trainable
 from synpo.train.run import settings, train
 from synpo.train.trainer import SynPOTrainer
 
@@ -159,6 +163,40 @@ def test_going_on_evaluates_nothing_twice_and_logs_the_same(
         for name in ("step", "loss", "eval_loss", "grad_norm", "eval_synpo/repetition"):
             assert row.get(name) == other.get(name), (row["step"], name)
     shutil.rmtree(again.output)
+
+
+@pytest.mark.parametrize("kind", ["text", "captioner"])
+def test_a_whole_model_is_trained_gone_on_with_and_loaded(
+    kind: str, folder: Path, tmp_path: Path, tiny_captioner_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(config(folder, save_strategy="steps", save_steps=2), lora=None)
+    if kind == "captioner":
+        settings = replace(settings, model=replace(settings.model, path=str(tiny_captioner_path)))
+    data = (None, folder / "pairs.jsonl")
+    uninterrupted = train(settings, *data, tmp_path / "whole")
+    killed(monkeypatch, 5, settings, *data, tmp_path / "killed")
+    result = train(settings, *data, tmp_path / "killed")
+    for row, other in zip(rows(result.output), rows(uninterrupted.output), strict=True):
+        assert (row["step"], row.get("loss")) == (other["step"], other.get("loss"))
+    assert result.adapter == tmp_path / "killed" / "model"
+    start, end = load(settings.model), load(replace(settings.model, path=str(result.adapter)))
+    frozen = {name for name, _ in start.vision_parameters()}
+    same = {n for (n, p), q in zip(start.model.named_parameters(), end.model.parameters()) if torch.equal(p, q)}
+    assert same == frozen and bool(frozen) == (kind == "captioner")
+    assert end.prompt("Say").input_ids.tolist() == start.prompt("Say").input_ids.tolist()
+    assert [p.name for p in result.adapter.glob("*preprocessor*")] == ["preprocessor_config.json"] * bool(frozen)
+    weights = (load_file(run.adapter / "model.safetensors") for run in (result, uninterrupted))
+    for one, two in zip(*(w.values() for w in weights), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(ConfigError, match="lora is null was True, now False"):
+        train(replace(settings, lora=LoraSection()), *data, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("change", [{"quantization": "int8"}, {"adapter": "."}])
+def test_a_model_that_cannot_be_trained_whole_is_named(change: dict[str, Any], folder: Path) -> None:
+    settings = config(folder)
+    with pytest.raises(ConfigError, match=r"model\.quantization = none and no model\.adapter"):
+        make_trainable(load(settings.model), replace(settings, lora=None, model=replace(settings.model, **change)))
 
 
 def test_a_gpu_that_the_trainer_would_not_use_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import inspect
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,11 +212,25 @@ def sequential_positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
+PREPROCESSING = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
+"""Files of a checkpoint that say how frames become pixels."""
+
+
+def copy_preprocessing(path: str, revision: str | None, folder: Path) -> None:
+    """Copy what a checkpoint says of preprocessing into another checkpoint's folder."""
+    from transformers.utils import cached_file
+
+    for name in PREPROCESSING:
+        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
+
+
 def _normalisation(path: str, revision: str | None) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation a checkpoint's preprocessing states (SigLIP's 0.5 where it states none)."""
     from transformers.utils import cached_file
 
-    for name in ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"):
+    for name in PREPROCESSING:
         file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is None:
             continue

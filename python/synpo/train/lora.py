@@ -1,4 +1,4 @@
-"""LoRA on the language model, its output head if asked, and on nothing else."""
+"""What is trained: LoRA on the language model, its output head if asked, or both of them whole; never anything else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from synpo.config import ConfigError, LoraSection
+from synpo.config import Config, ConfigError, LoraSection
 from synpo.model.adapter import CaptionModel
 from synpo.model.quantize import NOT_LANGUAGE
 
@@ -17,6 +17,28 @@ def language_prefix(model: Any) -> str:
     """Dotted name of the language model inside `model` ("model" in a text model, "model.language_model" in most others)."""
     decoder = model.get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def make_trainable(lm: CaptionModel, config: Config) -> list[str]:
+    """Let the parameters of `lm` require gradients as the section `lora` says; null: all of language model and head.
+
+    Returns:
+        Names of the modules that LoRA wraps; none where the model itself is trained.
+
+    Raises:
+        ConfigError: as `apply_lora`, or the model itself cannot be trained: it is quantized, or has an adapter.
+    """
+    if config.lora is not None:
+        return apply_lora(lm, config.lora)
+    if config.model.quantization != "none" or config.model.adapter:
+        raise ConfigError(
+            "lora: null trains the weights themselves, which needs model.quantization = none and no model.adapter (merge "
+            "it into the model); or leave lora out and train an adapter"
+        )
+    frozen = {id(p) for _, p in lm.vision_parameters()}
+    for parameter in lm.model.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
+    return []
 
 
 def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:

@@ -32,7 +32,7 @@ from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, check_paths
 from synpo.model.vision import vision_for
-from synpo.train.lora import apply_lora
+from synpo.train.lora import make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
 from synpo.train.run import settings
 
@@ -163,7 +163,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length)
     dataset = PairDataset(encoder, hold_out(loaded, args.held_out)[0], cache_bytes=0)
     with torch.device("meta"):
-        wrapped = apply_lora(lm, config.lora)
+        wrapped = make_trainable(lm, config)
     model = MemoryModel(
         lm.model,
         optimizer=str(getattr(args.optim, "value", args.optim)),
@@ -226,7 +226,8 @@ def show(found: Plan, as_json: bool = False) -> None:
     longest = found.longest
     console.print(
         f"longest pair: {longest['id']}" + (f" ({longest['video']})" if longest["video"] else ""),
-        f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.dtype}), LoRA on {found.modules} modules;",
+        f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.dtype}),",
+        f"LoRA on {found.modules} modules;" if found.modules else "the whole language model;",
         f"{found.steps} optimizer steps",
         markup=False,
     )

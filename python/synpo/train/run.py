@@ -1,9 +1,10 @@
-"""`synpo train`: a config, a folder of videos and a file of pairs → a LoRA adapter, its log and its pictures.
+"""`synpo train`: a config, a folder of videos and a file of pairs → a LoRA adapter or a model, its log and its pictures.
 
 output/config.json           every setting of the run, resolved
 output/train_log.jsonl       one line a logged step
 output/checkpoint-<step>/    what a killed run goes on from
 output/adapter/              the trained adapter (safetensors), for --adapter
+output/model/                in its place with lora: null, the trained model (safetensors), for --model
 output/vision/               visual features, with train.cache_vision
 output/rewards.png, output/gradient_balance.png    drawn again after every evaluation and checkpoint
 output/metrics.json          written last: a folder that has it is complete
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
@@ -29,11 +32,12 @@ from synpo.data.features import VisionCache
 from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, load
+from synpo.model.vision import copy_preprocessing
 from synpo.records import read_jsonl, record_id, write_json
 from synpo.train.checkpoint import last_checkpoint, set_broken_aside, writing
 from synpo.train.diagnostics import ends, evaluations_of, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
-from synpo.train.lora import apply_lora
+from synpo.train.lora import make_trainable
 from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
 from synpo_kernels import OBJECTIVES
 
@@ -48,7 +52,7 @@ FREE |= {f"config.train.{name}" for name in ("disable_tqdm", "report_to", "run_n
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` leaves behind. `metrics` is the content of metrics.json."""
+    """What `train` leaves behind. `adapter` is the folder of what was trained, `metrics` the content of metrics.json."""
 
     output: Path
     adapter: Path
@@ -93,7 +97,7 @@ def _schema(names: tuple[str, ...]) -> type[Any]:
 
 
 def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume: bool = True) -> TrainResult:
-    """Train a LoRA adapter on preference pairs. With several processes (torchrun), each calls it; the first one writes.
+    """Train a LoRA adapter on preference pairs, or with lora: null the language model. With several processes (torchrun), each calls it; the first one writes.
 
     Args:
         config: sections model, frames, lora and train are used. videos: folder the pairs' videos are in, None for text.
@@ -116,6 +120,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         "pairs": str(pairs),
         "content of the pairs": record_id(*chosen),
         "processes": args.world_size,
+        "lora is null": config.lora is None,
     }
     if resume and (output / "config.json").exists():
         _check_same(json.loads((output / "config.json").read_text(encoding="utf-8")), wanted, output)
@@ -137,11 +142,16 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     dataset = PairDataset(encoder, taught, cache_bytes=room, progress=first)
     console.print(dataset.table())
     unseen = PairDataset(encoder, held, cache_bytes=room, progress=False) if held else None
-    wrapped = apply_lora(lm, config.lora)
+    wrapped = make_trainable(lm, config)
     args.dataloader_pin_memory &= lm.device.type == "cuda"
     trainer = SynPOTrainer(lm, args, dataset, unseen)
-    trained = f"LoRA on {len(wrapped)} modules, {trainable_parameters(lm):,} parameters"
-    console.print(f"{args.loss_type} on {len(dataset)} pairs, {trained}")
+    trained = f"LoRA on {len(wrapped)} modules" if wrapped else "the whole language model"
+    console.print(f"{args.loss_type} on {len(dataset)} pairs, {trained}, {trainable_parameters(lm):,} parameters")
+    if config.lora is None and lm.head().weight.dtype == torch.bfloat16:
+        console.print(
+            "[yellow]warning:[/yellow] bfloat16 weights lose updates below a 256th of their size: better model.dtype = "
+            "float32 with train.bf16 = true"
+        )
 
     with args.main_process_first(local=False):
         if first:
@@ -167,8 +177,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     # where it is spread over processes, all of them put it together
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if args.world_size > 1 else None
     if first:
-        with writing(output / "adapter"):  # LoRA on a head is not that head
-            lm.model.save_pretrained(output / "adapter", state_dict=state, save_embedding_layers=False)
+        _save(lm, config, output, state)
         curves.draw()
         rows = read_log(log)
         warnings = warnings_of(rows, args.loss_type, evaluations_of(guard.rows))
@@ -177,9 +186,21 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         console.print(_summary(rows))
         for warning in warnings:
             console.print(f"[yellow]warning:[/yellow] {warning}")
-        console.print(f"adapter: {output / 'adapter'}, plots and {LOG_NAME} beside it", markup=False)
+        console.print(f"trained: {_result(output).adapter}, plots and {LOG_NAME} beside it", markup=False)
     trainer.accelerator.wait_for_everyone()
     return _result(output)
+
+
+def _save(lm: CaptionModel, config: Config, output: Path, state: dict[str, Any] | None) -> None:
+    """Write what was trained; `state` holds its weights where no process has them whole."""
+    if config.lora is not None:
+        with writing(output / "adapter"):  # LoRA on a head is not that head
+            lm.model.save_pretrained(output / "adapter", state_dict=state, save_embedding_layers=False)
+        return
+    with writing(output / "model"):
+        lm.model.save_pretrained(output / "model", state_dict=state)
+        lm.tokenizer.save_pretrained(output / "model")
+        copy_preprocessing(os.path.expanduser(config.model.path), config.model.revision, output / "model")
 
 
 def _metrics(
@@ -231,7 +252,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _result(output: Path) -> TrainResult:
     metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     plots = {name: output / f"{name}.png" for name in ("rewards", "gradient_balance")}
-    return TrainResult(output, output / "adapter", output / LOG_NAME, plots, metrics, metrics["warnings"])
+    trained = next((output / name for name in ("model", "adapter") if (output / name).is_dir()), output / "adapter")
+    return TrainResult(output, trained, output / LOG_NAME, plots, metrics, metrics["warnings"])
 
 
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:
@@ -246,7 +268,7 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) ->
         return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}.{key}".lstrip(".")).items()}
 
     trained = {f.name: f.default for f in dataclasses.fields(SynPOConfig) if f.default is not dataclasses.MISSING}
-    defaults = flat({"config": asdict(Config()) | {"train": trained}, "processes": 1})
+    defaults = flat({"config": asdict(Config()) | {"train": trained}, "processes": 1, "lora is null": False})
     before, now = (defaults | flat(json.loads(json.dumps(given))) for given in (old, new))
     differ = [
         f"{name.removeprefix('config.')} was {before.get(name)!r}, now {now.get(name)!r}"
@@ -270,7 +292,12 @@ def _same(before: Any, now: Any) -> bool:
 
 def _clear(output: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
-    for folder in [*output.glob("checkpoint-*"), *output.glob("broken-checkpoint-*"), output / "adapter"]:
+    for folder in [
+        *output.glob("checkpoint-*"),
+        *output.glob("broken-checkpoint-*"),
+        output / "adapter",
+        output / "model",
+    ]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("metrics.json", LOG_NAME, "config.json", "rewards.png", "gradient_balance.png"):
         (output / name).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from synpo.config import ConfigError
@@ -220,6 +220,14 @@ class SynPOTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As the Trainer's, which finds adapters alone: weights of some models are saved under other names than theirs,
+        and it would go on with those it has. Reading the checkpoint as a model turns the names back."""
+        own: Any = self.lm.model
+        if not isinstance(own, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        own.load_state_dict(type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype).state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
