@@ -88,6 +88,9 @@ def test_a_killed_run_goes_on_and_changes_are_noticed(text_lm: CaptionModel, tmp
     other = [replace(pairs[0], chosen=torch.tensor([7, 3])), replace(pairs[1], vision={"pixels": torch.ones(2)})]
     ReferenceStore(tmp_path, text_lm).fill([*other, pairs[3]], changed, batch_size=4, progress=False)
     assert changed.pairs == [["a", "b"]]
+    rounded = Counting()
+    ReferenceStore(tmp_path, text_lm, precision="bf16").fill(pairs, rounded, batch_size=4, progress=False)
+    assert rounded.pairs == [["a", "b", "c", "d"]]
 
 
 def test_processes_share_the_work_and_read_one_another(text_lm: CaptionModel, tmp_path: Path) -> None:

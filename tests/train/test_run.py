@@ -331,6 +331,7 @@ def test_an_adapter_is_trained_further_but_is_no_reference(config: Config, data:
         ({"gamma": 1}, r"train\.gamma: synpo has no such parameter"),
         ({"output_dir": "x"}, r"train\.output_dir is set by the run itself"),
         ({"warmup_ratio": 0.1}, r"train: unknown key 'warmup_ratio'"),
+        ({"eval_strategy": "steps"}, r"train\.eval_strategy: there is nothing to evaluate; set train\.held_out"),
         ({"guard": "halt"}, r"train\.guard: expected off, warn, stop, got 'halt'"),
     ],
 )

@@ -3,8 +3,8 @@
     folder/reference-<process>.jsonl     one line an answer: its log-probability, and the other statistics of its tokens
 
 An objective with a reference (dpo, ipo) otherwise runs the model twice a step, in every epoch. A killed run goes on where it
-was. A line counts for one answer of one pair, down to its ids and pixels, under one set of weights: anything else is
-computed again.
+was. A line counts for one answer of one pair, down to its ids and pixels, under one set of weights and one precision:
+anything else is computed again.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ class ReferenceStore:
 
     Args:
         folder: where they are kept. lm: the model whose weights, adapters apart, are the reference.
-        process, processes: which share of the pairs this process computes.
+        process, processes: which share of the pairs this process computes. precision: of the products, where it is not
+            that of the weights.
     """
 
-    def __init__(self, folder: Path, lm: CaptionModel, process: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self, folder: Path, lm: CaptionModel, process: int = 0, processes: int = 1, precision: str = ""
+    ) -> None:
         self.folder, self.process, self.processes = folder, process, processes
-        self.weights = fingerprint(lm)
+        self.model = fingerprint(lm) + precision
         self._known: dict[str, list[Reference]] = {}
 
     def fill(
@@ -105,7 +108,7 @@ class ReferenceStore:
 
     def _key(self, pair: EncodedPair) -> str:
         ids = [part.tolist() for part in (pair.prompt, pair.chosen, pair.rejected)]
-        return record_id(pair.id, ids, checksum(pair.vision), self.weights)
+        return record_id(pair.id, ids, checksum(pair.vision), self.model)
 
 
 def fingerprint(lm: CaptionModel) -> str:
@@ -123,7 +126,9 @@ def fingerprint(lm: CaptionModel) -> str:
 def precompute(trainer: Any) -> ReferenceStore:
     """Run the reference over the training pairs of a `SynPOTrainer`, before anything is trained or sharded."""
     args, objective, pairs = trainer.args, trainer.pair_objective, trainer.train_dataset
-    store = ReferenceStore(Path(args.output_dir) / "reference", trainer.lm, args.process_index, args.world_size)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
+    folder = Path(args.output_dir) / "reference"
+    store = ReferenceStore(folder, trainer.lm, args.process_index, args.world_size, precision)
 
     def compute(batch: list[EncodedPair]) -> SequenceStats:
         with trainer.compute_loss_context_manager():

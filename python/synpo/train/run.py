@@ -82,6 +82,10 @@ def settings(config: Config, output: Path) -> SynPOConfig:
     checked = build(_schema(tuple(values)), values, "train")
     values = {name: getattr(checked, name) for name in values}
     on_cpu = config.model.device == "cpu"
+    if str(values.get("eval_strategy", "no")) != "no" and not values.get("held_out"):
+        raise ConfigError(
+            "train.eval_strategy: there is nothing to evaluate; set train.held_out to the pairs to keep apart"
+        )
     try:
         return SynPOConfig(output_dir=str(output), seed=config.seed, use_cpu=on_cpu, **values)
     except ConfigError:
@@ -97,7 +101,9 @@ def _schema(names: tuple[str, ...]) -> type[Any]:
 
 
 def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume: bool = True) -> TrainResult:
-    """Train a LoRA adapter on preference pairs, or with lora: null the language model. With several processes (torchrun), each calls it; the first one writes.
+    """Train a LoRA adapter on preference pairs, or with lora: null the language model.
+
+    With several processes (torchrun), each calls it; the first one writes.
 
     Args:
         config: sections model, frames, lora and train are used. videos: folder the pairs' videos are in, None for text.

@@ -229,6 +229,13 @@ class SynPOTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         own.load_state_dict(type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype).state_dict())
 
+    def _load_best_model(self) -> None:
+        """As the Trainer's, with the same difference."""
+        if isinstance(self.lm.model, PreTrainedModel) and self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint, self.model)
+        else:
+            super()._load_best_model()
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
