@@ -94,6 +94,7 @@ def test_against_takes_a_name_once(tmp_path, capsys):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the same command goes on"),
         (FloatingPointError("NaN logits; try model.dtype float32"), "try model.dtype float32"),
+        (ModuleNotFoundError("No module named 'openai'", name="openai"), "needs the package openai"),
     ],
 )
 def test_errors_of_the_machine_are_one_line_too(error, said, monkeypatch, capsys):
@@ -104,6 +105,15 @@ def test_errors_of_the_machine_are_one_line_too(error, said, monkeypatch, capsys
     assert main(["presets"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_a_missing_module_of_our_own_is_a_bug_and_shown_as_one(monkeypatch):
+    def failing(args):
+        raise ModuleNotFoundError("No module named 'synpo.nothing'", name="synpo.nothing")
+
+    monkeypatch.setitem(COMMANDS_OF_CLI, "presets", failing)
+    with pytest.raises(ModuleNotFoundError):
+        main(["presets"])
 
 
 def test_an_interruption_does_not_wait_for_requests_in_flight():

@@ -216,6 +216,16 @@ def main(argv: list[str] | None = None) -> int:
         hint = ". Make room: what is finished is kept, the same command goes on from there" if full else ""
         print(f"synpo {args.command}: {error}{hint}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "synpo").partition(".")[0]
+        if os.environ.get("SYNPO_DEBUG") or package in ("synpo", "synpo_kernels"):
+            raise
+        print(
+            f"synpo {args.command}: needs the package {package}, which is not installed; "
+            "pip install 'synpo[all]' (from a checkout: pip install '.[all]') has all but the optional ones",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"synpo {args.command}: interrupted; the same command goes on from here", file=sys.stderr)
         if any(not t.daemon for t in threading.enumerate() if t is not threading.main_thread()):

@@ -64,6 +64,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_scale_must_be_positive(tmp_path):
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_scale_must_be_positive(scale, tmp_path):
     with pytest.raises(ConfigError, match="--scale"):
-        run.demo(tmp_path / "out", scale=0)
+        run.demo(tmp_path / "out", scale=scale)

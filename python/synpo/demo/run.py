@@ -12,6 +12,7 @@ folder: each can be run again by hand. Every stage resumes, so a killed demo goe
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -68,7 +69,7 @@ class Plan:
 
     @classmethod
     def make(cls, output: Path, seed: int, scale: float) -> Plan:
-        if not scale > 0:
+        if not 0 < scale < math.inf:
             raise ConfigError(f"--scale takes a positive number, got {scale}")
         sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS)
         config = Config(
