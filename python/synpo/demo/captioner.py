@@ -196,7 +196,8 @@ def learn_to_see(lm: CaptionModel, views: Sequence[View], settings: CaptionerCon
         kind, place = (t[rows].flatten(0, 1).to(lm.device) for t in (kinds, places))  # (rows · G · G, ·)
         full = kind[:, 0] >= 0
         images = ((pixels[rows].float() / 255 - seer.mean) / seer.std).to(lm.device)
-        tokens = core.get_video_features(images[None], return_dict=True).pooler_output[0, :-1]  # (rows · G · G, D)
+        features = core.get_video_features(images[None], return_dict=True).pooler_output[0]
+        tokens = features[: len(kind)]  # (rows · G · G, D); newer releases of transformers append a newline
         there, where, *what = probe(tokens).split([1, 2, *sizes], dim=-1)
         loss = F.binary_cross_entropy_with_logits(there[:, 0], full.float())
         loss = loss + PLACE_WEIGHT * F.l1_loss(where[full], place[full])
