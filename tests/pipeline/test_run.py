@@ -25,7 +25,7 @@ SHORT = SamplingConfig(temperature=0.9, top_k=32, top_p=0.95, max_new_tokens=10)
 
 def settings(model: Path, **pairs: Any) -> Config:
     options: dict[str, Any] = {
-        "candidates": 3, "margin": 0.5, "batch_size": 6, "candidate_sampling": SHORT, "clip_sampling": SHORT, **pairs,
+        "candidates": 3, "margin": 0.01, "batch_size": 6, "candidate_sampling": SHORT, "clip_sampling": SHORT, **pairs,
     }  # fmt: skip
     return Config(model=ModelConfig(path=str(model), device="cpu"), pairs=PairsConfig(**options))
 
@@ -58,7 +58,7 @@ def test_every_record_of_a_run(videos: Path, tiny_captioner_path: Path, tmp_path
     assert {s.caption for s in scores} == {c.id for c in candidates}
     by_video = {v: {c.text for c in candidates if c.video == v} for v in {c.video for c in candidates}}
     assert pairs and all({p.chosen, p.rejected} <= by_video[p.video or ""] for p in pairs)
-    assert all((p.margin or 0) >= 0.5 for p in pairs)
+    assert all((p.margin or 0) >= 0.01 for p in pairs)
     assert (result.videos, result.clips, result.candidates, result.scored, result.failed) == (4, 8, 12, 12, 0)
     assert result.pairs == len(pairs) == 4 - result.below_margin - result.alike - result.too_few
     assert set(result.seconds) == {"clips", "clip captions", "candidates", "scores"} and not result.problems

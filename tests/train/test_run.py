@@ -123,11 +123,13 @@ def test_killed_again_and_again_it_goes_on_and_logs_the_same(config: Config, dat
     arguments = (config, data / "videos", data / "pairs.jsonl")
     whole = train(*arguments, tmp_path / "whole")
     output, rng = tmp_path / "killed", random.Random(0)
+    processes = multiprocessing.get_context("forkserver")  # a fork of this process, which has threads, may hang
+    processes.set_forkserver_preload(["synpo.train.run"])
     log = output / "train_log.jsonl"
     written = 0
     for moment in ("step", "checkpoint", "any", "checkpoint", "step", "any"):
         before = log.read_text().count("\n") if log.exists() else 0
-        process = multiprocessing.get_context("fork").Process(target=train, args=(*arguments, output))
+        process = processes.Process(target=train, args=(*arguments, output))
         process.start()
         deadline = time.monotonic() + 100
         delay = None
