@@ -4,10 +4,10 @@ What: `contrastive_sample` mixes, filters and samples in one op; `contrastive_mi
       frameworks that want to do the rest themselves.
 Why:  the usual chain of torch ops reads and writes the full vocabulary a dozen times a token. The C++ op reads each input
       once and writes nothing; with a plausibility cut-off it reads the amateur only where the expert finds a token plausible.
-How:  `cpp` (csrc/, CPU tensors) and `torch` (any device, also where the extension is not built) follow one definition and
-      agree token for token: logits are mixed in fp32 without fused multiply-add, everything after top-k is done in float64,
-      and candidates are ordered by value, descending, ties by token id. Both are in `_sample_torch` below, which is the
-      definition to read.
+How:  `cpp` (csrc/, CPU tensors), `triton` (kernels/, CUDA tensors with a small top-k) and `torch` (any device, also where
+      neither serves) follow one definition and agree token for token: logits are mixed in fp32 without fused multiply-add,
+      everything after top-k is done in float64, and candidates are ordered by value, descending, ties by token id. Both are
+      in `_sample_torch` below, which is the definition to read.
 
 Shape legend: B rows (sequences), V tokens, L past tokens, K tokens left after top-k.
 Sources: contrastive decoding with a cut-off, Leng et al. 2023 (arXiv 2311.16922), eq. 3 to 6; nucleus sampling, Holtzman et al.
@@ -77,6 +77,8 @@ def contrastive_sample(
 
     Raises:
         ValueError: shapes, dtypes, devices or settings outside the above, or a backend that cannot take these tensors.
+        RuntimeError: torch ops on a CUDA device under `torch.use_deterministic_algorithms(True)`, for which torch has no
+            cumulative sum; a top_k that the kernels take, or warn_only=True, is the way out.
     """
     _check_logits(expert, amateur, alpha, plausibility)
     rows = expert.size(0)
