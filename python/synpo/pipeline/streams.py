@@ -28,8 +28,6 @@ from synpo.model.adapter import CaptionModel, Prompt, pad_rows
 from synpo.pipeline.attention import Shared, additive, reading, serves
 from synpo.pipeline.lookahead import tokens_a_pass
 
-VISUAL_TOKENS = ("video_token_id", "image_token_id", "video_token_index", "image_token_index")
-
 
 class RoomLayer(DynamicLayer):
     """A cache layer with room for the whole answer: a step writes its columns, where DynamicLayer copies all of them."""
@@ -162,7 +160,7 @@ def _new_cache(lm: CaptionModel) -> DynamicCache:
 
 def visual_tokens(lm: CaptionModel) -> Tensor:
     """Ids of the tokens that stand for parts of a video or image."""
-    return torch.tensor([i for n in VISUAL_TOKENS if (i := getattr(lm.base.config, n, None)) is not None])
+    return torch.tensor(sorted(lm.placeholder_ids), dtype=torch.long)
 
 
 def _shared_length(lm: CaptionModel, prompts: Sequence[Tensor], limit: int) -> int:
