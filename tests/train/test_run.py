@@ -351,3 +351,5 @@ def test_missing_files_are_named(config: Config, data: Path, tmp_path: Path) -> 
         gone = replace(config, model=ModelConfig(path="./gone"))
         train(gone, data / "videos", data / "pairs.jsonl", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="--output: .* is a file; name a folder"):
+        train(config, data / "videos", data / "pairs.jsonl", data / "pairs.jsonl")

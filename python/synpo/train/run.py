@@ -116,6 +116,8 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         ValueError: no pair can be used; DivergenceError: the loss is not finite; GuardError: train.guard stopped the run;
             CheckpointError: a checkpoint could not be written.
     """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output: {output} is a file; name a folder, which is made if it is not there")
     args = settings(config, output)
     first = args.process_index == 0
     console = Console(stderr=True, soft_wrap=True, quiet=not first)
