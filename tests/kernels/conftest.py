@@ -60,6 +60,15 @@ def pytest_runtest_setup() -> None:
         pytest.skip("the time for tests was spent")
 
 
+def pytest_runtest_teardown() -> None:
+    """After a fault in a kernel a process has no GPU any more: end it, and pytest-xdist starts another for the tests left."""
+    if torch.cuda.is_initialized() and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_scratch() -> Iterator[None]:
     """Fill every uninitialised tensor with NaN, so that a read of scratch that nothing wrote shows."""
