@@ -5,7 +5,8 @@
 
 Everyone has the same model with the same LoRA, the same pairs and AdamW. A provider first has to give the loss and the
 gradients of the usual code (two forward passes, full logits) on a small problem, and its loss on the very problem that is
-timed; one that does not shows no speed. Providers take turns. Memory is the peak of one step above what was held before it.
+timed; one that does not shows no speed. Providers take turns. Memory is the peak of one step above what was held before it,
+of all tensors (on a CPU the resident set too, which tells as much of malloc as of the step).
 Prints a table, and writes OUT.json and OUT.csv.
 """
 
@@ -46,6 +47,7 @@ class Row:
     runs: int = 0
     pairs_per_second: float | None = None
     peak_mib: float | None = None
+    resident_mib: float | None = None
     load: float | None = None
 
 
@@ -108,7 +110,7 @@ def run(size: Size, wanted: list[str], device: Any, seconds: float) -> list[Row]
     timings = measure.interleave(ready, device=device, seconds=seconds, title="steps")
     for name, step in ready.items():
         timing = timings[name]
-        peak = measure.peak_bytes(step, device)
+        resident = measure.peak_bytes(step, device) if device.type == "cpu" else None
         rows[name] = replace(
             rows[name],
             p20_ms=timing.p20,
@@ -116,7 +118,8 @@ def run(size: Size, wanted: list[str], device: Any, seconds: float) -> list[Row]
             p80_ms=timing.p80,
             runs=timing.runs,
             pairs_per_second=1e3 * size.pairs / timing.p50,
-            peak_mib=None if peak is None else peak / 2**20,
+            peak_mib=measure.peak_tensor_bytes(step, device) / 2**20,
+            resident_mib=None if resident is None else resident / 2**20,
         )
     return list(rows.values())
 
@@ -127,7 +130,7 @@ def print_table(rows: list[Row]) -> None:
     peers = [by_name.get("synpo usual"), by_name.get("dpo trl rows") or by_name.get("dpo trl")]
     print(
         f"\n{'provider':<14} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'runs':>5} {'pairs/s':>8} {'x usual':>8} {'x trl':>7} "
-        f"{'peak MiB':>9} {'% usual':>8} {'% trl':>7} {'loss err':>9} {'grad err':>9}"
+        f"{'peak MiB':>9} {'% usual':>8} {'% trl':>7} {'resident':>9} {'loss err':>9} {'grad err':>9}"
     )
     for row in rows:
         if row.p50_ms is None:
@@ -142,6 +145,7 @@ def print_table(rows: list[Row]) -> None:
             f"{row.provider:<14} {row.p50_ms:9.0f} {row.p20_ms:9.0f} {row.p80_ms:9.0f} {row.runs:5d} "
             f"{row.pairs_per_second:8.3f} {faster[0]:>8} {faster[1]:>7} "
             f"{'-' if row.peak_mib is None else format(row.peak_mib, '.0f'):>9} {smaller[0]:>8} {smaller[1]:>7} "
+            f"{'-' if row.resident_mib is None else format(row.resident_mib, '.0f'):>9} "
             f"{row.loss_error:9.1e} {row.gradient_error:9.1e}"
         )
     if any((row.p80_ms or 0.0) > 1.5 * (row.p20_ms or 0.0) for row in by_name.values()):

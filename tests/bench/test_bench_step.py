@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import step, steps
+from bench import measure, step, steps
 
 SIZE = {"hidden": 64, "layers": 1, "vocab": 512, "prompt": 24, "answer": 5, "pairs": 2}
 TINY = [*(f"--{name}={value}" for name, value in SIZE.items()), "--device=cpu", "--time-budget=0.1"]
@@ -29,7 +29,7 @@ def test_everyone_is_checked_timed_and_weighed(tmp_path: Path, capsys: pytest.Ca
         assert row["gradient_error"] < 1e-4
         assert row["runs"] >= 3
         assert row["pairs_per_second"] == pytest.approx(2000 / row["p50_ms"])
-        assert row["peak_mib"] is None or row["peak_mib"] >= 0
+        assert row["peak_mib"] > 0
     printed = capsys.readouterr().out
     assert "synpo shared" in printed and "x trl" in printed
     assert (tmp_path / "step.csv").read_text().count("\n") == 7
@@ -48,3 +48,14 @@ def test_a_provider_with_another_loss_shows_no_speed(tmp_path: Path, monkeypatch
     assert row["status"] == "wrong"
     assert "loss off by 1.0e-02" in row["reason"]
     assert row["p50_ms"] is None
+
+
+def test_tensors_alive_are_added_up() -> None:
+    def run() -> torch.Tensor:
+        first = torch.ones(1 << 20)  # 4 MiB
+        second = first + first
+        del first
+        return second.double()[:1].clone()
+
+    peak = measure.peak_tensor_bytes(run, torch.device("cpu"))
+    assert abs(peak - 12 * 2**20) < 2**12, "two of 4 MiB, or one and its double of 8"

@@ -105,7 +105,13 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, family_lm: An
     assert len(attended) == 2  # forward, and again in backward
 
 
-def test_the_prompt_is_held_once(text_lm: CaptionModel) -> None:
+def test_where_memory_is_scarce_the_prompt_is_held_once(
+    text_lm: CaptionModel, family_lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "AGAIN", {"cpu"})
+    seeing = family_lm("qwen2_vl")
+    pairs = pairs_of(seeing)
+    assert_same(losses_and_gradients(seeing, pairs, True), losses_and_gradients(seeing, pairs, False))
     lm = text_lm
     pair = EncodedPair("pair", torch.arange(5, 128), torch.arange(5, 34), torch.arange(5, 46), None)
     held = []

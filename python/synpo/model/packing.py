@@ -7,8 +7,8 @@
 
 Attention is not one masked L×L product but two calls of the model's own kernel a pair: [P|C] against itself, causal, and R
 against [P|R]. Nothing is computed that a mask would throw away, no mask of L×L exists, and flash kernels serve both calls.
-The second is computed again for the backward pass: else each layer would hold the prompt's keys and values twice, and where
-a mask keeps grouped heads from the kernel, repeated for every query head.
+On a GPU the second is computed again for the backward pass: else each layer would hold the prompt's keys and values twice, and
+where a mask keeps grouped heads from the kernel, repeated for every query head.
 The lengths (B, 3) travel through the model where a 4-D attention mask would: transformers passes those on unchanged.
 
 Prior art: Wang & Hegde, arXiv 2410.20305 (one masked row a pair).
@@ -34,6 +34,10 @@ MASKED = {"sdpa": True, "flash_attention_2": False, "flash_attention_3": False}
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of layers that see only so many tokens, and the setting that says how many."""
+
+AGAIN = {"cuda"}
+"""Where rejected answers attend a second time in the backward pass: a GPU's memory is scarcer than its products; on a CPU this
+would cost a twentieth of the step."""
 
 _installed: dict[str, Callable[..., Any]] = {}
 _lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -110,7 +114,8 @@ def _attend(
     """Attention (1, L, heads, head size) of packed pairs; query, key, value (1, heads, L, head size), lengths (1, 1, B, 3)."""
     if lengths not in _lengths:  # one look at the device a forward pass, not one a layer
         _lengths[lengths] = lengths.flatten(0, -2).tolist()
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    again = learns and query.device.type in AGAIN
     parts = []
     start = 0
     for prompt, chosen, rejected in _lengths[lengths]:
@@ -125,7 +130,7 @@ def _attend(
             return inner(module, query, keys, values, mask, **options)[0]
 
         pieces = [x[:, :, part] for x in (key, value) for part in (slice(start, answer), slice(other, end))]
-        if trained:
+        if again:
             drawn = options.get("dropout", 0.0) > 0
             second = partial(checkpoint, second, use_reentrant=False, preserve_rng_state=drawn)
         parts.append(second(query[:, :, other:end], *pieces))
