@@ -12,6 +12,7 @@ Decoding (pipeline/decode.py) and training (train/objective.py) both stand on th
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -378,7 +379,9 @@ def load(config: ModelConfig) -> CaptionModel:
     if config.adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, config.adapter)
+        with warnings.catch_warnings():  # of a name that transformers renamed under PEFT
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model = PeftModel.from_pretrained(model, config.adapter)
     if quantized:
         return CaptionModel(
             model.eval(), tokenizer, vision
