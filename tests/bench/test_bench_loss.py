@@ -186,12 +186,12 @@ def test_percentiles() -> None:
 
 def test_peak_memory_of_a_call() -> None:
     def run() -> float:
-        return float(torch.ones(24 << 20, dtype=torch.uint8)[0]) + float(torch.ones(40 << 20, dtype=torch.uint8)[0])
+        return sum(float(torch.ones(size << 20, dtype=torch.uint8)[0]) for size in (36, 60))  # glibc keeps up to 32
 
     peak = measure.peak_bytes(run, CPU)
     if peak is None:
         pytest.skip("this system does not tell its peak memory")
-    assert 39 << 20 <= peak < 60 << 20  # the first buffer is gone before the second is made
+    assert 59 << 20 <= peak < 80 << 20  # the first buffer is gone before the second is made
     small = measure.peak_bytes(lambda: torch.ones(1 << 20, dtype=torch.uint8), CPU)
     assert small is not None and small < 8 << 20  # an earlier peak is forgotten
 
