@@ -84,6 +84,9 @@ def test_a_model_that_does_not_ask_for_its_attention_is_reported() -> None:
     shared, *_ = problem(GROUPS["even"], 1, 0, torch.float32)
     with pytest.raises(RuntimeError, match=r"0 of 3 layers .* model\.attention = eager"), reading(None, shared, 3):
         pass
+    query = torch.randn(6, 6, 1, 8)
+    with pytest.raises(RuntimeError, match="softcap is not written here"), reading(None, shared, 1):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](SimpleNamespace(layer_idx=0), query, query, query, None, softcap=30.0)
     query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
     plain, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         SimpleNamespace(num_key_value_groups=2, is_causal=True), query, key, key, None

@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from synpo.model.adapter import CaptionModel
 
 SCORES = 1 << 26  # scores at a time: 256 MiB
+OTHER = ("softcap", "position_bias", "s_aux")  # what some models add to their scores
 
 
 @dataclass
@@ -151,6 +152,10 @@ def _install(name: str) -> None:
         under_way = _under_way.get()
         if under_way is None:
             return inner(module, query, key, value, attention_mask, **options)
+        if unknown := [name for name in OTHER if options.get(name) is not None]:
+            raise RuntimeError(
+                f"attention with {unknown[0]} is not written here; load the model with model.attention = eager"
+            )
         under_way.layers += 1
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
