@@ -7,8 +7,8 @@
     keep          rows that are finished leave
 
 Rows are aligned on the right. What does not belong to a row (padding on the left, columns between a shared prefix and the
-rest, tokens that were tried and not taken) is masked, and positions are given explicitly, so it changes nothing. What several rows have
-read of one prompt is not in their rows of the cache but held once (attention.py).
+rest, tokens that were tried and not taken) is masked, and positions are given explicitly, so it changes nothing.
+What several rows have read of one prompt is not in their rows of the cache but held once (attention.py).
 
 Shape legend: R rows, L columns of the cache, S new columns, G videos, V vocabulary.
 """
