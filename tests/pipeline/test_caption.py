@@ -68,7 +68,8 @@ def test_what_is_kept_of_videos_goes_with_the_batch(captioner: CaptionModel, mon
 
     monkeypatch.setattr(streams, "_remember", watched)
     describe(captioner, [frames(8, 1)], [["a", "b"]], "Describe.", SAMPLING, contrast=ContrastConfig())
-    assert len(alive) >= 2 and all(ref() is None for ref in alive)
+    assert len(alive) == 4, "expert and amateur: the question, then the question with the instruction"
+    assert all(ref() is None for ref in alive)
 
 
 @pytest.mark.parametrize("contrast", [None, ContrastConfig(plausibility=0.1)])
