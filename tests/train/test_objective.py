@@ -194,9 +194,14 @@ def test_unknown_objectives_and_parameters_are_refused(loss_type: str, given: An
         parameters_of(loss_type, given)
 
 
-def test_a_reference_needs_an_adapter() -> None:
+def test_a_reference_is_what_the_model_can_give(pairs_for: Any) -> None:
     tokenizer = byte_tokenizer()
     lm = CaptionModel(tiny_text_model(tokenizer), tokenizer, None)
-    with pytest.raises(ConfigError, match="this model has no adapter"):
-        PairObjective(lm, "dpo", {})
-    PairObjective(lm, "synpo", {})
+    with pytest.raises(ConfigError, match=r"train\.reference: base .* this model has no adapter; set start"):
+        PairObjective(lm, "dpo", {}, reference="base")
+    with pytest.raises(ConfigError, match=r"train\.reference: unknown reference 'bas'; did you mean 'base'"):
+        PairObjective(lm, "dpo", {}, reference="bas")
+    objective = PairObjective(lm, "dpo", {})
+    assert (objective.reference, PairObjective(lm, "synpo", {}).reference) == ("start", "")
+    with pytest.raises(ConfigError, match=r"what the reference, .*, says of pairs pair-0, pair-1 is not known"):
+        objective(lm.model, PairCollator(lm.pad_token_id)(pairs_for(lm, 2)))

@@ -19,7 +19,7 @@ from synpo.records import Pair, write_records
 from synpo.train.lora import apply_lora, make_trainable
 from synpo.train.memory import RESERVE, Batch, MemoryModel, SavedBytes, saved_by_decoder
 from synpo.train.objective import PairObjective
-from synpo.train.plan import gpu_bytes, largest_batch, plan, skeleton
+from synpo.train.plan import gpu_bytes, largest_batch, plan, show, skeleton
 
 PROMPT, CHOSEN, REJECTED = 150, 60, 40
 FRAMES = 24  # of four visual tokens each, and one newline
@@ -221,6 +221,38 @@ def test_tokens_and_what_is_dropped_are_counted(folders: dict[str, Path], pairs:
     assert all(e.largest["24GB"] > 10 for e in found.estimates)
     (configured,) = (e for e in found.estimates if e.configured)
     assert (configured.micro_batch, configured.checkpointing) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, None),
+        ({"train": {"loss_type": "dpo"}}, "its adapter off, run again in every step"),
+        ({"train": {"loss_type": "ipo", "precompute_reference": True}}, "its adapter off, run once over 9 pairs"),
+        ({"train": {"loss_type": "ipo", "held_out": 2}, "lora": None}, "before the first step, run once over 9 pairs"),
+        ({"train": {"loss_type": "dpo"}, "adapter": True}, "before the first step, run once over 9 pairs"),
+    ],
+)
+def test_the_reference_is_told(
+    values: dict[str, Any], words: str | None, folders: dict[str, Path], pairs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = {"path": str(folders["llama"]), "device": "cpu"}
+    if "adapter" in values:
+        lm = load(ModelConfig(**model))
+        lora_of(lm, 2)
+        lm.model.save_pretrained(tmp_path / "adapter")
+        model["adapter"] = str(tmp_path / "adapter")
+    train = {"max_completion_length": 120} | values.get("train", {})
+    config = {"model": model, "train": train} | ({"lora": None} if "lora" in values else {})
+    found = plan(build(Config, config), None, pairs, ["24GB"])
+    show(found)
+    if words is None:
+        assert found.reference == "" and "reference:" not in capsys.readouterr().out
+    else:
+        assert words in found.reference and found.reference in capsys.readouterr().out
+    if "lora" in values:
+        with pytest.raises(ConfigError, match=r"train\.reference: base is the model with its adapter off"):
+            plan(build(Config, config | {"train": train | {"reference": "base"}}), None, pairs, ["24GB"])
 
 
 def lora_of(lm: CaptionModel, r: int) -> list[torch.nn.Parameter]:

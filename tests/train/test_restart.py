@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from synpo.config import Config, ConfigError, LoraSection, ModelConfig, build
 from synpo.model.adapter import load
@@ -165,11 +165,12 @@ def test_going_on_evaluates_nothing_twice_and_logs_the_same(
     shutil.rmtree(again.output)
 
 
-@pytest.mark.parametrize("kind", ["text", "captioner"])
+@pytest.mark.parametrize(("kind", "loss_type"), [("text", "dpo"), ("captioner", "synpo"), ("captioner", "ipo")])
 def test_a_whole_model_is_trained_gone_on_with_and_loaded(
-    kind: str, folder: Path, tmp_path: Path, tiny_captioner_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, loss_type: str, folder: Path, tmp_path: Path, tiny_captioner_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(config(folder, save_strategy="steps", save_steps=2), lora=None)
+    extra = {"held_out": 2, "samples": 0, "save_strategy": "steps", "save_steps": 2, "loss_type": loss_type}
+    settings = replace(config(folder, **extra), lora=None)
     if kind == "captioner":
         settings = replace(settings, model=replace(settings.model, path=str(tiny_captioner_path)))
     data = (None, folder / "pairs.jsonl")
@@ -177,7 +178,8 @@ def test_a_whole_model_is_trained_gone_on_with_and_loaded(
     killed(monkeypatch, 5, settings, *data, tmp_path / "killed")
     result = train(settings, *data, tmp_path / "killed")
     for row, other in zip(rows(result.output), rows(uninterrupted.output), strict=True):
-        assert (row["step"], row.get("loss")) == (other["step"], other.get("loss"))
+        for name in ("step", "loss", "rewards/margins", "eval_loss", "eval_rewards/margins"):
+            assert row.get(name) == other.get(name), (row["step"], name)
     assert result.adapter == tmp_path / "killed" / "model"
     start, end = load(settings.model), load(replace(settings.model, path=str(result.adapter)))
     frozen = {name for name, _ in start.vision_parameters()}
@@ -203,6 +205,32 @@ def test_the_best_of_a_whole_model_is_what_is_saved(folder: Path, tmp_path: Path
     saved, other, wanted = (load_file(path / "model.safetensors") for path in (result.adapter, last, first))
     assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
     assert not all(torch.equal(saved[name], other[name]) for name in other)
+
+
+def test_a_model_that_changed_is_no_reference_for_a_run_that_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    settings = replace(config(folder, loss_type="dpo", save_strategy="steps", save_steps=2), lora=None)
+    settings = replace(settings, model=replace(settings.model, path=str(tmp_path / "model")))
+    arguments = (settings, None, folder / "pairs.jsonl", tmp_path / "run")
+
+    def change() -> None:
+        weights = load_file(tmp_path / "model" / "model.safetensors")
+        weights["lm_head.weight"][0, 0] += 0.5
+        save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+
+    killed(monkeypatch, 1, *arguments)  # no checkpoint yet: this is still the start
+    change()
+    killed(monkeypatch, 3, *arguments)
+    assert rows(tmp_path / "run")[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    change()
+    with pytest.raises(
+        ConfigError, match=r"the reference of 8 of 8 pairs .* that of the start of the run.*--no-resume"
+    ):
+        train(*arguments)
+    train(*arguments, resume=False)
+    assert rows(tmp_path / "run")[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"quantization": "int8"}, {"adapter": "."}])

@@ -311,14 +311,20 @@ def test_text_pairs_in_trl_format_train_a_text_model(tmp_path: Path) -> None:
     assert result.metrics["steps"] == 1
 
 
-def test_an_adapter_is_trained_further_but_is_no_reference(config: Config, data: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_trained_further_and_is_then_the_reference(config: Config, data: Path, tmp_path: Path) -> None:
+    config = replace(config, lora=replace(config.lora, dropout=0.0))
     first = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "first")
     further = replace(config, model=replace(config.model, adapter=str(first.adapter)))
     second = train(further, data / "videos", data / "pairs.jsonl", tmp_path / "second")
     assert second.metrics["first"]["synpo/chosen_logp"] > first.metrics["first"]["synpo/chosen_logp"]
-    with pytest.raises(ConfigError, match="merge that adapter into the model first"):
-        dpo = replace(further, train=further.train | {"loss_type": "dpo"})
-        train(dpo, data / "videos", data / "pairs.jsonl", tmp_path / "third")
+    for name, reward in (("auto", 0.0), ("base", None)):
+        dpo = replace(further, train=further.train | {"loss_type": "dpo", "reference": name})
+        result = train(dpo, data / "videos", data / "pairs.jsonl", tmp_path / name)
+        if reward is None:  # what the first run taught is a reward over the model without its adapter
+            assert abs(result.metrics["first"]["rewards/margins"]) > 1e-3
+        else:
+            assert result.metrics["first"]["rewards/margins"] == pytest.approx(reward, abs=1e-5)
+            assert result.metrics["last"]["rewards/margins"] > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_full_training_without_an_adapter(pairs_for: Any, trainer_for: Any) -> N
     trainer.train()
     assert not torch.equal(before, lm.head().weight)
     with pytest.raises(ConfigError, match="no adapter"):
-        trainer_for(lm, pairs_for(lm), loss_type="ipo")
+        trainer_for(lm, pairs_for(lm), loss_type="ipo", reference="base")
 
 
 @pytest.mark.parametrize("half", ["autocast", "weights"])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from synpo.config import ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.model.adapter import CaptionModel, evaluating
 from synpo.model.packing import packed_inputs
-from synpo.train.reference import ReferenceStore
+from synpo.train.reference import ReferenceStore, kind_of
 from synpo_kernels import OBJECTIVES, FusedLinearSynPOLoss, SequenceStats, linear_logprobs, sequence_stats
 from synpo_kernels.losses import token_norms
 
@@ -75,24 +76,31 @@ class PairObjective:
     """The loss of `loss_type` on batches of pairs.
 
     Args:
-        lm: the model to train. Objectives with a reference (dpo, ipo) take it with the adapter switched off.
+        lm: the model to train.
         loss_type: a name in `OBJECTIVES`. parameters: as `parameters_of`. backend: as `synpo_kernels.linear_logprobs`.
+        reference: what dpo and ipo compare with, see reference.py: base, start, or auto.
 
-    Raises ConfigError when the objective needs a reference and the model has no adapter.
+    Attributes:
+        reference: base or start, "" for an objective without a reference.
+        references: what the reference gave before training; it has to know every pair where `reference` is start.
+
+    Raises ConfigError as `synpo.train.reference.kind_of`.
     """
 
     def __init__(
-        self, lm: CaptionModel, loss_type: str, parameters: Mapping[str, float | None], backend: str = "auto"
+        self,
+        lm: CaptionModel,
+        loss_type: str,
+        parameters: Mapping[str, float | None],
+        backend: str = "auto",
+        reference: str = "auto",
     ) -> None:
         self.lm, self.backend = lm, backend
         self.parameters = parameters_of(loss_type, parameters)
         self.objective = OBJECTIVES[loss_type]
-        self.references: ReferenceStore | None = None  # what was computed before training is not computed again
-        if self.objective.needs_reference and not hasattr(lm.model, "disable_adapter"):
-            raise ConfigError(
-                f"train.loss_type: {loss_type} compares with a reference, the model with its adapter off, and this model "
-                "has no adapter; train with LoRA, or take an objective without a reference (synpo, simpo, cpo, orpo, sft)"
-            )
+        self.references: ReferenceStore | None = None
+        adapter = hasattr(lm.model, "disable_adapter")
+        self.reference = kind_of(reference, adapter) if self.objective.needs_reference else ""
 
     def __call__(self, model: Any, batch: PairBatch) -> Outcome:
         """Loss and statistics of `batch`; `model` is `lm.model` as its trainer wrapped it."""
@@ -141,15 +149,26 @@ class PairObjective:
         )
 
     def reference_stats(self, batch: PairBatch) -> SequenceStats:
-        """Statistics of the 2B answers under the reference model, outside of training."""
-        return self._reference(self.lm.model, batch, self.lm.encode_vision(batch["vision"]))
+        """Statistics of the 2B answers under the reference model, outside of training (start: before it)."""
+        return self._run_reference(self.lm.model, batch, self.lm.encode_vision(batch["vision"]))
 
-    @torch.no_grad()
     def _reference(self, model: Any, batch: PairBatch, visions: list[Any]) -> SequenceStats:
-        """Statistics under the model with its adapter off and its dropout too."""
+        """Statistics under the reference, known ones first."""
         if self.references is not None and self.references.holds(batch["pair_ids"]):
             return self.references.stats(batch["pair_ids"], batch["input_ids"].device)
-        with self.lm.model.disable_adapter(), evaluating(model):
+        if self.reference == "start":
+            raise ConfigError(
+                f"what the reference, the model before the first step, says of pairs {', '.join(batch['pair_ids'])} is not "
+                "known: SynPOTrainer.train() asks it about its train and eval dataset; elsewhere fill "
+                "PairObjective.references (a ReferenceStore) before training"
+            )
+        return self._run_reference(model, batch, visions)
+
+    @torch.no_grad()
+    def _run_reference(self, model: Any, batch: PairBatch, visions: list[Any]) -> SequenceStats:
+        """Statistics under the model without its dropout, and with its adapter off where the reference is base."""
+        off = self.lm.model.disable_adapter() if self.reference == "base" else nullcontext()
+        with off, evaluating(model):
             logps = self._forward(model, batch, visions, lambda hidden: self._logprobs(hidden, batch["targets"]))
         return sequence_stats(logps, cu_seqlens=batch["cu_seqlens"])
 

@@ -34,7 +34,10 @@ from synpo.model.adapter import CaptionModel, check_paths
 from synpo.model.vision import vision_for
 from synpo.train.lora import make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
+from synpo.train.reference import kind_of
 from synpo.train.run import settings
+from synpo.train.trainer import SynPOConfig
+from synpo_kernels import OBJECTIVES
 
 LAYOUTS = ("padded", "shared")
 COMMON_SIZES = ("24GB", "48GB", "80GB")
@@ -65,6 +68,7 @@ class Plan:
     tokens: dict[str, dict[str, int]]
     longest: dict[str, Any]
     steps: int
+    reference: str
     parameters: int
     trained: int
     modules: int
@@ -200,12 +204,24 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         },
         longest={"id": dataset.pairs[at].id, "video": dataset.pairs[at].video, **asdict(used[at])},
         steps=args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs),
+        reference=_reference(args, config, len(loaded) - len(dataset.dropped)),
         parameters=sum(p.numel() for p in lm.model.parameters()),
         trained=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
         modules=len(wrapped),
         dtype=str(lm.base.get_input_embeddings().weight.dtype).removeprefix("torch."),
         estimates=estimates,
     )
+
+
+def _reference(args: SynPOConfig, config: Config, pairs: int) -> str:
+    """What the objective compares with, in words; empty where it has no reference."""
+    if not OBJECTIVES[args.loss_type].needs_reference:
+        return ""
+    kind = kind_of(args.reference, adapter=config.lora is not None)
+    if kind == "base" and not args.precompute_reference:
+        return "the model with its adapter off, run again in every step (train.precompute_reference = true: once)"
+    what = "the model with its adapter off" if kind == "base" else "the model as it is before the first step"
+    return f"{what}, run once over {pairs} pairs before training and kept on disk: no second model in memory"
 
 
 def _present() -> tuple[str, ...]:
@@ -229,6 +245,7 @@ def show(found: Plan, as_json: bool = False) -> None:
         f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.dtype}),",
         f"LoRA on {found.modules} modules;" if found.modules else "the whole language model;",
         f"{found.steps} optimizer steps",
+        *([f"\nreference: {found.reference}"] if found.reference else []),
         markup=False,
     )
     console.print(

@@ -1,23 +1,29 @@
-"""What the reference model thinks of every answer, computed once before training and kept beside the run.
+"""What an objective with a reference (dpo, ipo) compares the model with, computed once before training and kept beside the run.
+
+    base     the model with its adapter off, at any time: run in every step, or stored with train.precompute_reference
+    start    the model as it is before the first step, which training overwrites: always stored before that step
 
     folder/reference-<process>.jsonl     one line an answer: its log-probability, and the other statistics of its tokens
 
-An objective with a reference (dpo, ipo) otherwise runs the model twice a step, in every epoch. A killed run goes on where it
-was. A line counts for one answer of one pair, down to its ids and pixels, under one set of weights and one precision:
-anything else is computed again.
+A killed run goes on where it was. A line counts for one answer of one pair, down to its ids and pixels, under one set of
+weights, down to their bits, and one precision: anything else is computed again. A run that goes on from a checkpoint no longer
+has the model of its start: what is missing then is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from synpo.config import ConfigError, suggest
 from synpo.data.features import checksum
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
@@ -25,6 +31,22 @@ from synpo.records import RecordStore, read_records, record_id
 from synpo_kernels import SequenceStats
 
 STATISTICS = tuple(field.name for field in fields(SequenceStats))
+KINDS = ("auto", "base", "start")
+
+
+def kind_of(name: str, adapter: bool) -> str:
+    """base or start, for `train.reference` and a model with an adapter or without; auto is base where there is an adapter.
+
+    Raises ConfigError for an unknown name, and for base without an adapter.
+    """
+    if name not in KINDS:
+        raise ConfigError(f"train.reference: unknown reference {name!r}; {suggest(name, KINDS)}")
+    if name == "base" and not adapter:
+        raise ConfigError(
+            "train.reference: base is the model with its adapter off, and this model has no adapter; set start (the model as "
+            "it is before the first step), or train with LoRA"
+        )
+    return name if name != "auto" else "base" if adapter else "start"
 
 
 @dataclass(frozen=True)
@@ -42,22 +64,18 @@ class ReferenceStore:
     """Statistics of the answers of pairs under a reference model.
 
     Args:
-        folder: where they are kept. lm: the model whose weights, adapters apart, are the reference.
-        process, processes: which share of the pairs this process computes. precision: of the products, where it is not
-            that of the weights.
+        folder: where they are kept. model: what names the reference, as `fingerprint`, and the precision of its products.
+        process, processes: which share of the pairs this process computes.
     """
 
-    def __init__(
-        self, folder: Path, lm: CaptionModel, process: int = 0, processes: int = 1, precision: str = ""
-    ) -> None:
-        self.folder, self.process, self.processes = folder, process, processes
-        self.model = fingerprint(lm) + precision
-        self._known: dict[str, list[Reference]] = {}
+    def __init__(self, folder: Path, model: str, process: int = 0, processes: int = 1) -> None:
+        self.folder, self.model, self.process, self.processes = folder, model, process, processes
+        self._known: dict[str, tuple[Reference, Reference]] = {}
 
     def fill(
         self,
         pairs: Iterable[EncodedPair],
-        compute: Callable[[list[EncodedPair]], SequenceStats],
+        compute: Callable[[list[EncodedPair]], SequenceStats] | None,
         *,
         batch_size: int,
         wait: Callable[[], None] = lambda: None,
@@ -66,23 +84,43 @@ class ReferenceStore:
         """Compute what is missing, each process its share, and read what all of them have.
 
         Args:
-            compute: statistics of the 2B answers of B pairs, chosen first. wait: returns when all processes are here.
+            compute: statistics of the 2B answers of B pairs, chosen first; None where the reference is no more.
+            wait: returns when all processes are here.
+
+        Raises:
+            ConfigError: something is missing and cannot be computed. ValueError: two pairs have one id, or the reference
+                gives a log-probability that is not finite.
         """
+        there = self._read().keys()
         store = RecordStore(Reference, self.folder / f"reference-{self.process}.jsonl")
         due: list[EncodedPair] = []
+        missing: list[str] = []
         keys: dict[str, str] = {}
         for index, pair in enumerate(tqdm(pairs, desc="reference", unit="pair", disable=not progress)):
-            keys[pair.id] = self._key(pair)
-            if index % self.processes == self.process and f"{keys[pair.id]}-rejected" not in store:
+            key = self._key(pair)
+            if keys.setdefault(pair.id, key) != key:
+                raise ValueError(
+                    f"two different pairs have the id {pair.id}: the reference is kept by id; make them unique"
+                )
+            if f"{key}-rejected" in there or f"{key}-rejected" in store:
+                continue
+            missing.append(pair.id)
+            if index % self.processes == self.process:
                 due.append(pair)
-            if len(due) == batch_size:
+            if compute is not None and len(due) == batch_size:
                 self._append(store, due, keys, compute)
                 due = []
-        if due:
+        if compute is None and missing:
+            raise ConfigError(
+                f"the reference of {len(missing)} of {len(keys)} pairs (the first is {missing[0]}) is not in {self.folder}, and "
+                "the model it comes from is that of the start of the run: since then the model, a video, the frames, the "
+                "precision or the folder changed. Put back what changed, or start over (--no-resume)"
+            )
+        if compute is not None and due:
             self._append(store, due, keys, compute)
         wait()
-        found = {r.id: r for path in self.folder.glob("reference-*.jsonl") for r in read_records(Reference, path)}
-        self._known = {name: [found[f"{key}-{side}"] for side in ("chosen", "rejected")] for name, key in keys.items()}
+        found = self._read()
+        self._known = {name: (found[f"{key}-chosen"], found[f"{key}-rejected"]) for name, key in keys.items()}
 
     def holds(self, pair_ids: Sequence[str]) -> bool:
         """Whether all of these pairs are known."""
@@ -91,8 +129,14 @@ class ReferenceStore:
     def stats(self, pair_ids: Sequence[str], device: torch.device) -> SequenceStats:
         """Statistics (2B,) of the answers of B pairs, chosen first."""
         rows = [self._known[name][side] for side in (0, 1) for name in pair_ids]
-        columns = (torch.tensor([getattr(row, name) for row in rows], device=device) for name in STATISTICS)
-        return SequenceStats(*columns)
+        table = torch.tensor([[getattr(row, name) for row in rows] for name in STATISTICS])
+        return SequenceStats(*table.to(device, non_blocking=True))
+
+    def _read(self) -> dict[str, Reference]:
+        """What all processes have written."""
+        return {
+            r.id: r for path in sorted(self.folder.glob("reference-*.jsonl")) for r in read_records(Reference, path)
+        }
 
     def _append(
         self,
@@ -103,6 +147,12 @@ class ReferenceStore:
     ) -> None:
         stats = compute(pairs)
         values = torch.stack([getattr(stats, name) for name in STATISTICS], 1).tolist()
+        for pair, row in zip([*pairs, *pairs], values):
+            if not all(map(math.isfinite, row)):
+                raise ValueError(
+                    f"the reference gives pair {pair.id} log-probabilities that are not finite, before any training; look at "
+                    "this pair, or use bfloat16 or float32 (model.dtype, train.bf16) where it is float16"
+                )
         names = [f"{keys[p.id]}-{side}" for side in ("chosen", "rejected") for p in pairs]
         store.append(*(Reference(name, *row) for name, row in zip(names, values) if name not in store))
 
@@ -111,32 +161,46 @@ class ReferenceStore:
         return record_id(pair.id, ids, checksum(pair.vision), self.model)
 
 
-def fingerprint(lm: CaptionModel) -> str:
-    """Hash of the weights that adapters leave alone: of names, shapes, dtypes, sums and sums of squares."""
+def fingerprint(lm: CaptionModel, adapters: bool = False) -> str:
+    """Hash of the weights, bit by bit, without those of adapters unless asked: of names, dtypes, shapes and content."""
     digest = hashlib.sha256()
     for name, parameter in lm.base.named_parameters():
-        if "lora_" not in name and "modules_to_save" not in name:
+        if adapters or ("lora_" not in name and "modules_to_save" not in name):
             name = name.replace(".base_layer", "").replace(".original_module", "")
-            values = parameter.detach().double()
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(f"{values.sum().item()!r} {values.square().sum().item()!r}".encode())
+            digest.update(f"{name} {parameter.dtype} {checksum({'': parameter})}".encode())
     return digest.hexdigest()
 
 
-def precompute(trainer: Any) -> ReferenceStore:
-    """Run the reference over the training pairs of a `SynPOTrainer`, before anything is trained or sharded."""
-    args, objective, pairs = trainer.args, trainer.pair_objective, trainer.train_dataset
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
-    folder = Path(args.output_dir) / "reference"
-    store = ReferenceStore(folder, trainer.lm, args.process_index, args.world_size, precision)
+def precompute(trainer: Any, resuming: bool) -> ReferenceStore:
+    """Run the reference over the pairs of a `SynPOTrainer`, those it evaluates too, before anything is trained or sharded.
+
+    `resuming`: the checkpoint that the run goes on from is no longer the model of its start, and the model at hand counts
+    as that only if it is the one whose statistics are stored.
+    """
+    args, objective = trainer.args, trainer.pair_objective
+    start = objective.reference == "start"
+    if resuming and start and objective.references is not None:  # this process began the run, and has trained since
+        model = objective.references.model
+    else:
+        model = fingerprint(trainer.lm, adapters=start) + ("bf16" if args.bf16 else "fp16" if args.fp16 else "")
+    store = ReferenceStore(Path(args.output_dir) / "reference", model, args.process_index, args.world_size)
 
     def compute(batch: list[EncodedPair]) -> SequenceStats:
         with trainer.compute_loss_context_manager():
             return objective.reference_stats(trainer._prepare_inputs(trainer.data_collator(batch)))
 
+    evaluated = trainer.eval_dataset
+    evaluated = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
     store.fill(
-        (pairs[i] for i in range(len(pairs))),
-        compute,
+        (
+            pair
+            for pairs in (trainer.train_dataset, *evaluated)
+            if pairs is not None
+            for pair in DataLoader(
+                pairs, batch_size=None, num_workers=args.dataloader_num_workers, generator=torch.Generator()
+            )
+        ),
+        None if resuming and start else compute,
         batch_size=args.per_device_train_batch_size,
         wait=trainer.accelerator.wait_for_everyone,
         progress=not args.disable_tqdm,

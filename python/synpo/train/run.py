@@ -6,6 +6,7 @@ output/checkpoint-<step>/    what a killed run goes on from
 output/adapter/              the trained adapter (safetensors), for --adapter
 output/model/                in its place with lora: null, the trained model (safetensors), for --model
 output/vision/               visual features, with train.cache_vision
+output/reference/            what the reference of dpo and ipo said, where it is not run in every step
 output/rewards.png, output/gradient_balance.png    drawn again after every evaluation and checkpoint
 output/metrics.json          written last: a folder that has it is complete
 """
@@ -39,7 +40,6 @@ from synpo.train.diagnostics import ends, evaluations_of, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import make_trainable
 from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
-from synpo_kernels import OBJECTIVES
 
 # Set by the run itself: where things go, the seed, the device.
 OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
@@ -86,6 +86,8 @@ def settings(config: Config, output: Path) -> SynPOConfig:
         raise ConfigError(
             "train.eval_strategy: there is nothing to evaluate; set train.held_out to the pairs to keep apart"
         )
+    if config.model.adapter and values.get("reference", "auto") == "auto":  # where its training starts is not its base
+        values["reference"] = "start"
     try:
         return SynPOConfig(output_dir=str(output), seed=config.seed, use_cpu=on_cpu, **values)
     except ConfigError:
@@ -137,11 +139,6 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         return _result(output)
 
     set_seed(config.seed)
-    if config.model.adapter and OBJECTIVES[args.loss_type].needs_reference:
-        raise ConfigError(
-            f"train.loss_type: {args.loss_type} compares with the model without its adapter, which is not where training "
-            "from model.adapter starts; merge that adapter into the model first"
-        )
     lm = load(config.model)
     features = VisionCache(output / "vision", lm) if args.cache_vision else None
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)

@@ -34,7 +34,7 @@ from synpo.records import atomic_path, read_jsonl
 from synpo.train.checkpoint import writing
 from synpo.train.guard import MODES
 from synpo.train.objective import Outcome, PairObjective, parameters_of
-from synpo.train.reference import precompute
+from synpo.train.reference import kind_of, precompute
 from synpo.train.repetition import repetition
 from synpo.train.sharing import collator_for
 
@@ -72,8 +72,17 @@ class SynPOConfig(TrainingArguments):
     )
     max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens of an answer with its end."})
     cache_gigabytes: float = field(default=1.0, metadata={"help": "Memory for decoded and tokenized pairs."})
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "What dpo and ipo compare with: base, the model with its adapter off; start, the model as it is before "
+            "the first step, run over all pairs then and kept on disk. auto: base with a new adapter; start with lora: null "
+            "or model.adapter."
+        },
+    )
     precompute_reference: bool = field(
-        default=False, metadata={"help": "Run the reference (dpo, ipo) once before training and keep what it says."}
+        default=False,
+        metadata={"help": "Run a reference that is base once before training too, and keep what it says."},
     )
     cache_vision: bool = field(
         default=False, metadata={"help": "Keep visual features on disk: the tower runs once a video and run."}
@@ -102,6 +111,7 @@ class SynPOConfig(TrainingArguments):
         parameters_of(self.loss_type, self.loss_parameters)
         if self.guard not in MODES:
             raise ConfigError(f"train.guard: expected {', '.join(MODES)}, got {self.guard!r}")
+        kind_of(self.reference, adapter=True)
         check_reporters(self.report_to)
         if self.held_out > 0 and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy, self.eval_on_start = "epoch", True
@@ -128,8 +138,7 @@ class SynPOTrainer(Trainer):
         train_dataset, eval_dataset: of `EncodedPair`.
 
     Raises:
-        ConfigError: the objective needs a reference that the model cannot give, or the weights are float16 without
-            train.fp16.
+        ConfigError: `args.reference` is one that the model cannot give, or the weights are float16 without train.fp16.
         ValueError: the model's output head is not one the fused loss supports.
     """
 
@@ -153,7 +162,7 @@ class SynPOTrainer(Trainer):
                 "train.cache_vision = false"
             )
         collate: Any = collator_for(lm, args.prefix_sharing)
-        objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend)
+        objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend, args.reference)
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process drives one GPU: DataParallel copies would lose the head's hook
         super().__init__(
@@ -177,12 +186,13 @@ class SynPOTrainer(Trainer):
             self.add_callback(_Progress)
         self.add_callback(JsonLog(Path(str(args.output_dir)) / LOG_NAME))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; with `precompute_reference` the reference runs first, over every training pair once."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; a reference that is to be stored runs first, once over every pair."""
         settings: Any = self.args
-        if settings.precompute_reference and self.pair_objective.objective.needs_reference:
-            self.pair_objective.references = precompute(self)
-        return super().train(*args, **kwargs)
+        kind = self.pair_objective.reference
+        if kind == "start" or (kind == "base" and settings.precompute_reference):
+            self.pair_objective.references = precompute(self, resuming=bool(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Tensor:
         """Pairs of one optimizer step, over all its micro-batches and all processes."""
