@@ -6,11 +6,14 @@ Eight answers to a question about one video so hold one copy of its keys and val
 the eight. Two products and a softmax are also what a single new token needs, where kernels made for long queries are slow on a
 CPU, and grouped heads need no repeated keys under a mask. Scores are fp32, as many at a time as `SCORES` says.
 
-Transformers calls the attention by name and hands it a mask; what rows share has no place there, so it is given here, for the
-time of one pass (`reading`).
+Rows that read texts of different lengths need no padding either: their tokens follow one another in one row (`Ragged`), and
+only here each goes to its own.
+
+Transformers calls the attention by name and hands it a mask; neither has a place there, so both are given here, for the time
+of one pass (`reading`).
 
 Shape legend: R rows, G groups of rows that share a prompt, A rows of the largest group, H heads of keys and n queries for each,
-S new tokens, P columns of prompt, L columns of a row's own, D head size, X any.
+S new tokens a row, T new tokens of all rows, P columns of prompt, L columns of a row's own, D head size, X any.
 """
 
 from __future__ import annotations
@@ -95,12 +98,33 @@ class Shared:
         return x if self.even else x[self.slot]
 
 
+class Ragged:
+    """Where T tokens of R rows stand, that follow one another: the row of each and its column of S, aligned on the right."""
+
+    def __init__(self, mask: Tensor, device: torch.device) -> None:
+        """`mask`: (R, S) bool on the CPU, True on tokens."""
+        self.shape = mask.shape
+        self.row, self.column = (x.to(device) for x in mask.nonzero(as_tuple=True))
+        self.last = (mask.sum(1).cumsum(0) - 1).to(device)  # (R,) the place of every row's last token
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(1, H, T, D) as (R, H, S, D), zero where no token is: what is masked still meets a weight of zero."""
+        wide = x.new_zeros(*self.shape, x.shape[1], x.shape[3])
+        wide[self.row, self.column] = x[0].transpose(0, 1)
+        return wide.transpose(1, 2)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(R, S, H, D) as (1, T, H, D)."""
+        return x[self.row, self.column][None]
+
+
 @dataclass
 class _Pass:
     """The pass under way: the mask of the rows' own columns, (R, 1, S, L) or none, what they share, and the layers so far."""
 
     bias: Tensor | None
     shared: Shared | None
+    ragged: Ragged | None
     layers: int = 0
 
 
@@ -123,12 +147,18 @@ def serves(lm: CaptionModel, cache: Cache) -> bool:
     )
 
 
+def by_row(x: Tensor) -> Tensor:
+    """New keys or values of the pass under way, (R, H, S, D) or (1, H, T, D), as (R, H, S, D)."""
+    under_way = _under_way.get()
+    return x if under_way is None or under_way.ragged is None else under_way.ragged.spread(x)
+
+
 @contextmanager
-def reading(bias: Tensor | None, shared: Shared | None, layers: int) -> Iterator[None]:
-    """For the time of one pass through `layers` layers, attention goes by `bias`, (R, 1, S, L), and `shared`."""
+def reading(bias: Tensor | None, shared: Shared | None, layers: int, ragged: Ragged | None = None) -> Iterator[None]:
+    """For the time of one pass through `layers` layers, attention goes by `bias`, (R, 1, S, L), `shared` and `ragged`."""
     if "sdpa" not in _installed:
         _install("sdpa")
-    token = _under_way.set(_Pass(bias, shared))
+    token = _under_way.set(_Pass(bias, shared, ragged))
     try:
         yield
         seen = _under_way.get().layers  # type: ignore[union-attr]
@@ -160,7 +190,8 @@ def _install(name: str) -> None:
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer = module.layer_idx
-        shared = under_way.shared
+        shared, ragged = under_way.shared, under_way.ragged
+        query = query if ragged is None else ragged.spread(query)
         columns = key.shape[2] + (0 if shared is None else shared.mask.shape[1])
         size = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * columns))  # new tokens at a time
         parts = []
@@ -168,7 +199,8 @@ def _install(name: str) -> None:
             few = slice(start, start + size)
             bias = None if under_way.bias is None else under_way.bias[:, :, few]
             parts.append(_attend(query[:, :, few], key, value, bias, shared, layer, scaling))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return (out if ragged is None else ragged.gather(out)), None
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
 

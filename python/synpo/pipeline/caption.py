@@ -58,18 +58,20 @@ def describe(
     amateurs = _show(lm, fewer, prompt)
     rows = [i for i, row in enumerate(keys) for _ in row]  # the view of every sample
     seeds = [key for row in keys for key in row]
-    shown = [experts[i] for i in rows]
-    weak = [amateurs[i] for i in rows] if contrast is not None else None
-    answers = generate(lm, shown, sampling, keys=seeds, amateurs=weak, contrast=contrast, readers=readers)
+    count, sides = len(rows), 1 if contrast is None else 2
+    shown = [side[i] for side in (experts, amateurs) if side for i in rows]  # experts, then amateurs
+    frames = [side[i] for side in (views, fewer) if side for i in rows]
+    weak = shown[count:] if contrast is not None else None
+    answers = generate(lm, shown[:count], sampling, keys=seeds, amateurs=weak, contrast=contrast, readers=readers)
     drafts = [a.text for a in answers]
     for number in range(1, refinements + 1):
-        earlier = [a.text for a in answers]
+        looks = second_looks(lm, shown, frames, prompt, [a.text for a in answers] * sides)
         answers = generate(
             lm,
-            second_looks(lm, shown, [views[i] for i in rows], prompt, earlier),
+            looks[:count],
             sampling,
             keys=[f"{seed} look {number}" for seed in seeds],
-            amateurs=second_looks(lm, weak, [fewer[i] for i in rows], prompt, earlier) if weak is not None else None,
+            amateurs=looks[count:] if contrast is not None else None,
             contrast=contrast,
             readers=readers,
             drafts=[a.tokens for a in answers],

@@ -44,20 +44,24 @@ def second_looks(
     """The encoded questions of the second pass, one a draft; each shares what the first already knows of its video.
 
     Args:
-        shown: the encoded questions of the first pass, their videos through the vision tower.
+        shown: the encoded questions of the first pass, their videos through the vision tower; R of them, experts and then
+            amateurs, say.
         frames: what they showed, uint8 (F, 3, H, W) each.
         prompt: the text of the first question.
+        drafts: R answers.
     """
-    questions = [retrospective_prompt(prompt, without_specials(lm.tokenizer, draft)) for draft in drafts]
     if not shown:
         return []
-    endings = _endings(lm, shown[0], [prompt, *questions])
-    if endings is None or not torch.equal(_ask(lm, shown[0], endings[0]), shown[0].input_ids):
-        return [lm.prompt(text, view, first.vision) for text, view, first in zip(questions, frames, shown)]
-    return [Prompt(_ask(lm, first, ending), first.vision) for first, ending in zip(shown, endings[1:])]
+    questions = {draft: retrospective_prompt(prompt, without_specials(lm.tokenizer, draft)) for draft in drafts}
+    heads = {id(first): _up_to_text(lm, first) for first in shown}
+    endings = _endings(lm, shown[0], [prompt, *questions.values()])
+    if endings is None or not torch.equal(torch.cat([heads[id(shown[0])], endings[0]]), shown[0].input_ids):
+        return [lm.prompt(questions[draft], view, first.vision) for draft, view, first in zip(drafts, frames, shown)]
+    ending = dict(zip(questions, endings[1:]))
+    return [Prompt(torch.cat([heads[id(first)], ending[draft]]), first.vision) for draft, first in zip(drafts, shown)]
 
 
-def _endings(lm: CaptionModel, shown: Prompt, questions: Sequence[str]) -> list[list[int]] | None:
+def _endings(lm: CaptionModel, shown: Prompt, questions: Sequence[str]) -> list[Tensor] | None:
     """Token ids of each question's chat turn from the last visual token on; None where the template hides that place.
 
     So neither pixels nor placeholders are prepared again for a text that changes behind them.
@@ -74,10 +78,11 @@ def _endings(lm: CaptionModel, shown: Prompt, questions: Sequence[str]) -> list[
     _, placed, between = before.rpartition(token)
     if not placed:
         return None
-    return lm.tokenizer([f"{token}{between}{q}{after}" for q in questions], add_special_tokens=False).input_ids
+    texts = [f"{token}{between}{question}{after}" for question in questions]
+    return [torch.tensor(ids) for ids in lm.tokenizer(texts, add_special_tokens=False).input_ids]
 
 
-def _ask(lm: CaptionModel, shown: Prompt, ending: Sequence[int]) -> Tensor:
-    """Token ids of a question about the video of `shown`: its own up to the last visual token, then `ending`."""
-    last = int(torch.isin(shown.input_ids, visual_tokens(lm)).nonzero()[-1])
-    return torch.cat([shown.input_ids[:last], torch.tensor(ending)])
+def _up_to_text(lm: CaptionModel, shown: Prompt) -> Tensor:
+    """Token ids of a question up to its last visual token, which `_endings` begin with."""
+    visual = torch.isin(shown.input_ids, visual_tokens(lm)).nonzero()
+    return shown.input_ids[: int(visual[-1])] if len(visual) else shown.input_ids

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from synpo.model.adapter import CaptionModel, Prompt, pad_rows
-from synpo.pipeline.attention import Shared, additive, reading, serves
+from synpo.pipeline.attention import Ragged, Shared, additive, by_row, reading, serves
 from synpo.pipeline.lookahead import tokens_a_pass
 
 
@@ -59,8 +59,9 @@ class RoomLayer(DynamicLayer):
         return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start, end = self._length, self._length + key_states.shape[-2]
-        for room, new in zip(self._room, (key_states, value_states)):
+        keys, values = by_row(key_states), by_row(value_states)
+        start, end = self._length, self._length + keys.shape[-2]
+        for room, new in zip(self._room, (keys, values)):
             room[..., start:end, :] = new
         return self._show(end)
 
@@ -113,15 +114,36 @@ class Streams:
         mask = self.mask[:, :length].long() if self._padded else None
         guide: Any = nullcontext()
         if self._served and (self._padded or new > 1 or self.shared is not None or not tokens.is_cuda):
-            mask = self._bias[:, None, None, :length] if self._padded or new > 1 else None
-            if mask is not None and new > 1:
-                mask = mask.repeat(1, 1, new, 1)  # (R, 1, S, L)
-                mask[..., length - new :] += additive(self.mask.new_ones(new, new).tril())
+            mask = self._causal(new) if self._padded or new > 1 else None
             guide = reading(mask, self.shared, len(self.cache.layers))
         with guide:
+            return _forward(self.lm, self.cache, keep, input_ids=tokens, attention_mask=mask, position_ids=positions)
+
+    def read_rest(self, tokens: Tensor, positions: Tensor, given: Tensor) -> Tensor:
+        """Read the tokens (R, S) that are `given`, (R, S) bool on the CPU, at these positions. Returns logits (R, V) of the last.
+
+        They are aligned on the right. Where the attention is ours no padding goes through the model.
+        """
+        if not self._served or bool(given.all()):
+            return self.read(tokens, positions)[:, -1]
+        ragged = Ragged(given, tokens.device)
+        mask = self._causal(tokens.shape[1])
+        where = (..., ragged.row, ragged.column)
+        with reading(mask, self.shared, len(self.cache.layers), ragged):
             return _forward(
-                self.lm, self.cache, keep, input_ids=tokens, attention_mask=mask, position_ids=positions
-            )  # fmt: skip
+                self.lm, self.cache, ragged.last,
+                input_ids=tokens[where][None], attention_mask=mask, position_ids=positions[where][..., None, :],
+            )[0]  # fmt: skip
+
+    def _causal(self, new: int) -> Tensor:
+        """The mask of the last `new` columns, to be added to scores: (R, 1, new, L) fp32."""
+        length = self.cache.get_seq_length() + new
+        mask = self._bias[:, None, None, :length]
+        if new == 1:
+            return mask
+        mask = mask.repeat(1, 1, new, 1)
+        mask[..., length - new :] += additive(self.mask.new_ones(new, new).tril())
+        return mask
 
     def take_back(self, new: int, taken: Tensor) -> None:
         """Of the last `new` tokens read, rows keep the first `taken`, (R,) int64, and forget the others."""
@@ -141,8 +163,8 @@ class Streams:
             self.shared = self.shared.keep(rows)
 
 
-def _forward(lm: CaptionModel, cache: Cache, keep: int = 1, **inputs: Tensor | None) -> Tensor:
-    """Logits (R, keep, V) at the last columns."""
+def _forward(lm: CaptionModel, cache: Cache, keep: int | Tensor = 1, **inputs: Tensor | None) -> Tensor:
+    """Logits (R, K, V) at the last `keep` columns, or at those given, (K,) int64."""
     return lm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
 
 
@@ -183,6 +205,15 @@ class _Prefixes:
     visions: list[Any]
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Of each of G groups of prompts the first `lengths[g]` tokens have been read: they are in row `places[g]` of `prefixes`."""
+
+    prefixes: _Prefixes
+    places: Sequence[int]
+    lengths: Sequence[int]
+
+
 class Reader:
     """Reads prompts and, where asked to, remembers their videos.
 
@@ -219,17 +250,15 @@ class Reader:
         texts = [[prompts[r].input_ids for r in rows] for rows in groups.values()]
         last = [min(len(p) for p in group) - 1 for group in texts]  # one token at least is left to give logits
 
-        known = self._prefixes
-        if known is not None and all(vision in known.rows for vision in groups):
-            place: Sequence[int] = [known.rows[vision] for vision in groups]
-            shared: Sequence[int] = [
-                _shared_length(self.lm, [known.tokens[p], *group], n) for p, group, n in zip(place, texts, last)
-            ]
+        seen = self._prefixes
+        if seen is not None and all(vision in seen.rows for vision in groups):
+            places = [seen.rows[vision] for vision in groups]
+            shared = [_shared_length(self.lm, [seen.tokens[p], *t], n) for p, t, n in zip(places, texts, last)]
             if min(shared) > 0:
-                known, place, shared = self._further(known, place, shared, groups, prompts, last)
-                return self._rest(known, place, shared, groups, prompts, room)
+                known = self._further(_Known(seen, places, shared), groups, prompts, last)
+                return self._rest(known, groups, prompts, room)
 
-        self._prefixes = known = None
+        self._prefixes = seen = None
         cache = _new_cache(self.lm)
         shared = [_shared_length(self.lm, group, n) for group, n in zip(texts, last)]
         alone = len(groups) == len(prompts)
@@ -240,58 +269,49 @@ class Reader:
             return (merge([streams], room) if room else streams), logits
         firsts = [prompts[rows[0]] for rows in groups.values()]
         heads = [p.input_ids[:n] for p, n in zip(firsts, shared)]
-        known = _remember(_read_all(self.lm, cache, heads, [p.vision for p in firsts])[0], firsts, shared)
+        seen = _remember(_read_all(self.lm, cache, heads, [p.vision for p in firsts])[0], firsts, shared)
         if self.remember:
-            self._prefixes = known
-        return self._rest(known, list(range(len(groups))), shared, groups, prompts, room)
+            self._prefixes = seen
+        return self._rest(_Known(seen, range(len(groups)), shared), groups, prompts, room)
 
     def _further(
-        self,
-        known: _Prefixes,
-        place: Sequence[int],
-        shared: Sequence[int],
-        groups: dict[int, list[int]],
-        prompts: Sequence[Prompt],
-        last: Sequence[int],
-    ) -> tuple[_Prefixes, Sequence[int], Sequence[int]]:
+        self, known: _Known, groups: dict[int, list[int]], prompts: Sequence[Prompt], last: Sequence[int]
+    ) -> _Known:
         """Where the prompts of a group go on alike (an instruction, say), read that too once a group, if it saves a pass."""
         members = [[prompts[r].input_ids for r in rows] for rows in groups.values()]
-        common = [_shared_length(self.lm, t, n) if len(t) > 1 else s for t, n, s in zip(members, last, shared)]
-        saved = sum((len(t) - 1) * (n - s) for t, n, s in zip(members, common, shared))
+        common = [_shared_length(self.lm, t, n) if len(t) > 1 else s for t, n, s in zip(members, last, known.lengths)]
+        saved = sum((len(t) - 1) * (n - s) for t, n, s in zip(members, common, known.lengths))
         if saved <= tokens_a_pass(self.lm.device):
-            return known, place, shared
+            return known
         firsts = [prompts[rows[0]] for rows in groups.values()]
         heads = [replace(p, input_ids=p.input_ids[:n]) for p, n in zip(firsts, common)]
         alone = {vision: [g] for g, vision in enumerate(groups)}
-        known = _remember(self._rest(known, place, shared, alone, heads, 0)[0], firsts, common)
+        seen = _remember(self._rest(known, alone, heads, 0)[0], firsts, common)
         if self.remember:
-            self._prefixes = known
-        return known, range(len(groups)), common
+            self._prefixes = seen
+        return _Known(seen, range(len(groups)), common)
 
     def _rest(
-        self,
-        known: _Prefixes,
-        place: Sequence[int],
-        shared: Sequence[int],
-        groups: dict[int, list[int]],
-        prompts: Sequence[Prompt],
-        room: int,
+        self, known: _Known, groups: dict[int, list[int]], prompts: Sequence[Prompt], room: int
     ) -> tuple[Streams, Tensor]:
-        """Read what follows the first `shared[g]` tokens of group g, known in row `place[g]`."""
-        lm, seen = self.lm, known.streams
+        """Read what follows what is known of every group."""
+        lm, seen = self.lm, known.prefixes.streams
         device = lm.device
         of_row = {row: g for g, rows in enumerate(groups.values()) for row in rows}
         order = [of_row[r] for r in range(len(prompts))]
         group = torch.tensor(order, device=device)
-        rows = torch.tensor(place, device=device)
-        kept = torch.tensor(shared, device=device)[:, None]
-        unused = torch.tensor([len(known.tokens[p]) for p in place], device=device)[:, None] - kept
+        rows = torch.tensor(known.places, device=device)
+        kept = torch.tensor(known.lengths, device=device)[:, None]
+        unused = torch.tensor([len(known.prefixes.tokens[p]) for p in known.places], device=device)[:, None] - kept
         mask = seen.mask[rows]
         mask = mask & (mask.cumsum(1) <= kept)  # (G, P)
         width = 1 + int(mask.any(0).nonzero()[-1])
         mask = mask[:, :width]
 
-        ids, new = pad_rows([p.input_ids[shared[g] :] for g, p in zip(order, prompts)], lm.pad_token_id, side="left")
+        ids, new = pad_rows(
+            [p.input_ids[known.lengths[g] :] for g, p in zip(order, prompts)], lm.pad_token_id, side="left"
+        )
+        given = new.bool()
         ids, new = ids.to(device), new.to(device)
         # What is left out of a prefix is text, which counts one position a token in every dimension.
         position = (seen.position[..., rows, :] - unused)[..., group, :]
@@ -303,7 +323,7 @@ class Reader:
         cache = Cache(layers=[_rows(layer, rows[group], width, ids.shape[1] + room) for layer in seen.cache.layers])
         mask = F.pad(torch.cat([mask[group], new.bool()], dim=1), (0, room), value=True)
         streams = Streams(lm, cache, mask, position + new.sum(-1, keepdim=True), past)
-        return streams, streams.read(ids, positions)[:, -1]
+        return streams, streams.read_rest(ids, positions, given)
 
 
 def _remember(streams: Streams, prompts: Sequence[Prompt], lengths: Sequence[int]) -> _Prefixes:
