@@ -19,8 +19,9 @@ from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
 from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import Generation, generate, uniforms
+from synpo.pipeline.reader import Reader
 from synpo.pipeline.retrospect import retrospective_prompt
-from synpo.pipeline.streams import Reader, Streams
+from synpo.pipeline.streams import Streams
 from synpo.video import amateur_frames
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=24)

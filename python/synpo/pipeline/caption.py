@@ -16,8 +16,8 @@ from torch import Tensor
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.pipeline.decode import generate
+from synpo.pipeline.reader import Reader
 from synpo.pipeline.retrospect import second_looks
-from synpo.pipeline.streams import Reader
 from synpo.video import amateur_frames
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.pipeline.lookahead import MOST, Drafts, guesses
-from synpo.pipeline.streams import Reader, merge
+from synpo.pipeline.reader import Reader
+from synpo.pipeline.streams import merge
 from synpo_kernels.contrast import contrastive_sample
 
 SHRINK = 8  # finished rows leave once they are an eighth of the batch: leaving copies the cache of those that stay

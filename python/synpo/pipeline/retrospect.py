@@ -1,7 +1,7 @@
 """The self-retrospective pass: the model sees the video again with its own earlier caption and writes a better one.
 
 Self-retrospective sampling is from SynPO (arXiv 2506.00835, section 3); the wording is ours. The question begins like the first
-one, video and all, so that what the model read of the video in the first pass serves the second (streams.py); the earlier
+one, video and all, so that what the model read of the video in the first pass serves the second (reader.py); the earlier
 caption comes last, so that all candidates of a video share the instruction too.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from synpo.model.adapter import CaptionModel, Prompt
-from synpo.pipeline.streams import visual_tokens
+from synpo.pipeline.reader import visual_tokens
 
 INSTRUCTION = (
     "Here is an earlier description. Write a better one: correct mistakes, add missing details and the order of events, "

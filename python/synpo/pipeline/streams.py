@@ -1,10 +1,9 @@
-"""Prompts on their way to becoming answers: their key/value caches, masks and positions, as one batch.
+"""Rows on their way to becoming answers: their key/value caches, masks and positions, as one batch.
 
-    Reader.read   prompts that show the same video share one pass over what they have in common, and so do later questions
-                  about it; each prompt then reads its own rest
-    merge         batches (expert and amateur) become one, the shorter padded on the left
     step          one or a few tokens a row
     keep          rows that are finished leave
+    merge         batches (expert and amateur) become one, the shorter padded on the left
+    spread        rows are repeated: several answers to one prompt
 
 Rows are aligned on the right. What does not belong to a row (padding on the left, columns between a shared prefix and the
 rest, tokens that were tried and not taken) is masked, and positions are given explicitly, so it changes nothing.
@@ -17,17 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from synpo.model.adapter import CaptionModel, Prompt, pad_rows
+from synpo.model.adapter import CaptionModel
 from synpo.pipeline.attention import Ragged, Shared, additive, by_row, reading, serves
-from synpo.pipeline.lookahead import tokens_a_pass
 
 
 class RoomLayer(DynamicLayer):
@@ -117,7 +115,7 @@ class Streams:
             mask = self._causal(new) if self._padded or new > 1 else None
             guide = reading(mask, self.shared, len(self.cache.layers))
         with guide:
-            return _forward(self.lm, self.cache, keep, input_ids=tokens, attention_mask=mask, position_ids=positions)
+            return forward(self.lm, self.cache, keep, input_ids=tokens, attention_mask=mask, position_ids=positions)
 
     def read_rest(self, tokens: Tensor, positions: Tensor, given: Tensor) -> Tensor:
         """Read the tokens (R, S) that are `given`, (R, S) bool on the CPU, at these positions. Returns logits (R, V) of the last.
@@ -130,7 +128,7 @@ class Streams:
         mask = self._causal(tokens.shape[1])
         where = (..., ragged.row, ragged.column)
         with reading(mask, self.shared, len(self.cache.layers), ragged):
-            return _forward(
+            return forward(
                 self.lm, self.cache, ragged.last,
                 input_ids=tokens[where][None], attention_mask=mask, position_ids=positions[where][..., None, :],
             )[0]  # fmt: skip
@@ -163,187 +161,12 @@ class Streams:
             self.shared = self.shared.keep(rows)
 
 
-def _forward(lm: CaptionModel, cache: Cache, keep: int | Tensor = 1, **inputs: Tensor | None) -> Tensor:
+def forward(lm: CaptionModel, cache: Cache, keep: int | Tensor = 1, **inputs: Tensor | None) -> Tensor:
     """Logits (R, K, V) at the last `keep` columns, or at those given, (K,) int64."""
     return lm.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
 
 
-def _new_cache(lm: CaptionModel) -> DynamicCache:
-    cache = DynamicCache(config=lm.base.config)
-    other = sorted(
-        {type(x).__name__ for x in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
-    )
-    if other:
-        raise ValueError(
-            f"{type(lm.base).__name__} keeps its past in {', '.join(other)}; expected plain or sliding-window attention in "
-            "every layer. Use a model with softmax attention throughout"
-        )
-    return cache
-
-
-def visual_tokens(lm: CaptionModel) -> Tensor:
-    """Ids of the tokens that stand for parts of a video or image."""
-    return torch.tensor(sorted(lm.placeholder_ids), dtype=torch.long)
-
-
-def _shared_length(lm: CaptionModel, prompts: Sequence[Tensor], limit: int) -> int:
-    """Leading tokens, `limit` at most, that prompts about one video have in common; 0 where visual ones are not all in them."""
-    shortest = min(limit, *(len(p) for p in prompts))
-    same = (torch.stack([p[:shortest] for p in prompts]) == prompts[0][:shortest]).all(0).long().cumprod(0)
-    length = int(same.sum())
-    visual = visual_tokens(lm)
-    return 0 if any(torch.isin(p[length:], visual).any() for p in prompts) else length
-
-
-@dataclass(frozen=True)
-class _Prefixes:
-    """What was read of G videos: tokens, caches, and the row of each. Holds the visions, so that their ids stay theirs."""
-
-    streams: Streams
-    tokens: list[Tensor]
-    rows: dict[int, int]
-    visions: list[Any]
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Of each of G groups of prompts the first `lengths[g]` tokens have been read: they are in row `places[g]` of `prefixes`."""
-
-    prefixes: _Prefixes
-    places: Sequence[int]
-    lengths: Sequence[int]
-
-
-class Reader:
-    """Reads prompts and, where asked to, remembers their videos.
-
-    Prompts whose `vision` is the same object show the same video: their common beginning is read once. A reader that
-    remembers keeps the keys and values of that beginning (one row a video) until it reads other videos or is let go; a later
-    question about the same videos that begins alike needs neither their pixels nor another pass over them.
-
-    Models with sliding-window attention read every prompt whole: a window counts columns, padding too, so nothing may stand
-    between a prefix and its rest.
-    """
-
-    def __init__(self, lm: CaptionModel, remember: bool = False) -> None:
-        self.lm = lm
-        self.remember = remember
-        self._prefixes: _Prefixes | None = None
-
-    def read(self, prompts: Sequence[Prompt], room: int = 0) -> tuple[Streams, Tensor]:
-        """Run the model over prompts, R rows, with room for `room` more tokens (0: to be merged). Equal prompts are read once.
-
-        Returns the streams and the logits (R, V) of the first tokens to come.
-        """
-        places: dict[tuple[int, bytes], int] = {}
-        order = [places.setdefault((id(p.vision), p.input_ids.numpy().tobytes()), len(places)) for p in prompts]
-        if len(places) == len(prompts):
-            return self._read(prompts, room)
-        streams, logits = self._read([prompts[order.index(place)] for place in range(len(places))], 0)
-        rows = torch.tensor(order, device=self.lm.device)
-        return _spread(streams, rows, room), logits[rows]
-
-    def _read(self, prompts: Sequence[Prompt], room: int) -> tuple[Streams, Tensor]:
-        groups: dict[int, list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            groups.setdefault(id(prompt.vision), []).append(row)
-        texts = [[prompts[r].input_ids for r in rows] for rows in groups.values()]
-        last = [min(len(p) for p in group) - 1 for group in texts]  # one token at least is left to give logits
-
-        seen = self._prefixes
-        if seen is not None and all(vision in seen.rows for vision in groups):
-            places = [seen.rows[vision] for vision in groups]
-            shared = [_shared_length(self.lm, [seen.tokens[p], *t], n) for p, t, n in zip(places, texts, last)]
-            if min(shared) > 0:
-                known = self._further(_Known(seen, places, shared), groups, prompts, last)
-                return self._rest(known, groups, prompts, room)
-
-        self._prefixes = seen = None
-        cache = _new_cache(self.lm)
-        shared = [_shared_length(self.lm, group, n) for group, n in zip(texts, last)]
-        alone = len(groups) == len(prompts)
-        if alone or min(shared) == 0 or any(cache.is_sliding):
-            streams, logits = _read_all(self.lm, cache, [p.input_ids for p in prompts], [p.vision for p in prompts])
-            if self.remember and alone and not any(cache.is_sliding):
-                self._prefixes = _remember(streams, prompts, [len(p.input_ids) for p in prompts])
-            return (merge([streams], room) if room else streams), logits
-        firsts = [prompts[rows[0]] for rows in groups.values()]
-        heads = [p.input_ids[:n] for p, n in zip(firsts, shared)]
-        seen = _remember(_read_all(self.lm, cache, heads, [p.vision for p in firsts])[0], firsts, shared)
-        if self.remember:
-            self._prefixes = seen
-        return self._rest(_Known(seen, range(len(groups)), shared), groups, prompts, room)
-
-    def _further(
-        self, known: _Known, groups: dict[int, list[int]], prompts: Sequence[Prompt], last: Sequence[int]
-    ) -> _Known:
-        """Where the prompts of a group go on alike (an instruction, say), read that too once a group, if it saves a pass."""
-        members = [[prompts[r].input_ids for r in rows] for rows in groups.values()]
-        common = [_shared_length(self.lm, t, n) if len(t) > 1 else s for t, n, s in zip(members, last, known.lengths)]
-        saved = sum((len(t) - 1) * (n - s) for t, n, s in zip(members, common, known.lengths))
-        if saved <= tokens_a_pass(self.lm.device):
-            return known
-        firsts = [prompts[rows[0]] for rows in groups.values()]
-        heads = [replace(p, input_ids=p.input_ids[:n]) for p, n in zip(firsts, common)]
-        alone = {vision: [g] for g, vision in enumerate(groups)}
-        seen = _remember(self._rest(known, alone, heads, 0)[0], firsts, common)
-        if self.remember:
-            self._prefixes = seen
-        return _Known(seen, range(len(groups)), common)
-
-    def _rest(
-        self, known: _Known, groups: dict[int, list[int]], prompts: Sequence[Prompt], room: int
-    ) -> tuple[Streams, Tensor]:
-        """Read what follows what is known of every group."""
-        lm, seen = self.lm, known.prefixes.streams
-        device = lm.device
-        of_row = {row: g for g, rows in enumerate(groups.values()) for row in rows}
-        order = [of_row[r] for r in range(len(prompts))]
-        group = torch.tensor(order, device=device)
-        rows = torch.tensor(known.places, device=device)
-        kept = torch.tensor(known.lengths, device=device)[:, None]
-        unused = torch.tensor([len(known.prefixes.tokens[p]) for p in known.places], device=device)[:, None] - kept
-        mask = seen.mask[rows]
-        mask = mask & (mask.cumsum(1) <= kept)  # (G, P)
-        width = 1 + int(mask.any(0).nonzero()[-1])
-        mask = mask[:, :width]
-
-        ids, new = pad_rows(
-            [p.input_ids[known.lengths[g] :] for g, p in zip(order, prompts)], lm.pad_token_id, side="left"
-        )
-        given = new.bool()
-        ids, new = ids.to(device), new.to(device)
-        # What is left out of a prefix is text, which counts one position a token in every dimension.
-        position = (seen.position[..., rows, :] - unused)[..., group, :]
-        positions = position + (new.cumsum(-1) - 1).clamp_(min=0)  # (R, S) or (3, R, S)
-        past = None
-        if len(groups) < len(prompts) and serves(lm, seen.cache):
-            past = _share(seen.cache, rows, mask, group)
-            width, mask = 0, mask[:, :0]
-        cache = Cache(layers=[_rows(layer, rows[group], width, ids.shape[1] + room) for layer in seen.cache.layers])
-        mask = F.pad(torch.cat([mask[group], new.bool()], dim=1), (0, room), value=True)
-        streams = Streams(lm, cache, mask, position + new.sum(-1, keepdim=True), past)
-        return streams, streams.read_rest(ids, positions, given)
-
-
-def _remember(streams: Streams, prompts: Sequence[Prompt], lengths: Sequence[int]) -> _Prefixes:
-    visions = [p.vision for p in prompts]
-    tokens = [p.input_ids[:n] for p, n in zip(prompts, lengths)]
-    return _Prefixes(streams, tokens, {id(v): row for row, v in enumerate(visions)}, visions)
-
-
-def _read_all(lm: CaptionModel, cache: Cache, rows: Sequence[Tensor], visions: Sequence[Any]) -> tuple[Streams, Tensor]:
-    ids, mask = pad_rows(rows, lm.pad_token_id, side="left")
-    ids, mask = ids.to(lm.device), mask.to(lm.device)
-    inputs = lm.forward_kwargs(ids, mask, visions)
-    last = inputs["position_ids"].amax(-1, keepdim=True)  # (R, 1) or (3, R, 1)
-    if last.dim() == 3:
-        last = last.amax(0, keepdim=True).expand_as(last)
-    logits = _forward(lm, cache, **inputs)[:, -1]
-    return Streams(lm, cache, mask.bool(), last + 1), logits
-
-
-def _spread(streams: Streams, rows: Tensor, room: int) -> Streams:
+def spread(streams: Streams, rows: Tensor, room: int) -> Streams:
     """These rows of the streams, (K,) int64, an index as often as it is wanted, with room for more tokens."""
     lm, mask, shared = streams.lm, streams.mask, streams.shared
     if any(streams.cache.is_sliding):
@@ -352,13 +175,13 @@ def _spread(streams: Streams, rows: Tensor, room: int) -> Streams:
     if shared is not None:
         shared = shared.keep(rows)
     elif serves(lm, streams.cache):
-        shared = _share(streams.cache, torch.arange(len(mask), device=rows.device), mask, rows)
+        shared = share(streams.cache, torch.arange(len(mask), device=rows.device), mask, rows)
         mask = mask[:, :0]
-    cache = Cache(layers=[_rows(layer, rows, mask.shape[1], room) for layer in streams.cache.layers])
+    cache = Cache(layers=[repeat(layer, rows, mask.shape[1], room) for layer in streams.cache.layers])
     return Streams(lm, cache, F.pad(mask[rows], (0, room), value=True), streams.position[..., rows, :], shared)
 
 
-def _share(cache: Cache, places: Tensor, mask: Tensor, group: Tensor) -> Shared:
+def share(cache: Cache, places: Tensor, mask: Tensor, group: Tensor) -> Shared:
     """These rows of a cache, (G,) int64, their first columns as `mask`, (G, P), for rows of these groups, (R,) int64."""
     layers: list[Any] = cache.layers
     keys, values = (
@@ -368,7 +191,7 @@ def _share(cache: Cache, places: Tensor, mask: Tensor, group: Tensor) -> Shared:
     return Shared(keys, values, mask, group)
 
 
-def _rows(layer: Any, source: Tensor, width: int, room: int) -> Any:
+def repeat(layer: Any, source: Tensor, width: int, room: int) -> Any:
     """The first `width` columns of a layer, its rows repeated as `source` says, and room for more."""
     if layer.keys is None:  # a layer that borrows another's keys
         return layer
@@ -389,7 +212,7 @@ def merge(streams: Sequence[Streams], room: int) -> Streams:
 
 def _share_nothing(streams: Streams) -> Shared:
     rows = torch.arange(len(streams.mask), device=streams.mask.device)
-    return _share(streams.cache, rows, streams.mask[:, :0], rows)
+    return share(streams.cache, rows, streams.mask[:, :0], rows)
 
 
 def _merge_layers(layers: Sequence[Any], room: int) -> Any:
