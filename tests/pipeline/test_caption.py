@@ -8,7 +8,7 @@ import torch
 
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
-from synpo.pipeline import streams
+from synpo.pipeline import reader
 from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import generate
 from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_looks
@@ -59,14 +59,14 @@ def test_second_questions_need_no_pixels_and_are_those_of_the_chat_template(
 
 def test_what_is_kept_of_videos_goes_with_the_batch(captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
-    remember = streams._remember
+    remember = reader._remember
 
     def watched(*args: Any) -> Any:
         kept = remember(*args)
         alive.append(weakref.ref(kept))
         return kept
 
-    monkeypatch.setattr(streams, "_remember", watched)
+    monkeypatch.setattr(reader, "_remember", watched)
     describe(captioner, [frames(8, 1)], [["a", "b"]], "Describe.", SAMPLING, contrast=ContrastConfig())
     assert len(alive) == 4, "expert and amateur: the question, then the question with the instruction"
     assert all(ref() is None for ref in alive)
