@@ -1,7 +1,10 @@
 """Warnings in words, and the two pictures."""
 
 import json
+import math
 import random
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from synpo.train.diagnostics import findings, read_log, warnings_of
+from synpo.train.diagnostics import Finding, Watched, findings, read_log, warnings_of
 from synpo.train.guard import Guard
 from synpo.train.plots import plot_gradient_balance, plot_rewards
 from synpo.train.repetition import repeated_share
@@ -74,8 +77,8 @@ def test_each_failure_is_named_with_its_knob(ends: Any, loss_type: str, words: t
 
 def test_answers_that_begin_to_repeat_themselves_are_noticed() -> None:
     evaluations = [{"step": i, "eval_loss": 0.0, "eval_synpo/repetition": share} for i, share in enumerate((0.1, 0.2))]
-    assert findings(run(), "synpo", evaluations) == []
-    (found,) = findings([], "synpo", [*evaluations, {"eval_loss": 0.0, "eval_synpo/repetition": 0.6}])
+    assert findings(Watched([*run(), *evaluations]), "synpo") == []
+    (found,) = findings(Watched([*evaluations, {"eval_loss": 0.0, "eval_synpo/repetition": 0.6}]), "synpo")
     assert (found.kind, found.serious) == ("repetition", True)
     assert "10% of their 4-grams at the first evaluation, 60% now" in found.text
 
@@ -108,6 +111,104 @@ def test_the_guard_says_each_trouble_once_and_stops_only_for_the_serious(mode: s
     if stopped:
         assert guard.stopped is not None and guard.stopped.kind == "chosen"
         assert stopped[0] >= 10
+
+
+def by_hand(rows: list[dict[str, Any]]) -> dict[str, tuple[float, ...]]:
+    """The figures of each kind of trouble from all rows, as diagnostics.py words them."""
+    fifth = max(1, round(0.2 * len(rows)))
+
+    def means(name: str) -> tuple[float, float]:
+        values = [row[f"synpo/{name}"] for row in rows]
+        return sum(values[:fifth]) / fifth, sum(values[-fifth:]) / fifth
+
+    found = {}
+    rejected, chosen = means("grad_balance/rejected")[1], means("grad_balance/chosen")[1]
+    if rejected > 1.2 * chosen:
+        found["negatives"] = (rejected / chosen,)
+    if (saturation := means("saturation")[1]) > 0.9:
+        found["saturation"] = (100 * saturation,)
+    for kind, name in (("chosen", "chosen_prob"), ("language", "language_reward")):
+        before, after = means(name)
+        if after < 0.7 * before:
+            found[kind] = (before, after)
+    before, after = means("margin")
+    margins = [row["synpo/margin"] for row in rows]
+    variance = sum((b - a) ** 2 for a, b in zip(margins, margins[1:])) / (2 * (len(margins) - 1))
+    if before - after > 3 * math.sqrt(2 * variance / fifth):
+        found["margin"] = (before, after)
+    return found
+
+
+def random_run(seed: int, steps: int = 200) -> list[dict[str, Any]]:
+    """Values that wander between trouble and none."""
+    draw, rows = random.Random(seed), run(steps)
+    for row in rows:
+        for i, name in enumerate(sorted(row.keys() - {"step"})):
+            row[name] = row[name] * (1 + 0.7 * math.sin(row["step"] / 30 + 2 * i + seed)) + draw.gauss(0, 0.02)
+    return rows
+
+
+def observed(guard: Guard, rows: list[dict[str, Any]], begin: int = 0) -> dict[int, list[Finding]]:
+    """What holds after every step of `rows`, fed to a guard that goes on from step `begin`."""
+    found = {}
+    state = SimpleNamespace(global_step=begin, is_world_process_zero=True)
+    guard.on_train_begin(None, state, None)
+    for row in rows:
+        state.global_step = row["step"]
+        guard.on_log(None, state, SimpleNamespace(), logs={k: v for k, v in row.items() if k != "step"})
+        found[row["step"]] = findings(guard.run, guard.loss_type)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_running_sums_find_what_all_rows_show_also_after_going_on(seed: int) -> None:
+    rows = random_run(seed)
+    said: list[str] = []
+    whole = observed(Guard("synpo", "warn", say=said.append), rows)
+    kinds = set()
+    for count in range(10, len(rows) + 1):
+        expected = by_hand(rows[:count])
+        assert [f.kind for f in whole[count]] == list(expected), count
+        for finding in whole[count]:
+            figures = [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?(?=[ %.,:])", finding.text)]
+            for value in expected[finding.kind]:
+                assert any(math.isclose(x, value, rel_tol=6e-3, abs_tol=0.5 * (value > 20)) for x in figures), (
+                    finding.text
+                )
+        kinds |= expected.keys()
+    assert len(kinds) >= 3 and len(said) == len(kinds)
+    for at in (7, 60):  # the log goes beyond the checkpoint
+        again = observed(Guard("synpo", "warn", rows=rows[: at + 5], say=said.append), rows[at:], begin=at)
+        assert again == {step: whole[step] for step in range(at + 1, len(rows) + 1)}
+
+
+def test_a_look_costs_the_same_however_long_the_run_is() -> None:
+    """Counted in lines of Python run, which is no matter of the machine's mood."""
+    counts = []
+    guard = Guard("synpo", "warn", say=lambda text: None)
+    for rows in (random_run(1, 50), random_run(1, 2000)):
+        observed(guard, rows[:-1])
+        lines = 0
+
+        def trace(*_: Any) -> Any:
+            nonlocal lines
+            lines += 1
+            return trace
+
+        state = SimpleNamespace(global_step=rows[-1]["step"], is_world_process_zero=True)
+        sys.settrace(trace)
+        try:
+            guard.on_log(None, state, SimpleNamespace(), logs=rows[-1])
+        finally:
+            sys.settrace(None)
+        counts.append(lines)
+    assert counts[1] < 1.2 * counts[0]
+
+
+def test_a_value_that_is_not_a_number_does_not_blind_the_guard() -> None:
+    rows = run(40, saturation=(1.0, 1.0))
+    rows[3]["synpo/saturation"] = float("nan")
+    assert warnings_of(rows, "synpo") == warnings_of(run(40, saturation=(1.0, 1.0)), "synpo") != []
 
 
 def test_only_training_steps_are_read(tmp_path: Path) -> None:

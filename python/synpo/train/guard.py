@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from synpo.train.diagnostics import Finding, evaluations_of, findings, steps_of
+from synpo.train.diagnostics import Finding, Watched, findings, read_log
 from synpo.train.plots import plot_gradient_balance, plot_rewards
 
 MODES = ("off", "warn", "stop")
@@ -32,7 +32,8 @@ def _say(text: str) -> None:
 
 
 class Guard(TrainerCallback):
-    """Args: `loss_type` and `mode` as in SynPOConfig; `rows` of an earlier part of the run; `say` shows a warning.
+    """Args: `loss_type` and `mode` as in SynPOConfig; `rows` of an earlier part of the run, or more than that: what is past
+    the checkpoint does not count; `say` shows a warning.
 
     Attributes:
         stopped: what ended the run, None while nothing has.
@@ -42,18 +43,20 @@ class Guard(TrainerCallback):
         self, loss_type: str, mode: str, rows: list[dict[str, Any]] | None = None, say: Callable[[str], None] = _say
     ) -> None:
         self.loss_type, self.mode, self.say = loss_type, mode, say
-        self.rows = list(rows or [])
+        self.earlier = list(rows or [])
+        self.run = Watched()
         self.said: set[str] = set()
         self.stopped: Finding | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rows = [row for row in self.rows if row["step"] <= state.global_step and state.global_step > 0]
+        self.run = Watched(row for row in self.earlier if row["step"] <= state.global_step and state.global_step > 0)
+        self.earlier = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        self.rows.append({"step": state.global_step, **(logs or {})})
         if self.mode == "off":
             return control
-        for finding in findings(steps_of(self.rows), self.loss_type, evaluations_of(self.rows)):
+        self.run.add(logs or {})
+        for finding in findings(self.run, self.loss_type):
             if finding.kind in self.said:
                 continue
             self.said.add(finding.kind)
@@ -67,14 +70,13 @@ class Guard(TrainerCallback):
 
 
 class Curves(TrainerCallback):
-    """Draws both pictures of the run into `folder` after every evaluation and every checkpoint."""
+    """Draws both pictures of the run, from its log, into `folder` after every evaluation and every checkpoint."""
 
-    def __init__(self, folder: Path, loss_type: str, guard: Guard) -> None:
-        self.folder, self.loss_type, self.guard = folder, loss_type, guard
+    def __init__(self, folder: Path, loss_type: str, log: Path) -> None:
+        self.folder, self.loss_type, self.log = folder, loss_type, log
 
     def draw(self) -> None:
-        rows = steps_of(self.guard.rows)
-        if rows:
+        if self.log.exists() and (rows := read_log(self.log)):
             plot_rewards({self.loss_type: rows}, self.folder / "rewards.png")
             plot_gradient_balance({self.loss_type: rows}, self.folder / "gradient_balance.png")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -86,5 +87,7 @@ def _plot(
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Centred mean over about a twelfth of the run."""
-    half = len(values) // 24
-    return [sum(w) / len(w) for w in (values[max(0, i - half) : i + half + 1] for i in range(len(values)))]
+    half, count = len(values) // 24, len(values)
+    sums = [0.0, *accumulate(values)]
+    bounds = ((max(0, i - half), min(count, i + half + 1)) for i in range(count))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in bounds]

@@ -36,7 +36,7 @@ from synpo.model.adapter import CaptionModel, load
 from synpo.model.vision import copy_preprocessing
 from synpo.records import read_jsonl, record_id, write_json
 from synpo.train.checkpoint import last_checkpoint, set_broken_aside, writing
-from synpo.train.diagnostics import ends, evaluations_of, read_log, warnings_of
+from synpo.train.diagnostics import ends, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import make_trainable
 from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
@@ -170,7 +170,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         args.eval_on_start = False
     log = output / LOG_NAME
     guard = Guard(args.loss_type, args.guard, [row for _, row in read_jsonl(log)] if log.exists() else [])
-    curves = Curves(output, args.loss_type, guard)
+    curves = Curves(output, args.loss_type, log)
     trainer.add_callback(guard)
     trainer.add_callback(curves)
     done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -185,7 +185,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         _save(lm, config, output, state)
         curves.draw()
         rows = read_log(log)
-        warnings = warnings_of(rows, args.loss_type, evaluations_of(guard.rows))
+        warnings = warnings_of((row for _, row in read_jsonl(log)), args.loss_type)
         metrics = _metrics(done, trainer, dataset, unseen, rows, warnings)
         write_json(output / "metrics.json", metrics)
         console.print(_summary(rows))
