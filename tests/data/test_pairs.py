@@ -43,18 +43,73 @@ def test_trl_shapes_mean_the_same_pair(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "columns",
+    [
+        {"id": "row 7"},
+        {"id": 7},
+        {"id": "row 7", "source": "web", "score_chosen": 8.5, "messages": [turn("user", "Why?")]},
+        {"id": "row 7", "video": None, "margin": 2},
+        {"id": None, "video": None, "images": []},
+    ],
+)
+@pytest.mark.parametrize("kind", ["plain", "conversational", "implicit"])
+def test_columns_of_their_own_leave_trl_rows_what_they_are(kind: str, columns: dict[str, Any], tmp_path: Path) -> None:
+    """Ids of such rows are those of conversations or prompts, often the same for many pairs; ours are of the content."""
+    user, good, bad = turn("user", "Why?"), turn("assistant", "Because."), turn("assistant", "No.")
+    row: dict[str, Any] = {
+        "plain": {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+        "conversational": {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        "implicit": {"chosen": [user, good], "rejected": [user, bad]},
+    }[kind]
+    path = write(tmp_path / "pairs.jsonl", row, columns | row, row | columns)
+    bare, first, last = load_pairs(path)
+    assert bare == first == last
+    with_video = load_pairs(write(tmp_path / "video.jsonl", row | columns | {"video": "a.mp4", "extra": 1}))[0]
+    assert with_video == load_pairs(write(tmp_path / "bare.jsonl", row | {"video": "a.mp4"}))[0]
+    assert with_video.video == "a.mp4" and with_video.id != bare.id
+
+
+def test_our_record_is_known_by_id_and_video(tmp_path: Path) -> None:
+    row = {"id": "mine", "video": None, "prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    scored = row | {"id": "scored", "video": "a.mp4", "chosen_score": 9, "rejected_score": 1.5}
+    mine, second = load_pairs(write(tmp_path / "pairs.jsonl", row, scored))
+    assert (mine.id, second.id, second.margin) == ("mine", "scored", 7.5)
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "Why?", "chosen": "Because."}, "pairs.jsonl:2: no rejected"),
+        (
+            {"prompt": "Why?", "chosen": "Because.", "id": 3},
+            "pairs.jsonl:2: no rejected; found prompt, chosen, id; a pair has prompt, chosen and rejected .* or it has neg_pre",
+        ),
+        (
+            {"prompt": "Why?", "completion": "a", "label": True},
+            "no chosen and no rejected; found prompt, completion, label",
+        ),
+        ({"id": "1", "chosen": "a", "rejected": "b"}, "no prompt; found id, chosen, rejected"),
+        ({}, "no prompt and no chosen and no rejected; found no key"),
+        (
+            {"prompt": "Why?", "chosen": "a", "rejected": "b", "images": ["a.png"]},
+            "the column images would not be seen",
+        ),
+        (
+            {"prompt": "Why?", "chosen": "a", "rejected": "b", "video_name": "a.mp4"},
+            "found prompt, chosen, rejected, video_name; a row with video_name has .* call their video `video`",
+        ),
         ({"prompt": "Why?", "chosen": "a", "rejected": 3}, "rejected should be a text or one assistant turn"),
         ({"prompt": [turn("user", "a"), turn("user", "b")], "chosen": "a", "rejected": "b"}, "one user turn"),
-        ({"chosen": "a", "rejected": "b"}, "prompt should be a text"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt should be a text"),
         (
             {"chosen": [turn("user", "x"), turn("assistant", "a")], "rejected": [turn("assistant", "a")]},
             "different prompts",
         ),
-        ({"id": "1", "video": None, "prompt": "x", "chosen": "a"}, "pairs.jsonl:2"),
-        ({"id": "1", "video": None, "prompt": "x", "chosen": "a", "rejected": "b", "score": 1}, "unknown key score"),
+        ({"id": "1", "video": None, "prompt": "x", "chosen": "a"}, "pairs.jsonl:2: no rejected; found id, video"),
+        (
+            {"id": "1", "video": None, "prompt": "x", "chosen": "a", "rejected": "b", "chosen_score": "9"},
+            "chosen_score should be",
+        ),
+        ({"id": "1", "video": 4, "prompt": "x", "chosen": "a", "rejected": "b"}, "video should be"),
         ([1], "expected a JSON object, got list"),
     ],
 )
@@ -88,7 +143,7 @@ def test_the_authors_rows_are_pairs_about_a_video(tmp_path: Path) -> None:
     [
         ({"pos_pre": None}, r"pairs.jsonl:1: chosen should be"),
         ({"pos_score": "high"}, r"pairs.jsonl:1: chosen_score should be"),
-        ({"score": 1}, r"pairs.jsonl:1: unknown key score; a row with video_name has neg_pre"),
+        ({"score": 1}, r"pairs.jsonl:1: unknown key score; found video_name, .*; a row with video_name has neg_pre"),
     ],
 )
 def test_authors_rows_that_are_none_are_named(change: Any, message: str, tmp_path: Path) -> None:
