@@ -116,25 +116,6 @@ def test_a_missing_module_of_our_own_is_a_bug_and_shown_as_one(monkeypatch):
         main(["presets"])
 
 
-def test_an_interruption_does_not_wait_for_requests_in_flight():
-    code = (
-        "import threading, time\n"
-        "from synpo import cli\n"
-        "def interrupted(args):\n"
-        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
-        "    raise KeyboardInterrupt\n"
-        "cli.COMMANDS['presets'] = interrupted\n"
-        "raise SystemExit(cli.main(['presets']))"
-    )
-    paths = [str(Path(__file__).resolve().parent.parent / p) for p in ("", "python")]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
-        capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
-    assert done.returncode == 130
-    assert "goes on from here" in done.stderr
-
-
 def test_presets_are_listed_and_printed(capsys):
     assert main(["presets"]) == 0
     listed = capsys.readouterr().out

@@ -252,6 +252,8 @@ class MoodyJudge:
             verdicts[0] = Failure("no JSON in three answers")
         return verdicts
 
+    def stop(self) -> None: ...
+
 
 def test_a_failed_judgement_is_not_ranked_and_is_tried_again(
     videos: Path, tiny_captioner_path: Path, tmp_path: Path, capsys: Any

@@ -15,7 +15,6 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from synpo.pipeline.caption import Description, describe
 from synpo.pipeline.clips import frames_between, split_video
 from synpo.pipeline.engine import Engine, free_memory, make_engine
 from synpo.pipeline.judge.base import Failure, Judge, Task, Verdict
+from synpo.pipeline.judge.parallel import judged
 from synpo.records import Caption, Clip, RecordStore, Score, record_id, write_jsonl
 from synpo.video import VideoError, resolve_video
 
@@ -226,20 +226,13 @@ def score_candidates(
         missing = {v: t for v, t in asked.items() if any(c.id not in final for c in shown[v])}
         failures = Counter(s.caption for s in store if s.failed)
         bar.update(len(asked) - len(missing))
-        pool = ThreadPoolExecutor(judge.workers)
-        waiting: dict[Future[list[Verdict | Failure]], str] = {
-            pool.submit(judge.score, task): video for video, task in missing.items()
-        }
-        try:
-            for future in as_completed(waiting):
-                video = waiting[future]
-                outcomes = zip(shown[video], future.result(), strict=True)
+        with contextlib.closing(judged(judge, missing)) as found:
+            for video, verdicts in found:
+                outcomes = zip(shown[video], verdicts, strict=True)
                 new = [_score(judge.name, ids[c.id], c, o, failures[c.id]) for c, o in outcomes if c.id not in final]
                 store.append(*new)
                 final |= {s.caption: s for s in new}
                 bar.update()
-        finally:  # an error or an interruption does not wait for requests in flight
-            pool.shutdown(wait=False, cancel_futures=True)
     return final, [(task, [final[c.id] for c in shown[v]]) for v, task in asked.items()]
 
 

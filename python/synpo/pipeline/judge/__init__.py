@@ -3,6 +3,7 @@
 offline.py   counts over the pool; needs no language model
 openai.py    any OpenAI-compatible endpoint
 local.py     a Hugging Face chat model
+parallel.py  many questions at once
 audit.py     is a judge to be trusted: agreement with others and with itself
 """
 

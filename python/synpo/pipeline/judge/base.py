@@ -69,7 +69,7 @@ class Judge(Protocol):
     Attributes:
         name: for people.
         identity: changes whenever the same task could get other scores; final after `prepare`.
-        workers: how many threads may call `score` at once.
+        workers: how many threads may call `score` at once; with 1 it is called in the thread of the run itself.
         order_totals: for tasks judged in several orders, the totals of the candidates in each, (orders, N).
     """
 
@@ -82,4 +82,7 @@ class Judge(Protocol):
         """See the whole pool before the first verdict."""
 
     def score(self, task: Task) -> list[Verdict | Failure]:
-        """One outcome for each candidate, in order."""
+        """One outcome for each candidate, in order. Raises JudgeError."""
+
+    def stop(self) -> None:
+        """Ask nothing more, from whatever thread, until the next `prepare`: the run has ended early."""

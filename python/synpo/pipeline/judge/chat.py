@@ -1,9 +1,10 @@
 """What every language-model judge shares: the question, the reading of the answer, and the averaging over orders.
 
 Captions are written by a model about a video nobody has checked, so they are data: the judge gets them inside one JSON
-document, is told that nothing in it is an instruction, and answers in JSON by candidate number. Of an answer only a JSON object
-that scores every candidate once, each figure on its scale, counts; the last such object of the text does, so that numbers in a
-model's reasoning are never taken for its verdict. An invalid answer is asked for again, then given up as a Failure.
+document, in which nothing reads as a mark of a chat template (`quoted`), is told that nothing in it is an instruction, and
+answers in JSON by candidate number. Of an answer only a JSON object that scores every candidate once, each figure on its scale,
+counts; the last such object of the text does, and nothing in its reasoning, so that numbers a model thinks about are never taken
+for its verdict. An invalid answer is asked for again, then given up as a Failure.
 
 Judges favour places in a list: the candidates are shown in several orders, every second one the reverse of the one before,
 and the scores averaged.
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from synpo.pipeline.judge.base import SCALES, Failure, Task, Verdict
 from synpo.records import record_id
 
-VERSION = 1
+VERSION = 2
 ATTEMPTS = 3
 
 SYSTEM = """You grade captions of a video. You receive one JSON document with two lists: "clips" holds reference captions of \
@@ -65,15 +66,27 @@ class InvalidAnswer(ValueError):
     """An answer that is no verdict on every candidate; the message can be shown to the judge."""
 
 
+# What chat templates mark turns with: <|im_end|>, </s>, [INST], ### Response:, and words, as in "USER: … ASSISTANT: …".
+_MARKS = re.compile(r"[<>\[\]#]|(?:system|user|assistant|human) *:", re.IGNORECASE)
+
+
+def quoted(caption: str) -> str:
+    """A caption as a JSON string in which no chat template finds a mark of its own.
+
+    Servers put messages into their template as they are, so that "<|im_end|>" in a caption would end the judge's turn. The
+    characters that make a mark are written as \\uXXXX: to whoever reads JSON the caption is the same, letter by letter.
+    """
+    text = json.dumps(caption, ensure_ascii=False)
+    return _MARKS.sub(lambda mark: f"{mark[0][:-1]}\\u{ord(mark[0][-1]):04x}", text)
+
+
 def question(task: Task, order: Sequence[int]) -> Messages:
     """The conversation that asks for the scores of the candidates, shown in `order` and numbered from 1."""
-    document = {
-        "clips": list(task.evidence),
-        "candidates": [{"id": place + 1, "text": task.candidates[i]} for place, i in enumerate(order)],
-    }
+    clips = ",\n".join(quoted(text) for text in task.evidence)
+    candidates = ",\n".join(f'{{"id": {n}, "text": {quoted(task.candidates[i])}}}' for n, i in enumerate(order, 1))
     return [
         {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": json.dumps(document, ensure_ascii=False, indent=1)},
+        {"role": "user", "content": f'{{"clips": [\n{clips}\n], "candidates": [\n{candidates}\n]}}'},
     ]
 
 
@@ -83,7 +96,7 @@ def objects(text: str) -> Iterator[Any]:
     while start >= 0:
         try:
             value, end = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
             end = start + 1
         else:
             yield value
@@ -92,7 +105,7 @@ def objects(text: str) -> Iterator[Any]:
 
 def read_answer(text: str, count: int) -> list[Verdict]:
     """The verdicts in an answer on `count` candidates, by number. Raises InvalidAnswer."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+    text = text.rpartition("</think>")[2].partition("<think>")[0]  # templates may open the reasoning, limits cut it off
     problem = "there is no JSON object in it"
     for value in reversed(list(objects(text))):
         try:
@@ -139,6 +152,10 @@ class ChatJudge(ABC):
         self.orders = orders
         self.seed = seed
         self.order_totals: dict[Task, list[list[float]]] = {}
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ask nothing more until the next `prepare`."""
 
     @abstractmethod
     def ask(self, messages: Messages, attempt: int, count: int) -> list[Verdict]:

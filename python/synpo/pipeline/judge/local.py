@@ -7,7 +7,7 @@ from synpo.model.adapter import CaptionModel, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
 from synpo.pipeline.judge.base import Verdict
-from synpo.pipeline.judge.chat import VERSION, ChatJudge, Messages, read_answer
+from synpo.pipeline.judge.chat import VERSION, ChatJudge, InvalidAnswer, Messages, read_answer
 from synpo.pipeline.retrospect import without_specials
 from synpo.records import record_id
 
@@ -35,4 +35,9 @@ class LocalJudge(ChatJudge):
         limit = TOKENS_A_CANDIDATE * count + TOKENS_BESIDES
         greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=limit)
         (answer,) = generate(self._lm, [prompt], greedy, keys=[self.identity])
+        if not answer.finished:
+            raise InvalidAnswer("it was cut off before its end")
         return read_answer(answer.text, count)
+
+    def stop(self) -> None:
+        """There is one worker: nothing is asked that nobody waits for."""

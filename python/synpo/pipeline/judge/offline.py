@@ -138,6 +138,9 @@ class OfflineJudge:
             )
         return verdicts
 
+    def stop(self) -> None:
+        """Nothing is asked."""
+
     def _logps(self, task: Task) -> list[float]:
         return self._bigrams.logps(task.candidates, without=Bigrams(task.candidates))
 

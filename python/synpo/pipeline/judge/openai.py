@@ -1,9 +1,10 @@
 """A judge behind any OpenAI-compatible endpoint.
 
-The openai package retries what is worth retrying (408, 409, 429, 5xx, lost connections) and heeds Retry-After. Here: answers
-are validated and asked for again (`chat.py`), requests are spread evenly in time, counted against a budget, and valid answers
-kept in an SQLite file, so that no question is paid for twice. The key is read from the environment when it is needed, and is
-in no file, message or error.
+The openai package retries what is worth retrying (408, 409, 429, 5xx, lost connections) after pauses that grow and differ from
+thread to thread, and heeds a Retry-After of up to two minutes. Here: all threads pause where the endpoint goes on saying 429,
+answers are validated and asked for again (`chat.py`), requests are spread evenly in time, counted against a budget, and valid
+answers kept in an SQLite file, so that no question is paid for twice. The key is read from the environment when it is needed,
+and is in no file, message or error.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import openai
 
 from synpo.config import ConfigError, JudgeConfig
-from synpo.pipeline.judge.base import JudgeError, Verdict
+from synpo.pipeline.judge.base import JudgeError, Task, Verdict
 from synpo.pipeline.judge.chat import VERSION, Answer, ChatJudge, GaveUp, InvalidAnswer, Messages, read_answer
 from synpo.records import record_id
 
-RETRIES = 5
+RETRIES = 5  # by the openai package, 15 s of pauses in all
+PAUSE = 60.0  # seconds nothing is asked where those were all answered with 429: limits are by the minute
+PAUSES = 5  # for one question, before the run is given up
+LONGEST_PAUSE = 600.0  # an endpoint that asks for more stops the run
 
 
 class ReplyCache:
@@ -37,13 +43,15 @@ class ReplyCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db: sqlite3.Connection | None = None
         self._run("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
 
     def _run(self, statement: str, *values: str) -> Any:
         """The first row of the result, None where there is none."""
         try:
             with self._lock:
+                if self._db is None:
+                    self._db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
                 return self._db.execute(statement, values).fetchone()
         except sqlite3.Error as error:
             raise JudgeError(
@@ -64,7 +72,7 @@ class ReplyCache:
 
 
 class RateLimit:
-    """Lets one caller through every 60 / `per_minute` seconds."""
+    """Gives one caller a turn every 60 / `per_minute` seconds."""
 
     def __init__(self, per_minute: float) -> None:
         if per_minute <= 0:
@@ -73,12 +81,18 @@ class RateLimit:
         self._lock = threading.Lock()
         self._next = 0.0
 
-    def wait(self) -> None:
+    def turn(self) -> float:
+        """Take a turn: the seconds until it comes."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
             self._next = turn + self._gap
-        time.sleep(turn - now)
+        return turn - now
+
+    def pause(self, seconds: float) -> None:
+        """Give no turn for so long."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
 
 
 class OpenAIJudge(ChatJudge):
@@ -86,14 +100,20 @@ class OpenAIJudge(ChatJudge):
 
     Raises:
         ConfigError: no model is named, or a figure is out of range.
-        JudgeError: from `score`: no key, no endpoint, refused, unknown model, or the budget is spent.
+        JudgeError: from `score`: no key, no endpoint, refused, unknown model, no money, or the budget is spent.
     """
 
     def __init__(self, config: JudgeConfig, cache: Path, seed: int = 0) -> None:
-        if not config.model:
-            raise ConfigError("judge.model: the openai judge needs the name of a model")
-        if config.concurrency < 1:
-            raise ConfigError(f"judge.concurrency: expected at least 1, got {config.concurrency}")
+        self._endpoint = config.base_url or os.environ.get("OPENAI_BASE_URL") or None
+        for name, fits, expected in (
+            ("model", config.model, "the name of a model, which the openai judge needs"),
+            ("concurrency", config.concurrency >= 1, "at least 1"),
+            ("timeout", config.timeout > 0, "more than 0 seconds"),
+            ("base_url", re.match("https?://.", self._endpoint or "https://…"), "http://… or https://…"),
+        ):
+            if not fits:
+                got = self._endpoint if name == "base_url" else getattr(config, name)
+                raise ConfigError(f"judge.{name}: expected {expected}, got {got!r}")
         super().__init__(config.orders, seed)
         self.config = config
         self.name = config.model
@@ -102,21 +122,31 @@ class OpenAIJudge(ChatJudge):
         self._cache = ReplyCache(cache)
         self._rate = RateLimit(config.requests_per_minute)
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
         self._answered = False  # whether anything like an answer has come from the endpoint
+        self._lost = 0  # requests without an answer since the last that had one
         self._opened: openai.OpenAI | None = None
         self._key = ""
+        self._where = re.sub("//[^/]*@", "//", (self._endpoint or "the endpoint").partition("?")[0])  # no secret in it
         self._parameters: dict[str, Any] = {"model": config.model}
         if config.temperature is not None:
             self._parameters["temperature"] = config.temperature
         if config.structured:
             schema = {"name": "scores", "schema": Answer.model_json_schema(), "strict": True}
             self._parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
-        asked = record_id(VERSION, config.base_url, self._parameters, config.orders, seed)
+        asked = record_id(VERSION, self._endpoint, self._parameters, config.orders, seed)
         self.identity = f"openai/{asked}"
+
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        super().prepare(tasks)
+        self._stopped.clear()
+
+    def stop(self) -> None:
+        self._stopped.set()
 
     def ask(self, messages: Messages, attempt: int, count: int) -> list[Verdict]:
         key = self._cache.key(
-            endpoint=self.config.base_url, version=VERSION, messages=messages, attempt=attempt, **self._parameters
+            endpoint=self._endpoint, version=VERSION, messages=messages, attempt=attempt, **self._parameters
         )
         known = self._cache.get(key)
         if known is not None:
@@ -128,6 +158,21 @@ class OpenAIJudge(ChatJudge):
 
     def _request(self, messages: Messages) -> str:
         client = self._client()
+        for pauses in range(PAUSES + 1):
+            self._take_turn()
+            try:
+                reply = client.chat.completions.create(messages=cast(Any, messages), **self._parameters)
+            except openai.RateLimitError as error:
+                self._heed(error, last=pauses == PAUSES)
+            except openai.APIError as error:
+                raise self._problem(error) from None
+            except ValueError:
+                raise InvalidAnswer("it is not JSON, as a reply of the endpoint is") from None
+            else:
+                return self._text(reply)
+        raise AssertionError("the last pause raises")
+
+    def _take_turn(self) -> None:
         with self._lock:
             if self.config.max_requests is not None and self.requests >= self.config.max_requests:
                 raise JudgeError(
@@ -135,68 +180,81 @@ class OpenAIJudge(ChatJudge):
                     "judge.max_requests and run again to go on"
                 )
             self.requests += 1
-        self._rate.wait()
-        try:
-            reply = client.chat.completions.create(messages=cast(Any, messages), **self._parameters)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+        if self._stopped.wait(self._rate.turn()):
+            raise JudgeError("the run has ended")
+
+    def _heed(self, error: openai.RateLimitError, last: bool) -> None:
+        """Pause, or raise JudgeError where that is no use."""
+        asked = error.response.headers.get("Retry-After", "")
+        seconds = float(asked) if asked.isdecimal() else PAUSE
+        if last or seconds > LONGEST_PAUSE or error.code == "insufficient_quota":
             raise JudgeError(
-                f"{self.config.base_url or 'the endpoint'} refused model {self.config.model!r} with the key in "
-                f"{self.config.key_env}: {self._clean(error)}"
+                f"{self._where} lets no more requests through: {self._clean(error)}. What is scored is kept: run again "
+                f"{f'in {seconds:.0f} s' if asked else 'later'}, with a lower judge.requests_per_minute if it is a limit of rate"
             ) from None
-        except openai.BadRequestError as error:
-            hint = (
-                "; if the endpoint knows no JSON schemas, set judge.structured to false"
-                if self.config.structured
-                else ""
+        self._rate.pause(seconds)
+
+    def _problem(self, error: openai.APIError) -> JudgeError | GaveUp:
+        """What an error of the endpoint means: for the run, or for this question alone."""
+        said = self._clean(error)
+        status = error.status_code if isinstance(error, openai.APIStatusError) else None
+        if status in (401, 402, 403, 404):
+            return JudgeError(
+                f"{self._where} refused model {self.config.model!r} with the key in {self.config.key_env}: {said}"
             )
-            raise GaveUp(f"the endpoint refused the request: {self._clean(error)}{hint}") from None
-        except openai.APIStatusError as error:
-            retried = (
-                f" after {RETRIES} retries" if error.status_code in (408, 409, 429) or error.status_code >= 500 else ""
-            )
-            raise GaveUp(f"the endpoint refused the request{retried}: {self._clean(error)}") from None
-        except openai.APIError as error:  # no connection, no answer in time
-            problem = f"no answer after {RETRIES} retries: {self._clean(error)}"
-            if self._answered:
-                raise GaveUp(problem) from None
-            raise JudgeError(
-                f"{self.config.base_url or 'the endpoint'} cannot be reached: {problem} "
-                f"See judge.base_url, and judge.timeout ({self.config.timeout:g} s) if it is slow"
-            ) from None
-        return self._text(reply)
+        if status == 400:
+            hint = "; if the endpoint knows no JSON schemas, set judge.structured to false"
+            return GaveUp(f"the endpoint refused the request: {said}{hint if self.config.structured else ''}")
+        if status is not None and status < 500 and status not in (408, 409):
+            return GaveUp(f"the endpoint refused the request: {said}")
+        with self._lock:
+            self._lost += 1
+            gone = self._lost > self.workers or not (self._answered or status)
+        if not gone:
+            return GaveUp(f"no answer after {RETRIES} retries: {said}")
+        return JudgeError(
+            f"{self._where} {'gives no more answers' if self._answered else 'cannot be reached'}: none after {RETRIES} retries: "
+            f"{said} See judge.base_url, and judge.timeout ({self.config.timeout:g} s) if it is slow; what is scored is kept"
+        )
 
     def _text(self, reply: Any) -> str:
         """What the model said; `reply` is a chat completion, or whatever a server that is no such endpoint sent."""
         if not isinstance(reply, openai.types.chat.ChatCompletion):
-            raise JudgeError(
-                f"{self.config.base_url or 'the endpoint'} answers, but not as a chat-completions endpoint: "
-                f"{self._clean(reply)!r:.100}. Does judge.base_url lack its last part, /v1?"
-            )
-        self._answered = True
+            what = f"{self._where} answers, but not as a chat-completions endpoint: {self._clean(reply)!r:.100}"
+            if self._answered:
+                raise InvalidAnswer(what)
+            raise JudgeError(f"{what}. Does judge.base_url lack its last part, /v1?")
+        with self._lock:
+            self._answered, self._lost = True, 0
         if problem := getattr(reply, "error", None):  # some gateways report a failure as a success
             raise GaveUp(f"the endpoint refused the request: {self._clean(problem)}")
-        if not reply.choices:
-            raise InvalidAnswer("it is empty")
-        choice = reply.choices[0]
-        if choice.finish_reason == "length":
+        try:
+            choice = reply.choices[0]
+            finish, refusal, said = choice.finish_reason, choice.message.refusal, cast(Any, choice.message.content)
+        except (AttributeError, LookupError, TypeError):
+            raise InvalidAnswer("it has no message") from None
+        if finish == "length":
             raise InvalidAnswer("it was cut off before its end")
-        if choice.message.refusal:
-            raise GaveUp(f"the model refused: {choice.message.refusal[:200]}")
-        content = choice.message.content or ""
-        if not isinstance(content, str):
+        if refusal:
+            raise GaveUp(f"the model refused: {self._clean(refusal)}")
+        if not isinstance(said, str | None):
             raise InvalidAnswer("its content is no text")
-        return content
+        return said or ""
 
     def _client(self) -> openai.OpenAI:
         """The client, opened with the key from the environment when it is first needed."""
         with self._lock:
             if self._opened is None:
-                self._key = os.environ.get(self.config.key_env, "")
-                if not self._key and self.config.base_url is None:
+                self._key = os.environ.get(self.config.key_env, "").strip()
+                if not self._key and self._endpoint is None:
                     raise JudgeError(f"the judge needs a key: set the environment variable {self.config.key_env}")
+                if not (self._key.isascii() and self._key.replace(" ", "x").isprintable()):
+                    raise JudgeError(
+                        f"the key in {self.config.key_env} is no key: it has characters no header may have"
+                    )
                 self._opened = openai.OpenAI(
                     api_key=self._key or "none",  # servers of one's own often want none
-                    base_url=self.config.base_url,
+                    base_url=self._endpoint,
                     max_retries=RETRIES,
                     timeout=self.config.timeout,
                 )
