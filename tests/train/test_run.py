@@ -2,10 +2,13 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.model.adapter import load
@@ -25,7 +28,7 @@ from synpo.records import Pair, write_records
 from synpo.train.checkpoint import CheckpointError, fault, last_checkpoint
 from synpo.train.guard import GuardError
 from synpo.train.run import settings, train
-from synpo.train.trainer import SynPOTrainer
+from synpo.train.trainer import JsonLog, SynPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -117,38 +120,73 @@ def steps(path: Path) -> list[tuple[float, ...]]:
     return [(r["step"], r["loss"], r["grad_norm"], r["synpo/margin"]) for r in rows if "synpo/margin" in r]
 
 
+def train_and_die(moment: str, step: int, seed: int, arguments: tuple[Any, ...]) -> None:
+    """Train in this process, which is killed (SIGKILL) at a moment of the first step from `step` on. It cannot end before."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(kind: Any, name: str, action: Callable[..., None]) -> None:
+        real = getattr(kind, name)
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            action(self, *args, **kwargs)
+            return real(self, *args, **kwargs)
+
+        setattr(kind, name, method)
+
+    def at_log(log: JsonLog, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if state.global_step < step or "loss" not in logs:
+            return
+        if moment == "any":  # within the next steps, at least eight of a tenth of a second
+            threading.Timer(random.Random(seed).uniform(0, 0.3), die).start()
+            before(SynPOTrainer, "training_step", lambda *_: time.sleep(0.1))
+        if moment == "line":
+            with open(log.path, "a") as file:
+                file.write(json.dumps(logs)[:40])
+        if moment in ("log", "line"):
+            die()
+
+    def at_removal(folder: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(folder).name.startswith("checkpoint-"):
+            (Path(folder) / "optimizer.pt").unlink()
+            die()
+        rmtree(folder, *args, **kwargs)
+
+    rmtree = shutil.rmtree
+    before(JsonLog, "on_log", at_log)
+    if moment == "weights":
+        before(SynPOTrainer, "_save_optimizer_and_scheduler", lambda t, *_: t.state.global_step >= step and die())
+    if moment == "state":
+        before(TrainerState, "save_to_json", lambda state, *_: state.global_step >= step and die())
+    if moment == "removal":
+        shutil.rmtree = at_removal  # type: ignore[assignment]
+    train(*arguments)
+
+
+MOMENTS = (("log", 1), ("weights", 2), ("any", 3), ("line", 7), ("state", 8), ("removal", 9))
+
+
 def test_killed_again_and_again_it_goes_on_and_logs_the_same(config: Config, data: Path, tmp_path: Path) -> None:
-    """kill -9 at random moments and while a checkpoint is written, each time gone on from; also mid-epoch."""
-    config = replace(config, train=config.train | {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2})
+    """kill -9 at every kind of moment: between steps, in a line of the log, while a checkpoint is written or removed."""
+    values = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "num_train_epochs": 4}
+    config = replace(config, train=config.train | values)
     arguments = (config, data / "videos", data / "pairs.jsonl")
     whole = train(*arguments, tmp_path / "whole")
-    output, rng = tmp_path / "killed", random.Random(0)
+    output = tmp_path / "killed"
     processes = multiprocessing.get_context("forkserver")  # a fork of this process, which has threads, may hang
     processes.set_forkserver_preload(["synpo.train.run"])
-    log = output / "train_log.jsonl"
-    written = 0
-    for moment in ("step", "checkpoint", "any", "checkpoint", "step", "any"):
-        before = log.read_text().count("\n") if log.exists() else 0
-        process = processes.Process(target=train, args=(*arguments, output))
+    broken: dict[str, int] = {}
+    for number, (moment, step) in enumerate(MOMENTS):
+        process = processes.Process(target=train_and_die, args=(moment, step, number, (*arguments, output)))
         process.start()
-        deadline = time.monotonic() + 100
-        delay = None
-        while process.is_alive() and time.monotonic() < deadline:
-            unfinished = any(not (f / "trainer_state.json").exists() for f in output.glob("checkpoint-*"))
-            stepped = log.exists() and log.read_text().count("\n") != before
-            if delay is None and (unfinished if moment == "checkpoint" else stepped):
-                delay = time.monotonic() + (rng.uniform(0, 0.2) if moment == "any" else 0)
-            if delay is not None and time.monotonic() >= delay:
-                process.kill()
-            time.sleep(0.0005)
-        process.join()
-        assert process.exitcode in (-signal.SIGKILL, 0)
-        written += sum(fault(f) is not None for f in output.glob("checkpoint-*"))
-        if process.exitcode == 0:
-            break
-    assert written > 0, "no kill hit the writing of a checkpoint"
+        process.join(100)
+        assert process.exitcode == -signal.SIGKILL, (moment, step)
+        broken[moment] = sum(fault(folder) is not None for folder in output.glob("checkpoint-*"))
+    assert broken["log"] == broken["line"] == 0
+    assert broken["weights"] == broken["state"] == broken["removal"] == 1
     resumed = train(*arguments, output)
-    assert [row[0] for row in steps(resumed.log)] == list(range(1, 9))
+    assert [row[0] for row in steps(resumed.log)] == list(range(1, 17))
     np.testing.assert_allclose(steps(resumed.log), steps(whole.log), rtol=1e-6)
     ours, theirs = (load_file(r.adapter / "adapter_model.safetensors") for r in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -69,8 +69,8 @@ def _authors(row: Mapping[str, Any], prompt: str, where: str) -> Pair:
     if unknown or missing:
         named = f"no {', '.join(missing)}" if missing else f"unknown key {', '.join(unknown)}"
         raise RecordError(
-            f"{where}: {named}; found {', '.join(row)}; a row with video_name has {', '.join(sorted(AUTHORS))}. Rows with prompt, chosen and "
-            "rejected call their video `video`"
+            f"{where}: {named}; found {', '.join(row)}; a row with video_name has {', '.join(sorted(AUTHORS))}. Rows with "
+            "prompt, chosen and rejected call their video `video`"
         )
     values = {"video": row["video_name"], "prompt": prompt, "chosen": row["pos_pre"], "rejected": row["neg_pre"]}
     scores = {"chosen_score": row["pos_score"], "rejected_score": row["neg_score"]}
