@@ -2,21 +2,24 @@
 
     python -m bench.trained_head [--data FOLDER] [--tokenizer FILE] [--minutes 4] [--rows 1024] [--out bench/results/today]
 
-Trains a small language model on the captions of a folder (`small_lm`; once, its weights stay in --work and are used again),
-takes its hidden states on captions it has not seen, and measures at three tolerances, in turns with the dense pass:
+Trains a small language model on the captions of a folder (`small_lm`; once, its weights stay in --work and are used again for
+the same captions), takes its hidden states on captions it has not seen, and measures at three tolerances, in turns with the
+dense pass of the same backend and with that of the default one (on a CPU it is another, the compiled one):
 
     kept        share of the gradient's product that is multiplied; beside it what whole tiles would keep
     time        forward pass with gradient, beside the dense one and the one without gradient (its floor)
     error       ‖U - U₆₄‖ / ‖U₆₄‖ of U = ∂logp/∂hidden against float64, the certified bound, and what rounding to bf16 does
 
 A model of this size is far less sure of its next token than a large one, and the tail of its softmax is what decides. So each
-figure is also taken with its logits scaled up until the mean entropy is that of larger models: a stand-in, marked as such,
-not a measurement of one. Writes OUT.json. Without --data it looks for ../shared/data beside the checkout.
+figure is also taken with its logits scaled up until the mean entropy is 2.1 and 1.2 nats, as we suppose of larger models on such
+text: a stand-in, marked as such, not a measurement of one. Writes OUT.json. Without --data it looks for ../shared/data beside
+the checkout.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -36,20 +39,23 @@ from synpo_kernels.dispatch import choose
 from synpo_kernels.head import Head
 
 TOLERANCES = (2.0**-12, 2.0**-10, 2.0**-8)
-ENTROPIES = (None, 2.1, 1.2)  # nats: as trained; as larger models have on text like this, by scaling the logits
+ENTROPIES = (None, 2.1, 1.2)  # nats: as trained; as supposed of larger models, by scaling the logits
 TILES = ((128, 128), (128, 256))
 FILTER = 2.0**-12  # cut-cross-entropy's rule: a tile is left out where no |p - onehot| reaches this
 HELD_OUT = 10  # one record in so many is not trained on
 LEAST_WORDS = 4  # a string of fewer is no caption
+HEADS = small_lm.Size.heads
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def records(folder: Path) -> Iterator[list[str]]:
     """The texts of every line of a .jsonl, element of a list or value of an object, in a folder's files in order."""
-    for path in sorted(folder.rglob("*.json*")):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl")):
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            values = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            values = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            whole = json.loads(path.read_text())
+            whole = json.loads(text)
             values = list(whole.values()) if isinstance(whole, dict) else whole
         for value in values:
             if isinstance(value, dict) and len(value) == 1:  # {id: content} as a line of its own
@@ -88,9 +94,9 @@ def corpus(folder: Path, tokenizer_file: Path) -> tuple[Tensor, Tensor, int]:
 
 @torch.no_grad()
 def states(model: small_lm.SmallLM, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) and labels (N,) of consecutive windows, N ≤ rows."""
+    """Hidden states (N, D) and labels (N,) of consecutive windows of `small_lm.CONTEXT`, N ≤ rows."""
     length = small_lm.CONTEXT
-    windows = tokens[: (len(tokens) - 1) // length * length + 1].unfold(0, length + 1, length)[: max(1, rows // length)]
+    windows = tokens[: (len(tokens) - 1) // length * length + 1].unfold(0, length + 1, length)[: rows // length]
     return model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()
 
 
@@ -105,7 +111,7 @@ def scale_for(x: Tensor, head: Tensor, entropy: float) -> float:
     low, high = 0.25, 16.0
     for _ in range(12):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if entropies(x[:256], head, middle).mean() > entropy else (low, middle)
+        low, high = (middle, high) if entropies(x, head, middle).mean() > entropy else (low, middle)
     return (low * high) ** 0.5
 
 
@@ -129,7 +135,7 @@ def problem(x: Tensor, head: Tensor, labels: Tensor, scale: float, seconds: floa
     device = x.device
     logs = (x.float() @ head.float().T).mul_(scale).log_softmax(-1)
     p = logs.exp()
-    tail = 1.0 - p.topk(min(1000, p.shape[1]), dim=1).values.sum(1)
+    tail = p.topk(max(0, p.shape[1] - 1000), dim=1, largest=False).values.sum(1)
     residual = p.scatter_add(1, labels[:, None], torch.full_like(labels[:, None], -1, dtype=p.dtype)).abs_()
     found: dict[str, Any] = {
         "logit_scale": scale,
@@ -146,7 +152,7 @@ def problem(x: Tensor, head: Tensor, labels: Tensor, scale: float, seconds: floa
     ).direction.double()
     length = truth.norm()
 
-    def run(tolerance: float | None, want_direction: bool = True, by: str = backend) -> tuple[Tensor, ...]:
+    def run(tolerance: float | None, want_direction: bool = True, by: str = backend) -> tuple[Any, ...]:
         if tolerance is None:
             whole = choose(by, x).forward(x, Head(head, logit_scale=scale), labels, want_direction=want_direction)
             return whole.logps, whole.direction
@@ -203,43 +209,58 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.trained_head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shared = measure.ROOT.parent / "shared" / "data"
-    parser.add_argument("--data", type=Path, default=shared / "captions", help="folder of .json and .jsonl captions")
+    shared = measure.ROOT.parent / "shared" / "data" / "captions"
+    parser.add_argument("--data", type=Path, help="folder of .json and .jsonl captions (../shared/data/captions)")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json (the first one in DATA/../tokenizers)")
     parser.add_argument(
         "--work", type=Path, default=measure.ROOT / ".benchmarks" / "trained_head", help="for the weights"
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.0, help="of training in all; a finished model is used as it is"
+        "--minutes", type=float, default=4.0, help="of training in all; a model that had them is used as it is (4)"
     )
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each scale of the logits")
+    parser.add_argument("--hidden", type=int, default=384, help=f"size of its states, {HEADS} heads (384)")
+    parser.add_argument("--rows", type=int, default=1024, help="of its states, whole windows of 64 (1024)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each scale of the logits (20)")
     parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="format of hidden states and head (bfloat16 on CUDA, float32 on a CPU)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="format of hidden states and head (bfloat16 on CUDA, float32 on a CPU)"
+    )
     parser.add_argument("--backend", help="triton on CUDA, chunked on a CPU: of both passes")
     parser.add_argument("--out", type=Path, help="path without suffix (bench/results/<date>_<chip>_trained_head)")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    found = sorted((options.data.parent / "tokenizers").glob("*.json")) if options.tokenizer is None else []
+    if options.hidden < 1 or options.hidden % HEADS or options.rows < small_lm.CONTEXT:
+        parser.error(
+            f"expected --hidden in multiples of {HEADS} and --rows of at least {small_lm.CONTEXT}, "
+            f"got {options.hidden} and {options.rows}"
+        )
+    data = options.data or shared
+    found = sorted((data.parent / "tokenizers").glob("*.json")) if options.tokenizer is None else []
     tokenizer = options.tokenizer or (found[0] if found else None)
-    if not options.data.is_dir() or tokenizer is None or not tokenizer.is_file():
-        print(
-            f"skipped: there are no captions in {options.data} or no tokenizer beside it; give a folder of .json or .jsonl "
+    if not data.is_dir() or tokenizer is None or not tokenizer.is_file():
+        missing = (
+            f"there are no captions in {data} or no tokenizer beside it; give a folder of .json or .jsonl "
             "files with --data and a tokenizer.json with --tokenizer"
         )
+        if options.data or options.tokenizer:
+            parser.error(missing)
+        print(f"skipped: {missing}")
         return 0
     device = torch.device(options.device)
-    train, held_out, vocab = corpus(options.data, tokenizer)
+    train, held_out, vocab = corpus(data, tokenizer)
     options.work.mkdir(parents=True, exist_ok=True)
-    path = options.work / f"lm_{vocab}x{options.hidden}.safetensors"
-    size = small_lm.Size(vocab, options.hidden)
-    model = small_lm.train(train, size, path, seconds=60 * options.minutes)
+    of = hashlib.sha256(train.numpy().tobytes()).hexdigest()[
+        :8
+    ]  # other captions, another model: what is held out stays unseen
+    path = options.work / f"lm_{vocab}x{options.hidden}_{of}.safetensors"
+    model = small_lm.train(train, small_lm.Size(vocab, options.hidden), path, seconds=60 * options.minutes)
+    taught = small_lm.load(path)[1]
     x, labels = states(model, held_out, options.rows)
     facts = measure.machine(device) | {
-        "model": f"V {vocab}, D {options.hidden}, {options.minutes:g} min on {len(train)} tokens",
+        "model": f"V {vocab}, D {options.hidden}, {float(taught['seconds']) / 60:.2g} min, {taught['steps']} steps of "
+        f"{small_lm.BATCH * small_lm.CONTEXT} tokens from {len(train)}",
         "rows": str(len(x)),
     }
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
