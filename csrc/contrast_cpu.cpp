@@ -56,7 +56,7 @@ Scratch& scratch() {
 // Position of the first item, in descending order, at which the running sum of weights reaches `target` (passes it, if
 // `strictly`); `sum` becomes the sum up to and including it. Sorts only around the position: quickselect, by weight.
 // Items before the position are, as a set, those that precede it in the order. Rounding can leave the target out of reach:
-// then the last item with any weight is taken.
+// then the last item that the running sum could feel is taken.
 int64_t reach(Item* items, int64_t n, double target, bool strictly, double& sum) {
   const auto descending = [](const Item& a, const Item& b) { return a.key > b.key; };
   const auto reached = [&](double s) { return strictly ? s > target : s >= target; };
@@ -80,16 +80,12 @@ int64_t reach(Item* items, int64_t n, double target, bool strictly, double& sum)
   std::sort(items + low, items + high, descending);
   sum = before;
   int64_t last = low;
-  double last_sum = before;
   for (int64_t i = low; i < high; ++i) {
-    sum += items[i].weight;
+    const double next = sum + items[i].weight;
+    if (next > sum) last = i;
+    sum = next;
     if (reached(sum)) return i;
-    if (items[i].weight > 0.0) {
-      last = i;
-      last_sum = sum;
-    }
   }
-  sum = last_sum;
   return last;
 }
 
@@ -116,8 +112,12 @@ void draw(Candidates& c, const Sampling& s, double u, Scratch& memory, int64_t& 
   } else {
     memory.items.resize(c.n);
     Item* items = memory.items.data();
-    for (int64_t i = 0; i < c.n; ++i) items[i] = {to_key(c.x[i], c.id[i]), weights[i]};
-    int64_t kept = c.n;
+    const double least = total * 0x1p-54 / static_cast<double>(c.n);  // all below it together are lost in the total's rounding
+    int64_t kept = 0;
+    for (int64_t i = 0; i < c.n; ++i) {
+      items[kept] = {to_key(c.x[i], c.id[i]), weights[i]};
+      kept += weights[i] >= least;
+    }
     if (s.top_p < 1.0) kept = 1 + reach(items, kept, s.top_p * total, false, total);
     if (s.min_p > 0.0) {
       kept = std::partition(items, items + kept, [&](const Item& i) { return i.weight >= s.min_p; }) - items;
@@ -225,13 +225,14 @@ struct Call {
   bool top() const { return !plausible() && sampling.top_k > 0 && sampling.top_k < batch.vocab; }
 
   // How far below the maximum a candidate may lie. Without a cut-off: where the weights of all V tokens together could no
-  // longer change a double, or for greedy, which only reports their sum, a float. A penalty may lower the maximum, so that
+  // longer change a double, or where greedy only reports their sum, a float. A penalty may lower the maximum, so that
   // nothing can be left out before it is applied.
   float offset() const {
     if (plausible()) return sampling.plausibility_offset;
     if (history_length > 0) return -kInf;
     const double tokens = std::log(static_cast<double>(batch.vocab));
-    return static_cast<float>(sampling.temperature == 0.0 ? -(20.0 + tokens) : -sampling.temperature * (45.0 + tokens));
+    if (sampling.temperature == 0.0) return static_cast<float>(-tokens - (sampling.top_p == 1.0 ? 20.0 : 45.0));
+    return static_cast<float>(-sampling.temperature * (45.0 + tokens));
   }
 
   History seen(int64_t row) const {

@@ -25,10 +25,6 @@ namespace {
 template <class T>
 T rounded(float x);
 template <>
-inline float rounded<float>(float x) {
-  return x;
-}
-template <>
 inline Bf16 rounded<Bf16>(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
@@ -138,12 +134,17 @@ bool has_avx512() {
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// The CPU has the tile registers, and Linux lets this process use them: they must be asked for before their first use.
+// The CPU has the tile registers, the system keeps them for its threads (a virtual machine may not although the CPU says it has
+// them), and Linux lets this process use them: they must be asked for before their first use.
 bool has_amx() {
 #if defined(__linux__)
   unsigned a, b, c, d;
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) return false;  // amx-bf16, amx-tile
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned kTileState = 3u << 17;
+  if ((low & kTileState) != kTileState) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

@@ -124,6 +124,38 @@ def test_frequencies_are_the_probabilities(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"plausibility": 1e-300},
+        {"repetition_penalty": 1.1, "history": torch.zeros(8, 1, dtype=torch.int64)},
+        {"top_p": 1 - 1e-12},
+    ],
+    ids=["plain", "plausibility", "penalty", "top_p"],
+)
+def test_the_last_number_draws_what_it_stands_for(options: dict, backend: str) -> None:
+    """The largest number below 1 leaves 1.1e-16 of the mass behind it, however the sum of the weights was rounded."""
+    uniform = torch.full((8,), 1 - 2.0**-53, dtype=torch.float64)
+    for vocab in (60, 200, 5000):
+        expert = 8 * torch.randn(8, vocab, generator=torch.Generator().manual_seed(vocab))
+        _, logps = contrastive_sample(expert, None, uniform=uniform, backend=backend, **options)
+        # what a running sum of sorted numbers can feel; in a longer list they are not all sorted
+        assert logps.min() > math.log(2.0**-54) - (0.01 if vocab < 2048 else math.log(vocab))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_counts_the_tail_in_its_nucleus(backend: str) -> None:
+    """Nine of ten equal tokens are 0.9 of the mass, but not with two improbable ones beside them."""
+    logits = torch.tensor([0.0] * 10 + [-23.0] * 2)
+    options = {"temperature": 0.0, "top_p": 0.9}
+    token, logp = contrastive_sample(logits[None], None, backend=backend, **options)  # type: ignore[arg-type]
+    expected = naive(logits, None, 0.0, **options)
+    assert (int(token), float(logp)) == (expected[0], pytest.approx(expected[1]))
+    assert expected[1] == pytest.approx(-math.log(10))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_mix_is_the_formula(backend: str) -> None:
     expert, amateur, _ = random_logits(3, 1031, seed=5, dtype=torch.bfloat16)
     e, a = expert.float(), amateur.float()
