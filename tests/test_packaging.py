@@ -31,7 +31,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names setup.py defines; asking it for the project's name runs it without building anything."""
     monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--name"])
     monkeypatch.chdir(ROOT)
-    for name in ("SYNPO_REQUIRE_EXT", "SYNPO_BUILD_CUDA", "CUDA_HOME", "CXX"):
+    for name in ("SYNPO_REQUIRE_EXT", "CXX"):
         monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -90,22 +90,10 @@ def test_torch_is_found_where_build_isolation_hides_it(build: dict[str, Any], mo
     assert folder == Path(torch.__file__).parent and version == torch.__version__
 
 
-def test_cuda_toolkit_is_found_through_nvcc(
-    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho '#$ _HERE_=/opt/toolkit/bin' >&2\n")
-    nvcc.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert build["find_cuda"]() == Path("/opt/toolkit")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
-    assert build["find_cuda"]() is None
-
-
 def test_a_misspelt_switch_is_an_error(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYNPO_BUILD_CUDA", "yes")
-    with pytest.raises(SystemExit, match="expected one of auto, 0, 1"):
-        build["cuda_sources"]()
+    monkeypatch.setenv("SYNPO_REQUIRE_EXT", "yes")
+    with pytest.raises(SystemExit, match="SYNPO_REQUIRE_EXT='yes'; expected 0 or 1"):
+        build["extensions"]()
 
 
 def test_ci_runs_the_tests_and_nothing_else() -> None:
