@@ -1,7 +1,7 @@
 """Candidates from vLLM, against a double of its offline interface.
 
-vLLM itself was never run here. The double has the names, defaults and keyword-only marks read in its sources: what they do not
-take is an error here too.
+The double has the names, defaults and keyword-only marks read in its sources: what they do not take is an error here too.
+test_vllm.py runs the real one, where it is installed.
 """
 
 from __future__ import annotations
@@ -229,12 +229,14 @@ def test_what_vllm_cannot_do_is_said_first(
     with pytest.raises(ConfigError, match="expected hf or vllm, got 'vlm'"):
         check_engine("vlm", model, SHORT)
 
-    def broken(*_: Any, **__: Any) -> None:
-        raise ValueError("no kernel for this architecture")
+    for kind in (ValueError, RuntimeError):
 
-    monkeypatch.setattr(sys.modules["vllm"], "LLM", broken)
-    with pytest.raises(ConfigError, match="no kernel for this architecture"):
-        VLLM(model)
+        def broken(*_: Any, kind: type[Exception] = kind, **__: Any) -> None:
+            raise kind("no kernel for this architecture")
+
+        monkeypatch.setattr(sys.modules["vllm"], "LLM", broken)
+        with pytest.raises(ConfigError, match="no kernel for this architecture"):
+            VLLM(model)
     monkeypatch.delitem(sys.modules, "vllm")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'synpo\[vllm\]'"):

@@ -98,7 +98,7 @@ class HuggingFace:
 
 
 class VLLM:
-    """vLLM's offline engine on this machine. Written from its sources (0.11 on), tested against a double, never run on vLLM."""
+    """vLLM's offline engine on this machine. Written for 0.11 and later; run with 0.32 on a CPU, not on a GPU."""
 
     def __init__(self, model: ModelConfig) -> None:
         import vllm
@@ -114,7 +114,7 @@ class VLLM:
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # of the distribution a token was drawn from, as ours
             )
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last: its worker process ended
             raise ConfigError(f"vllm cannot load {model.path}: {error}. Use --engine hf") from error
         self._tokenizer: Any = self._llm.get_tokenizer()
 
