@@ -149,16 +149,18 @@ def test_a_broken_checkpoint_is_not_kept_in_place_of_a_whole_one(
     assert result.output == tmp_path and not list(tmp_path.glob("broken-*"))
 
 
+@pytest.mark.parametrize(("kind", "every"), [("steps", 2), ("epoch", 3)])
 def test_going_on_evaluates_nothing_twice_and_logs_the_same(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, every: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluation takes random numbers and generates; neither shows in the steps that follow."""
-    extra = {"held_out": 2, "samples": 1, "sample_tokens": 4, "save_strategy": "steps", "save_steps": 2}
-    settings = config(folder, **extra, eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    """Evaluation takes random numbers and generates; neither shows in the steps that follow, wherever the checkpoint is:
+    behind the evaluation, or before that at the end of an epoch."""
+    extra = {"held_out": 2, "samples": 1, "sample_tokens": 4, "save_strategy": "steps", "save_steps": every}
+    settings = config(folder, **extra, eval_strategy=kind, eval_steps=2, eval_on_start=True)
     whole = train(settings, None, folder / "pairs.jsonl", tmp_path / "whole")
     killed(monkeypatch, 5, settings, None, folder / "pairs.jsonl", tmp_path / "killed")
     again = train(settings, None, folder / "pairs.jsonl", tmp_path / "killed")
-    assert [row["step"] for row in rows(again.output) if "eval_loss" in row] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows(again.output) if "eval_loss" in row] == list(range(0, 7, every))
     for row, other in zip(rows(again.output), rows(whole.output)):
         for name in ("step", "loss", "eval_loss", "grad_norm", "eval_synpo/repetition"):
             assert row.get(name) == other.get(name), (row["step"], name)

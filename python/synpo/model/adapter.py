@@ -270,7 +270,8 @@ class CaptionModel:
         def compute(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             result = function(entered[-1])
             shape.append(result.shape)
-            return result.reshape(1, 1, -1)  # what comes after the head expects three dimensions
+            # what comes after the head expects three dimensions; FSDP2 wants no view
+            return result.reshape(1, 1, -1).clone()
 
         def keep(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             left.append(output)

@@ -46,8 +46,10 @@ def fault(folder: Path) -> str | None:
     for file in sorted(folder.iterdir()):
         if file.suffix == ".safetensors" and not _whole_safetensors(file):
             return f"{file.name} is truncated or not readable"
-        if file.suffix in (".pt", ".pth") and not _whole_archive(file):
+        if file.suffix in (".pt", ".pth", ".bin") and not _whole_archive(file):
             return f"{file.name} is truncated or not readable"
+        if file.is_dir() and any(file.glob("*.distcp")) and not (file / ".metadata").exists():
+            return f"{file.name} was not written to its end"
     return None
 
 

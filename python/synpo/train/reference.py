@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -183,6 +184,11 @@ def precompute(trainer: Any, resuming: bool) -> ReferenceStore:
         model = objective.references.model
     else:
         model = fingerprint(trainer.lm, adapters=start) + ("bf16" if args.bf16 else "fp16" if args.fp16 else "")
+    if len(set(gather_object([model]))) > 1:
+        raise ConfigError(
+            "the processes hold different weights, so that they have no common reference: load the whole model in each of them "
+            "(train.fsdp_config.cpu_ram_efficient_loading = false)"
+        )
     store = ReferenceStore(Path(args.output_dir) / "reference", model, args.process_index, args.world_size)
 
     def compute(batch: list[EncodedPair]) -> SequenceStats:

@@ -138,7 +138,8 @@ class SynPOTrainer(Trainer):
         train_dataset, eval_dataset: of `EncodedPair`.
 
     Raises:
-        ConfigError: `args.reference` is one that the model cannot give, or the weights are float16 without train.fp16.
+        ConfigError: `args.reference` is one that the model cannot give, the weights are float16 without train.fp16, or
+            `args.fsdp` is set where accelerate does not shard.
         ValueError: the model's output head is not one the fused loss supports.
     """
 
@@ -173,6 +174,11 @@ class SynPOTrainer(Trainer):
             eval_dataset=eval_dataset,
             **options,
         )
+        if args.fsdp and not self.is_fsdp_enabled:  # accelerate.state.AcceleratorState knows it for accelerators alone
+            raise ConfigError(
+                f"train.fsdp: accelerate shards a model over GPUs only; on {args.device.type} it would train a whole copy in "
+                "every process and not say so. Leave train.fsdp out (several processes then train as DDP), or train on GPUs"
+            )
         self.lm = lm
         self.pair_objective = objective
         # `compute_loss` divides by the pairs of the window itself. The first line says so from transformers 5.19 on,
@@ -256,7 +262,14 @@ class SynPOTrainer(Trainer):
         return [] if held is None or isinstance(held, dict) else [held[i] for i in range(min(count, len(held)))]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the metrics hold the means over all pairs, and how greedy samples repeat themselves."""
+        """As the Trainer's; the metrics hold the means over all pairs, and how greedy samples repeat themselves.
+
+        It leaves random numbers as they were: a run that goes on from a checkpoint before it draws the same ones.
+        """
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            return self._evaluation(*args, **kwargs)
+
+    def _evaluation(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
         means, metrics = self._means["eval"].drain(self.accelerator), output.metrics or {}
         if (prefix := next((name.removesuffix("loss") for name in metrics if name.endswith("_loss")), None)) is None:
