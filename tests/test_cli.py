@@ -1,8 +1,11 @@
 """The command line: quick help, one-line errors, and flags that reach the configuration."""
 
+import argparse
 import errno
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import yaml
 
 from synpo.cli import COMMANDS as COMMANDS_OF_CLI
 from synpo.cli import _config, build_parser, main
+from synpo.config import Config
 
 COMMANDS = ("demo", "pairs", "plan", "train", "eval", "presets", "doctor")
 
@@ -24,11 +28,12 @@ def test_every_command_explains_itself(command, capsys):
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys; sys.argv = ['synpo', '--help']\n"
-        "from synpo.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'av', 'matplotlib'} & set(sys.modules)\n"
+        "import sys\n"
+        "from synpo.cli import COMMANDS, main\n"
+        "for command in ([], *([c] for c in COMMANDS)):\n"
+        "    try: main([*command, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'av', 'matplotlib', 'yaml', 'openai'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     paths = [str(Path(__file__).resolve().parent.parent / p) for p in ("", "python")]
@@ -36,6 +41,38 @@ def test_help_loads_nothing_heavy():
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "pairs", "plan", "train", "eval", "presets", "doctor"])
+def test_what_help_says_is_true(command):
+    """A default it states is the default, a key it names is a key."""
+    options = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
+    flags = {"seed": Config().seed, "engine": Config().pairs.engine}
+    for action in options._actions:
+        for stated in re.findall(r"default ([\w.]+)\b(?!\.)", action.help or ""):
+            if stated != "FILE.work":  # below
+                value = flags[action.dest] if action.default is None else action.default
+                assert stated == f"{value:g}" if isinstance(value, float) else stated == str(value), (
+                    action.dest,
+                    stated,
+                )
+        for section, key in re.findall(r"\b(model|pairs|eval|train|judge|frames)\.(\w+)", action.help or ""):
+            assert key in {f.name for f in fields(getattr(Config(), section))}, (action.dest, section, key)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            assert action.default is True and "(default)" in (action.help or "")
+
+
+def test_the_records_lie_beside_the_pairs_unless_told(tmp_path, capsys):
+    """--work: default FILE.work."""
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.mp4").write_bytes(b"noise")
+    (tmp_path / "m").mkdir()
+    assert (
+        main(["pairs", "--model", str(tmp_path / "m"), "--videos", str(tmp_path / "v"), "--pairs", str(tmp_path / "p")])
+        == 2
+    )
+    assert "none of the 1 videos can be used" in capsys.readouterr().err
+    assert (tmp_path / "p.work" / "problems.jsonl").exists()
 
 
 def test_flags_lie_over_set_and_set_over_the_file(tmp_path):
@@ -93,6 +130,10 @@ def test_against_takes_a_name_once(tmp_path, capsys):
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the same command goes on"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "pairs.jsonl"),
+            "presets: pairs.jsonl: No such file",
+        ),
         (FloatingPointError("NaN logits; try model.dtype float32"), "try model.dtype float32"),
         (ModuleNotFoundError("No module named 'openai'", name="openai"), "needs the package openai"),
     ],

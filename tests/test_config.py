@@ -150,3 +150,37 @@ def test_every_preset_says_what_it_is_for() -> None:
     assert all(preset_text(name).startswith("# ") for name in preset_names())
     with pytest.raises(ConfigError, match="did you mean 'llama3-lora'"):
         load_config(preset="llama-lora")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", r"config: seed: expected from 0 to 4294967295, got -1"),
+        ("model.dtype=float33", r"config\.model: dtype: expected one of auto, float32"),
+        ("model.device=cudaa", r"config\.model: device: expected auto, cpu, cuda"),
+        ("pairs.contrast.alpha=-1", r"config\.pairs\.contrast: alpha: expected at least 0"),
+        ("pairs.contrast.alpha=.inf", r"config\.pairs\.contrast: alpha"),
+        (
+            "pairs.contrast.plausibility=2",
+            r"config\.pairs\.contrast: plausibility: expected from 0 \(off\) to 1, got 2",
+        ),
+        ("frames.fps=.inf", r"config\.frames: .*finite"),
+    ],
+)
+def test_figures_out_of_range_are_refused_before_anything_is_loaded(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[override])
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "xpu:0", "mps"])
+def test_devices(device: str) -> None:
+    assert load_config(overrides=[f"model.device={device}"]).model.device == device
+
+
+def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1\npairs: {margin: 1}\nlora: {r: 2}\npairs: {candidates: 3}\n")
+    with pytest.raises(ConfigError, match=r"(?s)'pairs' is there twice.*line 2"):
+        load_config(path)
+    path.write_text("seed: 1\nlora: {r: 2}\nmodel: &m {path: x}\n")
+    assert load_config(path).lora.r == 2  # type: ignore[union-attr]

@@ -57,7 +57,7 @@ def test_the_sampling_rule(sampling: FrameSampling, span: tuple[float, float], c
     np.testing.assert_allclose(times[0] - span[0], span[1] - times[-1])
 
 
-@pytest.mark.parametrize("values", [(0, 8, 16), (-1, 8, 16), (1, 0, 16), (1, 9, 8)])
+@pytest.mark.parametrize("values", [(0, 8, 16), (-1, 8, 16), (float("inf"), 8, 16), (1, 0, 16), (1, 9, 8)])
 def test_sampling_that_makes_no_sense_is_refused(values: tuple[float, int, int]) -> None:
     with pytest.raises(ValueError, match="frames: expected fps > 0"):
         FrameSampling(*values)

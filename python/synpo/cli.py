@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     _common(evaluate)
     evaluate.add_argument("--videos", metavar="DIR", type=Path, required=True, help="folder of held-out videos")
     evaluate.add_argument(
-        "--references", metavar="FILE", type=Path, help="reference captions (VATEX, MSR-VTT or JSONL)"
+        "--references", metavar="FILE", type=Path, help="reference captions (VATEX, MSR-VTT, DREAM-1k or JSONL)"
     )
     evaluate.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of captions and scores")
     evaluate.add_argument(
@@ -213,7 +213,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         hint = ". Make room: what is finished is kept, the same command goes on from there" if full else ""
-        print(f"synpo {args.command}: {error}{hint}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"synpo {args.command}: {said}{hint}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or "synpo").partition(".")[0]

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,9 @@ from synpo.video import FrameSampling
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names section, key and what was expected."""
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class ModelConfig:
     attention: str = "auto"
     quantization: str = "none"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps|npu)(:\d+)?", self.device):
+            raise ValueError(f"device: expected auto, cpu, cuda or one of several such as cuda:1, got {self.device!r}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,12 @@ class ContrastConfig:
 
     alpha: float = 0.5
     plausibility: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha: expected at least 0 (0 is plain sampling), got {self.alpha}")
+        if not 0 <= self.plausibility <= 1:
+            raise ValueError(f"plausibility: expected from 0 (off) to 1, got {self.plausibility}")
 
 
 @dataclass(frozen=True)
@@ -162,6 +178,10 @@ class Config:
     lora: LoraSection | None = field(default_factory=LoraSection)
     train: dict[str, Any] = field(default_factory=dict)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # what NumPy takes
+            raise ValueError(f"seed: expected from 0 to {2**32 - 1}, got {self.seed}")
 
 
 Section = TypeVar("Section")
@@ -264,9 +284,20 @@ def preset_text(name: str) -> str:
     return (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 has it, a key that is there twice is an error; PyYAML would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and names.count(name.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name.value!r} is there twice", name.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(text: str, where: str) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {error}") from error
     if not isinstance(loaded or {}, Mapping):

@@ -6,6 +6,7 @@ frame count (WebM) and streams that report no duration are common, so neither is
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class FrameSampling:
     maximum: int = 16
 
     def __post_init__(self) -> None:
-        if not (self.fps > 0 and 1 <= self.minimum <= self.maximum):
-            raise ValueError(f"frames: expected fps > 0 and 1 <= minimum <= maximum, got {self}")
+        if not (0 < self.fps < math.inf and 1 <= self.minimum <= self.maximum):
+            raise ValueError(f"frames: expected fps > 0 and finite, 1 <= minimum <= maximum, got {self}")
 
     def times(self, start: float, end: float) -> list[float]:
         """Seconds at which to take frames, evenly spaced over [start, end): the middles of equal parts."""
@@ -84,7 +85,10 @@ def resolve_video(root: str | os.PathLike[str], relative: str) -> Path:
     folder = Path(root).resolve()
     path = folder / PurePosixPath(relative)
     if not path.resolve().is_relative_to(folder):
-        raise VideoError(f"video path {relative!r} leaves the videos folder {folder}")
+        raise VideoError(
+            f"video path {relative!r} leaves the videos folder {folder}; --videos should hold the files themselves, "
+            "not links out of it"
+        )
     if not path.is_file():
         raise VideoError(
             f"video {relative!r} is not in {folder}; --videos should name the folder its path is relative to"

@@ -126,3 +126,28 @@ def test_match_videos_never_guesses_and_never_leaves_the_folder() -> None:
     with pytest.raises(ValueError, match="'x' and 'x.mp4' both fit x.mp4"):
         match_videos(["x", "x.mp4"], ["x.mp4"])
     assert match_videos(["../secret.mp4", "/etc/passwd"], ["secret.mp4"]).files == {}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_files_of_other_editors(mark: bytes, tmp_path: Path) -> None:
+    vatex, lines = tmp_path / "vatex.json", tmp_path / "ours.jsonl"
+    vatex.write_bytes(mark + json.dumps([{"videoID": "a", "enCap": ["größer"]}], ensure_ascii=False).encode())
+    lines.write_bytes(mark + b'{"video": "a", "captions": ["x"]}\r\n{"video": "b", "captions": ["y"]}\r\n')
+    assert read_references(vatex).captions == {"a": ["größer"]}
+    assert read_references(lines).captions == {"a": ["x"], "b": ["y"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"video,caption\na.mp4,a red circle\n", r"f:1: not JSON .*; expected VATEX"),
+        (b"video,caption", "expected VATEX .* without a complete line"),
+        ('{"video": "a", "captions": ["é"]}'.encode("latin-1"), "f is not UTF-8 .*save it as UTF-8"),
+        ('{"video": "a", "captions": ["x"]}'.encode("utf-16"), "f is not UTF-8"),
+        (b'{"video": "a", "captions": ["  ", "..."]}\n', "'a' has no caption with a word in it"),
+    ],
+)
+def test_files_that_are_no_references(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        read_references(tmp_path / "f")

@@ -1,8 +1,10 @@
 """`synpo eval` from video files to scores, on a random captioner."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,11 +94,44 @@ def test_what_cannot_be_used_is_said_before_the_model_is_loaded(
         ({"bootstrap": 0}, {}, r"eval\.bootstrap: expected at least 1, got 0"),
         ({}, {"this model": references}, "--against: 'this model'"),
         ({}, {"a": broken}, r"broken\.jsonl:1: expected"),
+        ({}, {"a": tmp_path / "missing.jsonl"}, r"--against a: .*missing\.jsonl is not there; give the file"),
+        ({}, {"a": tmp_path}, "--against a: .* is a folder; give the file"),
     ):
         other = replace(config, eval=replace(config.eval, **settings))
         with pytest.raises(ValueError, match=message):
             evaluate_model(other, videos, references, tmp_path / "out", against)
-    with pytest.raises(FileNotFoundError, match="missing"):
-        evaluate_model(config, videos, references, tmp_path / "out", {"a": tmp_path / "missing.jsonl"})
+    with pytest.raises(ConfigError, match="--references: .*nowhere is not there"):
+        evaluate_model(config, videos, tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(OSError, match="--output: .* cannot be made a folder"):
+        evaluate_model(config, videos, references, broken)
     with pytest.raises(ConfigError, match="without --references"):
         evaluate_model(config, videos, None, tmp_path / "out", {"a": references})
+
+
+def test_the_scores_say_what_they_were_made_of(config: Config, videos: Path, tmp_path: Path) -> None:
+    references, output = tmp_path / "references.jsonl", tmp_path / "out"
+    names = ["held-out-00000.mp4", "noise.mp4", "elsewhere.mp4", "held-out-00001.mp4"]
+    write_jsonl(references, [{"video": n, "captions": ["a red circle."]} for n in names])
+    evaluate_model(config, videos, references, output)
+    told = json.loads((output / "scores.json").read_text())
+    run = told["run"]
+    assert told["videos"] == 2 and run["references"] == {"file": str(references), "format": "captions", "videos": 4}
+    assert run["not_in_the_folder"] == ["elsewhere.mp4"] and list(run["unreadable"]) == ["noise.mp4"]
+    assert run["model"]["path"] == config.model.path and len(run["model_fingerprint"]) == 16
+    assert (run["seed"], run["eval"]["prompt"], run["eval"]["bootstrap"]) == (0, config.eval.prompt, 20)
+    assert {"synpo", "python", "torch", "transformers", "pycocoevalcap"} <= set(run["versions"])
+    evaluate_model(replace(config, seed=1), videos, None, output)
+    assert not (output / "scores.json").exists(), "they were of other captions"
+
+
+def test_a_folder_named_like_markup_is_just_a_folder(config: Config, videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "[/red]"
+    shutil.copytree(videos, folder)
+    write_jsonl(tmp_path / "r.jsonl", [{"video": v, "captions": ["a b"]} for v in ("held-out-00000", "elsewhere")])
+    assert evaluate_model(config, folder, tmp_path / "r.jsonl", tmp_path / "[/out]") is not None
+
+
+def test_a_text_model_is_refused(config: Config, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load", lambda _: SimpleNamespace(sees_video=False))
+    with pytest.raises(ConfigError, match="takes no video"):
+        evaluate_model(config, videos, None, tmp_path / "out")

@@ -174,3 +174,18 @@ def test_meteor() -> None:
     assert scores.per_video["METEOR"] == pytest.approx([1.0, 0.2696629, 0.0], abs=1e-6)
     assert 0 < scores.corpus["METEOR"] < 1
     assert scores.intervals()["METEOR"] is None
+
+
+def test_scripts_without_spaces_are_pointed_out() -> None:
+    references = {"a": ["一只狗在跑。"], "b": ["a dog runs"], "c": ["개가 달린다"]}
+    (note,) = [n for n in score(dict.fromkeys(references, "a dog"), references).notes if "script" in n]
+    assert note.startswith("1 video with references in a script without spaces ('a')")
+
+
+@pytest.mark.parametrize("caption", ["", "dog", "🐕", "...", "一", "x" * 100_000, "dog " * 5000])
+def test_odd_captions_have_finite_scores(caption: str) -> None:
+    references = {"a": ["a dog runs", "dog", "the dog"], "b": ["a cat"]}
+    scores = score({"a": caption, "b": "a cat"}, references)
+    assert all(math.isfinite(x) for row in scores.per_video.values() for x in row)
+    assert all(math.isfinite(x) for x in scores.corpus.values())
+    assert scores.empty_candidates == (caption in ("", "🐕", "..."))

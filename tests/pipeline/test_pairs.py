@@ -59,3 +59,9 @@ def test_chosen_and_rejected_never_say_the_same() -> None:
     assert make_pairs({"v": row}, scored(row, [9.0, 1.0, 5.0]), "?", 4.0) == ([], {"alike": 1})
     row = [caption("v", 0, "same"), caption("v", 1, "other"), caption("v", 2, " same ")]
     assert make_pairs({"v": row}, scored(row, [9.0, 5.0, 1.0]), "?", 4.0) == ([], {"margin": 1})
+
+
+def test_equal_totals_prefer_nothing() -> None:
+    row = [caption("v", i, str(i)) for i in range(3)]
+    assert make_pairs({"v": row}, scored(row, [5.0, 5.0, 5.0]), "?", 0.0) == ([], {"margin": 1})
+    assert len(make_pairs({"v": row}, scored(row, [5.0, 5.1, 5.0]), "?", 0.0)[0]) == 1

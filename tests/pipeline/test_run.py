@@ -293,6 +293,26 @@ def test_impossible_settings(
         build_pairs(settings(tiny_captioner_path, **change), videos, tmp_path / "pairs.jsonl")
 
 
+def test_outputs_that_cannot_be_written_are_said_before_the_work(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for pairs, work, message in (
+        (tmp_path / "file" / "p.jsonl", None, "--pairs: .*file cannot be made a folder"),
+        (tmp_path / "p.jsonl", tmp_path / "file", "--work: .*file cannot be made a folder"),
+    ):
+        with pytest.raises(OSError, match=message):
+            build_pairs(settings(tiny_captioner_path), videos, pairs, work)
+
+
+def test_no_pair_at_all_says_what_to_change(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path, capsys: Any
+) -> None:
+    result = build_pairs(settings(tiny_captioner_path, margin=99.0, candidates=2), videos, tmp_path / "p.jsonl")
+    assert result.pairs == 0 and result.below_margin == 4
+    assert "pairs.margin apart: lower it" in capsys.readouterr().out
+
+
 def test_missing_inputs(videos: Path, tiny_captioner_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model"):
         build_pairs(Config(), videos, tmp_path / "p.jsonl")

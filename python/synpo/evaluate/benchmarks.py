@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from synpo.evaluate.ptb import tokenize
 from synpo.evaluate.scores import count, some
-from synpo.records import read_jsonl
+from synpo.records import RecordError, read_jsonl
 
 EXPECTED = (
     'expected VATEX (JSON list of {"videoID", "enCap"}), MSR-VTT (JSON object with "videos" and "sentences"), '
@@ -51,8 +52,8 @@ def read_references(path: str | os.PathLike[str], split: str | None = None) -> R
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a format that is none of the above, naming the keys that were found; a video without captions or listed
-            twice; a split the file does not have.
+        ValueError: a format that is none of the above, naming the keys that were found; a video without a word in its
+            captions or listed twice; a split the file does not have.
     """
     references = _detect(Path(path))
     if not references.captions:
@@ -62,6 +63,8 @@ def read_references(path: str | os.PathLike[str], split: str | None = None) -> R
             raise ValueError(
                 f"{path}: captions of {video!r} should be a list of at least one text, got {captions!r:.80}"
             )
+        if not any(tokenize(c) for c in captions):
+            raise ValueError(f"{path}: {video!r} has no caption with a word in it, got {captions!r:.80}")
     return references if split is None else _only(references, split, path)
 
 
@@ -80,9 +83,11 @@ def _only(references: References, split: str, path: str | os.PathLike[str]) -> R
 
 def _detect(path: Path) -> References:
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except json.JSONDecodeError:
         return _from_lines(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     if isinstance(whole, dict) and {"videos", "sentences"} <= whole.keys():
         return _msrvtt(path, whole)
     if isinstance(whole, list) and whole and isinstance(whole[0], dict) and {"videoID", "enCap"} <= whole[0].keys():
@@ -93,7 +98,10 @@ def _detect(path: Path) -> References:
 
 
 def _from_lines(path: Path) -> References:
-    rows = [row for _, row in read_jsonl(path)]
+    try:
+        rows = [row for _, row in read_jsonl(path)]
+    except RecordError as error:
+        raise ValueError(f"{error}; {EXPECTED}") from error
     first = rows[0] if rows else None
     if isinstance(first, dict) and {"video", "captions"} <= first.keys():
         return References("captions", _collect(path, rows, lambda row: (row["video"], row["captions"])))

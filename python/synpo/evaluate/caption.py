@@ -8,9 +8,12 @@ captions.work.jsonl grows as captions are made, so an interrupted run goes on wh
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
@@ -18,14 +21,23 @@ from tqdm import tqdm
 from synpo.config import Config, ConfigError
 from synpo.evaluate.benchmarks import match_videos, read_references
 from synpo.evaluate.run import EvalResult, evaluate, read_captions
+from synpo.evaluate.scores import count
 from synpo.evaluate.table import print_table
-from synpo.model.adapter import CaptionModel, load
+from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
-from synpo.records import RecordStore, record_id, write_json, write_jsonl
+from synpo.records import RecordStore, make_folder, record_id, write_json, write_jsonl
 from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video
 
 SELF = "this model"  # its name in the tables
+COUNTED_BY = (
+    "synpo",
+    "torch",
+    "transformers",
+    "peft",
+    "av",
+    "pycocoevalcap",
+)  # packages that the figures may depend on
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ def evaluate_model(
 
     Args:
         references: VATEX, MSR-VTT, DREAM-1k or JSON Lines of {"video", "captions"}; None writes captions only.
-        output: folder of captions.jsonl and scores.json.
+        output: folder of captions.jsonl and scores.json, which says with what and over which videos it was made.
         against: name → captions.jsonl of earlier evaluations; the first is the baseline of the paired differences.
 
     Raises:
@@ -106,6 +118,7 @@ def evaluate_model(
     names = list_videos(videos)
     wanted = {name: name for name in names}
     reference_captions: dict[str, list[str]] = {}
+    run: dict[str, Any] = {}
     if references is not None:
         found = read_references(references)
         matched = match_videos(found.captions, names)
@@ -113,16 +126,26 @@ def evaluate_model(
             raise ConfigError(f"none of the {len(found.captions)} videos of {references} is in {videos}")
         wanted = matched.files
         reference_captions = {video: found.captions[video] for video in wanted}
+        run["references"] = {"file": str(references), "format": found.format, "videos": len(found.captions)}
+        run["not_in_the_folder"] = matched.missing
         if matched.missing:
-            console.print(f"{len(matched.missing)} of {len(found.captions)} referenced videos are not in {videos}")
+            console.print(
+                f"{len(matched.missing)} of {len(found.captions)} referenced videos are not in {videos}",
+                markup=False,
+                soft_wrap=True,
+            )
+    make_folder(output, "--output")
     lm = load(config.model)
+    if not lm.sees_video:
+        raise ConfigError(f"model {config.model.path} takes no video; captions of videos need a video model")
     captions, problems = caption_videos(lm, config, videos, sorted(wanted.values()), output / "captions.work.jsonl")
     for video, reason in problems.items():
         console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if not captions:
         raise VideoError(f"none of the {len(wanted)} videos in {videos} can be read; the lines above say why")
+    (output / "scores.json").unlink(missing_ok=True)  # of earlier captions
     write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
-    console.print(f"{len(captions)} captions in {output / 'captions.jsonl'}", markup=False, soft_wrap=True)
+    console.print(f"{count(len(captions), 'caption')} in {output / 'captions.jsonl'}", markup=False, soft_wrap=True)
     if references is None:
         return None
     usable = {video: file for video, file in wanted.items() if file in captions}
@@ -137,14 +160,27 @@ def evaluate_model(
         seed=config.seed,
         resamples=config.eval.bootstrap,
     )
-    write_json(output / "scores.json", result.to_json())
+    write_json(output / "scores.json", result.to_json() | {"run": run | {"unreadable": problems} | _made_with(config)})
     print_table(result.to_table())
     if difference := result.to_difference_table():
         print_table(difference)
     return result
 
 
+def _made_with(config: Config) -> dict[str, Any]:
+    """What the captions and scores of a run depend on."""
+    versions = {"python": platform.python_version()}
+    for package in COUNTED_BY:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    settings = {"model": asdict(config.model), "frames": asdict(config.frames), "eval": asdict(config.eval)}
+    return {**settings, "seed": config.seed, "model_fingerprint": fingerprint(config.model), "versions": versions}
+
+
 def _check(config: Config, references: Path | None, against: Mapping[str, Path]) -> None:
+    check_paths(config.model)
     for name, value in (("batch_size", config.eval.batch_size), ("bootstrap", config.eval.bootstrap)):
         if value < 1:
             raise ConfigError(f"eval.{name}: expected at least 1, got {value}")
@@ -152,5 +188,8 @@ def _check(config: Config, references: Path | None, against: Mapping[str, Path])
         raise ConfigError("--against compares scores, and without --references there are none")
     if SELF in against:
         raise ConfigError(f"--against: {SELF!r} is what this evaluation is called; give the other one another name")
+    for flag, path in (("--references", references), *((f"--against {name}", path) for name, path in against.items())):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{flag}: {path} is {'a folder' if path.is_dir() else 'not there'}; give the file")
     for path in against.values():
         read_captions(path)

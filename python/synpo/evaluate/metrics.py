@@ -1,6 +1,7 @@
 """How close captions are to reference captions: CIDEr, BLEU-1..4, ROUGE-L and, where Java is installed, METEOR.
 
-The scores are pycocoevalcap's (the code behind published VATEX and MSR-VTT figures) on the words of evaluate/ptb.py. They are
+The scores are pycocoevalcap's (the code behind published VATEX and MSR-VTT figures; its CIDEr is CIDEr-D) on the words of
+evaluate/ptb.py. They are
 kept in that library's units: CIDEr 0–10, the others 0–1; papers print both ×100, and so do our tables.
 
 Per-video scores come with every corpus score, and bootstrap intervals over videos with all but METEOR, whose corpus score
@@ -10,6 +11,7 @@ is computed inside its Java program. CIDEr's n-gram weights (IDF) are those of t
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from synpo.evaluate.ptb import tokenize
 from synpo.evaluate.scores import Scores, count, require_all, some
 
 Words = dict[str, list[str]]
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+)  # Thai … Chinese, Japanese
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ def caption_metrics(
     empty = [video for video in references if not guess[video][0]]
     if empty:
         notes.append(f"{count(len(empty), 'empty caption')}, scored 0 ({some(empty)})")
+    spaceless = [video for video, captions in references.items() if any(map(_SPACELESS.search, captions))]
+    if spaceless:
+        notes.append(
+            f"{count(len(spaceless), 'video')} with references in a script without spaces ({some(spaceless)}): words are told "
+            "apart by spaces, so that a clause counts as one word; cut them into words before"
+        )
     if len(references) == 1:
         notes.append("CIDEr weighs words by how few videos use them: with a single video every weight, and CIDEr, is 0")
 

@@ -91,12 +91,12 @@ class EvalResult:
             for column, metric in enumerate(shown, 1):
                 values = [self.scores[system].corpus[metric] for system in self.systems]
                 best |= {(row, column) for row, value in enumerate(values) if value == max(values)}
-        over = count(len(self.videos), "video")
+        over = f"{count(len(self.videos), 'video')} ({self.resamples:,} resamples, seed {self.seed})"
         bounded = any(interval for found in self.intervals.values() for interval in found.values())
         under = (
             f"×100; under each score its {self.level:.0%} bootstrap interval over {over}"
             if bounded
-            else f"×100; {over}"
+            else f"×100; {count(len(self.videos), 'video')}"
         )
         return Table("Caption scores", ["system", *shown], rows, best, notes=[under, *self._notes()])
 

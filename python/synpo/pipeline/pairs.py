@@ -20,7 +20,7 @@ def make_pairs(
         candidates: video → its candidates.
         scores: caption id → its score.
         prompt: the question the candidates answer.
-        margin: least difference of totals.
+        margin: least difference of totals; equal totals prefer nothing, even with 0.
 
     Returns:
         The pairs, videos in the order given, and counts of what was left out: captions without words ("empty") or without
@@ -45,7 +45,7 @@ def make_pairs(
         (high, _, best), (low, _, worst) = max(ranked, key=_place), min(ranked, key=_place)
         if len({c.text.strip() for _, _, c in ranked}) == 1:
             counts["alike"] += 1
-        elif high - low < margin or best.text.strip() == worst.text.strip():
+        elif high - low < margin or high == low or best.text.strip() == worst.text.strip():
             counts["margin"] += 1
         else:
             key = record_id("pair", prompt, best.id, worst.id)

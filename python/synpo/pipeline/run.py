@@ -21,7 +21,7 @@ from synpo.pipeline.judge.audit import audit
 from synpo.pipeline.pairs import make_pairs
 from synpo.pipeline.stages import Run, caption_clips, cut_clips, sample_candidates, score_candidates
 from synpo.pipeline.summary import PairsResult, print_result
-from synpo.records import write_records
+from synpo.records import make_folder, write_records
 from synpo.video import VideoError, list_videos
 
 
@@ -53,8 +53,9 @@ def build_pairs(
         raise ConfigError(f"--pairs takes the file to write, got the folder {pairs}")
     work = Path(work) if work is not None else pairs.with_name(f"{pairs.name}.work")
     names = list_videos(videos)
+    make_folder(pairs.parent, "--pairs")
+    make_folder(work, "--work")
     judge = judge or make_judge(config.judge, work, config.seed)
-    work.mkdir(parents=True, exist_ok=True)
     (work / "problems.jsonl").unlink(missing_ok=True)
 
     run = Run(config, videos, work, lm)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from synpo.pipeline.judge.audit import Agreement
 
@@ -76,8 +77,13 @@ def print_result(result: PairsResult, console: Console | None = None) -> None:
         console.print(f"failed {count}×: {reason}", markup=False, highlight=False, soft_wrap=True)
     for video, reason in result.problems.items():
         console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if not result.pairs and result.below_margin:
+        console.print(
+            "no candidates of a video are pairs.margin apart: lower it, or raise pairs.candidates", soft_wrap=True
+        )
     if len(result.problems) < result.videos:
-        console.print(f"{result.pairs} pairs in {result.path}", markup=False, highlight=False, soft_wrap=True)
+        pairs = f"{result.pairs} pair{'' if result.pairs == 1 else 's'}"
+        console.print(f"{pairs} in {result.path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _audit_table(rows: list[Agreement]) -> Table:
@@ -86,5 +92,5 @@ def _audit_table(rows: list[Agreement]) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for row in rows:
         figures = (row.spearman, row.accuracy, row.kappa)
-        table.add_row(row.name, str(row.count), *("–" if x is None else f"{x:.2f}" for x in figures))
+        table.add_row(Text(row.name), str(row.count), *("–" if x is None else f"{x:.2f}" for x in figures))
     return table
