@@ -1,6 +1,7 @@
 """The adapter against Hugging Face's own forward passes: prompts, padding, vision, positions and heads of many families."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from synpo.config import ModelConfig
+from synpo.config import ConfigError, ModelConfig
 from synpo.model.adapter import CaptionModel, load, pad_rows
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
@@ -329,3 +330,15 @@ def test_dora_on_the_head_is_refused() -> None:
     lm.model = get_peft_model(lm.model, LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
     with pytest.raises(ValueError, match="Dora on the output head is not supported by the fused loss, plain LoRA is"):
         lm.head()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there(tiny_captioner_path: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.device: {device} is not there, .* sees 0 CUDA devices"):
+        load(ModelConfig(path=str(tiny_captioner_path), device=device))
+
+
+def test_a_folder_that_is_no_adapter(tiny_captioner_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no adapter_config\.json; --adapter takes"):
+        load(ModelConfig(path=str(tiny_captioner_path), adapter=str(tmp_path), device="cpu"))

@@ -327,6 +327,23 @@ def test_an_endpoint_that_gives_no_more_answers_stops_the_run(
         judge.score(tasks[4])
 
 
+def test_an_endpoint_that_answers_nothing_is_not_asked_about_every_video(endpoint: Endpoint, tmp_path: Path) -> None:
+    """As one that knows no JSON schemas: the first questions are given up, then the run."""
+    judge = judge_at(endpoint, tmp_path, orders=1, concurrency=2)
+    tasks = [Task("a.mp4", (), (f"{i}", "y"), (0.0, 0.0)) for i in range(4)]
+    endpoint.script = [fails(400, "unknown field response_format")] * 4
+    for task in tasks[:2]:
+        assert isinstance(judge.score(task)[0], Failure)
+    with pytest.raises(JudgeError, match=r"response_format.*judge\.structured.*3 requests, and none"):
+        judge.score(tasks[2])
+    endpoint.script.clear()
+    assert isinstance(judge.score(tasks[0])[0], Verdict)
+    endpoint.script = [fails(400, "too long")] * 3
+    assert all(isinstance(judge.score(task)[0], Failure) for task in tasks[1:]), (
+        "it does answer: these alone are refused"
+    )
+
+
 def test_an_answer_in_parts_is_asked_for_again(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.script = [says([{"type": "text", "text": GOOD}])]  # type: ignore[arg-type, list-item]
     assert judge_at(endpoint, tmp_path, orders=1).score(TASK) == HONEST

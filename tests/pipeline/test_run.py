@@ -278,6 +278,21 @@ def test_a_failed_judgement_is_not_ranked_and_is_tried_again(
     assert build_pairs(config, videos, out, judge=judge).scored == 12
 
 
+def test_a_run_without_a_single_verdict_fails_and_overwrites_nothing(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path, capsys: Any
+) -> None:
+    class Mute(MoodyJudge):
+        def score(self, task: Task) -> list[Verdict | Failure]:
+            return [Failure("no JSON in three answers")] * len(task.candidates)
+
+    out = tmp_path / "pairs.jsonl"
+    out.write_text("earlier pairs\n")
+    with pytest.raises(JudgeError, match="none of the 12 candidates could be judged"):
+        build_pairs(settings(tiny_captioner_path), videos, out, judge=Mute())
+    assert out.read_text() == "earlier pairs\n"
+    assert "failed 12×: no JSON in three answers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

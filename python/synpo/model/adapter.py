@@ -324,9 +324,15 @@ class CaptionModel:
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"model.device: {name} is not there, torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices "
+            "(`synpo doctor` says more); give --device another"
+        )
+    return device
 
 
 def _attention(name: str, device: torch.device) -> str:
@@ -346,6 +352,10 @@ def check_paths(config: ModelConfig) -> None:
         raise ConfigError(f"model folder {config.path} does not exist")
     if config.adapter and not Path(config.adapter).is_dir():
         raise ConfigError(f"adapter folder {config.adapter} does not exist")
+    if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{config.adapter} holds no adapter_config.json; --adapter takes the `adapter` folder in what training wrote"
+        )
 
 
 def load(config: ModelConfig) -> CaptionModel:

@@ -16,7 +16,7 @@ from pathlib import Path
 from synpo.config import Config, ConfigError
 from synpo.model.adapter import CaptionModel, check_paths
 from synpo.pipeline.engine import check_engine
-from synpo.pipeline.judge import Judge, make_judge
+from synpo.pipeline.judge import Judge, JudgeError, make_judge
 from synpo.pipeline.judge.audit import audit
 from synpo.pipeline.pairs import make_pairs
 from synpo.pipeline.stages import Run, caption_clips, cut_clips, sample_candidates, score_candidates
@@ -45,7 +45,7 @@ def build_pairs(
 
     Raises:
         ConfigError, VideoError: settings, a model, a folder or every video in it that cannot be used.
-        JudgeError: the judge cannot work at all; what is scored is kept.
+        JudgeError: the judge cannot work at all, or had no verdict on anything; what is scored is kept.
     """
     _check(config)
     videos, pairs = Path(videos), Path(pairs)
@@ -65,7 +65,8 @@ def build_pairs(
     run.lm = None  # a local judge may need its memory
     scores, judged = score_candidates(run, judge, evidence, candidates)
     made, left_out = make_pairs(candidates, scores, config.pairs.prompt, config.pairs.margin)
-    if len(run.problems) < len(names):
+    unjudged = bool(scores) and all(s.failed for s in scores.values())
+    if len(run.problems) < len(names) and not unjudged:
         write_records(pairs, made)
 
     result = PairsResult(
@@ -89,6 +90,10 @@ def build_pairs(
     print_result(result)
     if len(run.problems) == len(names):
         raise VideoError(f"none of the {len(names)} videos can be used; {work / 'problems.jsonl'} says why")
+    if unjudged:
+        raise JudgeError(
+            f"none of the {len(scores)} candidates could be judged; the lines above say why, {pairs} is not written"
+        )
     return result
 
 

@@ -81,7 +81,7 @@ def print_result(result: PairsResult, console: Console | None = None) -> None:
         console.print(
             "no candidates of a video are pairs.margin apart: lower it, or raise pairs.candidates", soft_wrap=True
         )
-    if len(result.problems) < result.videos:
+    if len(result.problems) < result.videos and (result.scored or not result.failed):
         pairs = f"{result.pairs} pair{'' if result.pairs == 1 else 's'}"
         console.print(f"{pairs} in {result.path}", markup=False, highlight=False, soft_wrap=True)
 

@@ -202,15 +202,18 @@ class OpenAIJudge(ChatJudge):
             return JudgeError(
                 f"{self._where} refused model {self.config.model!r} with the key in {self.config.key_env}: {said}"
             )
-        if status == 400:
-            hint = "; if the endpoint knows no JSON schemas, set judge.structured to false"
-            return GaveUp(f"the endpoint refused the request: {said}{hint if self.config.structured else ''}")
-        if status is not None and status < 500 and status not in (408, 409):
-            return GaveUp(f"the endpoint refused the request: {said}")
         with self._lock:
             self._lost += 1
-            gone = self._lost > self.workers or not (self._answered or status)
-        if not gone:
+            many = self._lost > self.workers
+        if status is not None and status < 500 and status not in (408, 409):
+            hint = "; if the endpoint knows no JSON schemas, set judge.structured to false"
+            refused = (
+                f"the endpoint refused the request: {said}{hint if status == 400 and self.config.structured else ''}"
+            )
+            if many and not self._answered:
+                return JudgeError(f"{refused} ({self._lost} requests, and none was answered)")
+            return GaveUp(refused)
+        if not many and (self._answered or status):
             return GaveUp(f"no answer after {RETRIES} retries: {said}")
         return JudgeError(
             f"{self._where} {'gives no more answers' if self._answered else 'cannot be reached'}: none after {RETRIES} retries: "
