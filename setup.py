@@ -4,9 +4,8 @@ Nothing is compiled when this file is imported, and torch is never imported or d
 found on disk, in this interpreter's site-packages even when the build runs in pip's isolated environment. The tensor ops
 use libtorch's stable ABI, so one binary serves every torch from 2.11 on.
 
-    torch or a C++ compiler missing   pure-Python package, the reason printed; the torch code path does the work
-    a compile that fails              the same, loudly
-    SYNPO_REQUIRE_EXT=1               makes either an error instead
+Where torch or a C++ compiler is missing, or compiling fails, the package is installed without the extension, a warning says why
+(pip 26 shows it; older ones with -v), and the torch code path does the work. SYNPO_REQUIRE_EXT=1 makes it an error instead.
 """
 
 from __future__ import annotations
@@ -17,17 +16,16 @@ import re
 import shutil
 import sys
 import sysconfig
+import textwrap
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest release the tensor ops may meet
-
-
-def say(message: str) -> None:
-    print(f"synpo: {message}", file=sys.stderr, flush=True)
 
 
 def required() -> bool:
@@ -49,51 +47,43 @@ def find_torch() -> tuple[Path, str] | None:
     return (folder, found[1]) if found else None
 
 
-def extensions() -> list[Extension]:
-    insist = required()
-    if find_torch() is None:
-        reason = "no torch in this environment"
-    elif shutil.which(compiler()) is None:
-        reason = f"no C++ compiler ({compiler()})"
-    else:
-        sources, headers = (
-            [f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob(kind))] for kind in ("*.cpp", "*.h")
-        )
-        return [Extension("synpo_kernels._C", sources, depends=[*headers, "setup.py"], language="c++")]
-    if insist:
-        raise SystemExit(f"synpo: SYNPO_REQUIRE_EXT=1 but the C++ extension cannot be built: {reason}")
-    say(f"{reason}: installing without the C++ extension, the torch code path will be used")
-    return []
-
-
 def compiler() -> str:
     return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
 
 
 class BuildExtension(build_ext):
-    """Finds torch and pybind11, compiles; a failure leaves a pure-Python package unless SYNPO_REQUIRE_EXT=1."""
+    """Finds torch, pybind11 and a compiler, compiles; a failure leaves a pure-Python package unless SYNPO_REQUIRE_EXT=1."""
 
     def build_extension(self, ext: Extension) -> None:
+        insist = required()
         try:
             self.configure(ext)
             super().build_extension(ext)
         except Exception as error:
-            if required():
+            if insist:
                 raise
-            for stale in (ROOT / self.get_ext_filename(ext.name), Path(self.get_ext_fullpath(ext.name))):
-                stale.unlink(missing_ok=True)  # an earlier build, of other sources
-            say("=" * 78)
-            say(f"the C++ extension did not compile: {error}")
-            say("installing without it: the torch code path will be used (slower, same results).")
-            say("SYNPO_REQUIRE_EXT=1 makes this an error; pip install -v shows the compiler's output.")
-            say("=" * 78)
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an earlier build, of other sources
+            warnings.warn(
+                f"synpo: the C++ extension was not built: {textwrap.shorten(str(error), 120)}. The torch code path will be used: "
+                "same results, slower. pip install -v shows the compiler's output; SYNPO_REQUIRE_EXT=1 makes this an error.",
+                stacklevel=2,
+            )
             ext.optional = True  # setuptools then leaves the missing file out of the wheel and of an editable install
 
+    def copy_extensions_to_source(self) -> None:
+        """After a build in place: the checkout holds the binary just built, or none."""
+        for ext in self.extensions:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
     def configure(self, ext: Extension) -> None:
+        found = find_torch()
+        if found is None:
+            raise PlatformError("there is no torch in this environment")
+        if shutil.which(compiler()) is None:
+            raise PlatformError(f"there is no C++ compiler ({compiler()})")
         import pybind11
 
-        found = find_torch()
-        assert found is not None, "extensions() yields nothing where torch is missing"
         torch, version = found
         # pybind11's own headers first: the copy some torch releases ship (2.11) refuses TORCH_TARGET_VERSION.
         ext.include_dirs += [str(ROOT / "csrc"), pybind11.get_include(), str(torch / "include")]
@@ -119,8 +109,9 @@ class BuildExtension(build_ext):
         ]
 
 
+sources, headers = ([f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob(kind))] for kind in ("*.cpp", "*.h"))
 setup(
     packages=find_packages(".", include=["synpo_kernels*"]) + find_packages("python", include=["synpo*"]),
-    ext_modules=extensions(),
+    ext_modules=[Extension("synpo_kernels._C", sources, depends=[*headers, "setup.py"], language="c++")],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from importlib import metadata
 from pathlib import Path
@@ -31,8 +33,6 @@ def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names setup.py defines; asking it for the project's name runs it without building anything."""
     monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--name"])
     monkeypatch.chdir(ROOT)
-    for name in ("SYNPO_REQUIRE_EXT", "CXX"):
-        monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
@@ -49,8 +49,9 @@ def test_metadata(installed: metadata.Distribution) -> None:
     assert [r.split("<")[0].split(">")[0] for r in base] == ["torch"]
 
 
-def test_source_distribution_is_complete(tmp_path: Path) -> None:
-    """From a copy, so that nothing is written into the checkout: everything a build from source needs is in the archive."""
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy, so that nothing is written into the real one."""
     copy = tmp_path / "checkout"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "results")
     for folder in ("csrc", "synpo_kernels", "python", "tests", "bench", "examples"):
@@ -58,8 +59,13 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
     for file in ROOT.glob("*"):
         if file.is_file():
             shutil.copy(file, copy)
+    return copy
+
+
+def test_source_distribution_is_complete(checkout: Path, tmp_path: Path) -> None:
+    """Everything a build from source needs is in the archive."""
     command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True, text=True)
     [archive] = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
@@ -71,15 +77,30 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith(".so")]
 
 
-def test_no_compiler_means_a_pure_python_package(
-    build: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build["extensions"]() == []
-    assert "no C++ compiler (no-such-compiler)" in capsys.readouterr().err
-    monkeypatch.setenv("SYNPO_REQUIRE_EXT", "1")
-    with pytest.raises(SystemExit, match="no-such-compiler"):
-        build["extensions"]()
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "there is no C++ compiler (no-such-compiler)"), ("false", "Command '['false'")],
+    ids=["missing", "failing"],
+)
+def test_a_build_that_cannot_be_is_one_warning_or_an_error(compiler: str, reason: str, checkout: Path) -> None:
+    """And an earlier build for this interpreter, of other sources, is not left to be loaded."""
+    stale = checkout / "synpo_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    other = checkout / "synpo_kernels" / "_C.cpython-399-x86_64-linux-gnu.so"
+
+    def build(required: str) -> subprocess.CompletedProcess[str]:
+        stale.touch()
+        other.touch()
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        environment = os.environ | {"CXX": compiler, "SYNPO_REQUIRE_EXT": required}
+        return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+
+    done = build("")
+    assert done.returncode == 0 and done.stderr.count(f"the C++ extension was not built: {reason}") == 1
+    assert other.exists() and not stale.exists()
+    done = build("1")
+    assert done.returncode != 0 and reason in done.stderr
+    done = build("yes")
+    assert done.returncode != 0 and "SYNPO_REQUIRE_EXT='yes'; expected 0 or 1" in done.stderr
 
 
 def test_torch_is_found_where_build_isolation_hides_it(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +109,6 @@ def test_torch_is_found_where_build_isolation_hides_it(build: dict[str, Any], mo
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
     folder, version = build["find_torch"]()
     assert folder == Path(torch.__file__).parent and version == torch.__version__
-
-
-def test_a_misspelt_switch_is_an_error(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SYNPO_REQUIRE_EXT", "yes")
-    with pytest.raises(SystemExit, match="SYNPO_REQUIRE_EXT='yes'; expected 0 or 1"):
-        build["extensions"]()
 
 
 def test_ci_runs_the_tests_and_nothing_else() -> None:
