@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -146,6 +147,17 @@ def test_errors_of_the_machine_are_one_line_too(error, said, monkeypatch, capsys
     assert main(["presets"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_a_terminal_that_is_not_utf8_is_no_error():
+    code = (
+        "from synpo import cli\n"
+        "cli.COMMANDS['presets'] = lambda args: print('×100 größer κ 犬')\n"
+        "raise SystemExit(cli.main(['presets']))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "?100 gr??er ? ?\n")
 
 
 def test_a_missing_module_of_our_own_is_a_bug_and_shown_as_one(monkeypatch):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -204,6 +205,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 0, 2 with a one-line message for input that cannot be used, or 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows "?" for what it does not know
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     # A bf16 matmul through oneDNN dies with SIGILL where a CPU advertises AMX but its host does not grant it.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
     try:
