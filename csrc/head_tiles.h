@@ -4,7 +4,7 @@
 namespace synpo::head {
 namespace SYNPO_ISA {
 
-constexpr int64_t kSteps = 2048;  // of a logit summed in one go: sums of sums round less
+constexpr int64_t kSteps = 256;  // of a logit summed in one go: sums of sums round less
 
 // Numbers of type T, each widened to a unit of its own.
 template <class T>

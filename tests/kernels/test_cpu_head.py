@@ -126,6 +126,17 @@ def test_peaked_softmax(dtype, isa) -> None:
     assert found[::2].amax() > -1e-6 and found[1::2].amin() < -80.0, "the problem is not peaked"
 
 
+def test_long_sums_are_as_exact_as_torchs(isa) -> None:
+    """A logit is a sum over D, here long and of large numbers; one running sum of it would be four times as far off."""
+    hidden, weight, labels = draw(32, 300, 2048, torch.float32)
+    inputs = (3 * hidden, weight, labels)
+    expected = solve(naive_logprobs, *inputs, torch.float64)
+    plain = solve(naive_logprobs, *inputs, torch.float32)
+    found = solve(linear_logprobs, *inputs, torch.float32, backend="cpu")
+    for got, usual, exact in zip(found, plain, expected):
+        assert off(got, exact) <= 2.5 * off(usual, exact)
+
+
 def test_probability_close_to_one_keeps_its_digits(isa) -> None:
     hidden, weight = torch.tensor([[30.0]]), torch.tensor([[1.0], [0.0]])
     logps = linear_logprobs(hidden, weight, torch.tensor([0]), backend="cpu")
