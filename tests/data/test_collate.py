@@ -35,7 +35,8 @@ def test_the_example_of_the_docstring() -> None:
         assert batch["targets"].tolist() == [7, 1, 8, 9, 1]
         assert batch["cu_seqlens"].tolist() == [0, 2, 5]
         assert batch["vision"] == [{}]
-        assert batch["pair_ids"] == ["p"]
+        assert (batch["pair_ids"], batch["instead"]) == (["p"], [])
+        assert batch["tokens"] == int(batch["attention_mask"].sum())
         assert all(v.dtype == torch.int64 for v in batch.values() if isinstance(v, torch.Tensor))
 
 

@@ -32,6 +32,8 @@ class PairBatch(TypedDict):
     cu_seqlens: Tensor  # (2B + 1,) int64, bounds of each sequence's part of `rows` and `targets`
     vision: list[Any]  # B visual parts; empty for text
     pair_ids: list[str]  # B
+    tokens: int  # of all rows, without padding
+    instead: list[str]  # what is said of the pairs that stand in for others
 
 
 class PairCollator:
@@ -55,7 +57,9 @@ class PairCollator:
      'targets':        tensor([7, 1, 8, 9, 1]),              # the same
      'cu_seqlens':     tensor([0, 2, 5]),
      'vision':         [{}],
-     'pair_ids':       ['p']}
+     'pair_ids':       ['p'],
+     'tokens':         7,                                    # 9
+     'instead':        []}
     """
 
     def __init__(self, pad_token_id: int, prefix_sharing: bool = True, longest: int | None = None) -> None:
@@ -80,6 +84,8 @@ class PairCollator:
             "cu_seqlens": torch.tensor([0, *(len(answer) for _, answer in answers)]).cumsum(0),
             "vision": [p.vision for p in pairs],
             "pair_ids": [p.id for p in pairs],
+            "tokens": int(mask.sum()),
+            "instead": [p.instead for p in pairs if p.instead],
         }
 
     def _fits(self, pairs: Sequence[EncodedPair]) -> bool:

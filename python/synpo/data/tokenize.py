@@ -4,14 +4,15 @@
 
 Nothing is ever cut: a pair whose answer, end of sequence or visual tokens do not fit is dropped as a whole, with a reason
 that is counted and shown. `PairDataset` looks at every pair once at the start; what fits in `cache_bytes` it keeps encoded
-in memory, the rest is decoded again each time it is asked for.
+in memory, the rest is decoded again each time it is asked for. Of the rest no more than the first frame is decoded at the start:
+a video that turns out to be broken further on costs its pair, not the run.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from synpo.data.features import VisionCache
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.model.vision import Vision
 from synpo.records import Pair
-from synpo.video import FrameSampling, VideoError, probe, read_frames, resolve_video
+from synpo.video import FrameSampling, VideoError, VideoInfo, probe, read_frames, resolve_video
+
+STAND_INS = 8  # pairs in a row that may fail to decode while training before that is an error
 
 
 class PairError(ValueError):
@@ -38,13 +41,17 @@ class PairError(ValueError):
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair as ids: prompt (P,), chosen (C,), rejected (R,), all int64; the answers end with end-of-sequence."""
+    """One pair as ids: prompt (P,), chosen (C,), rejected (R,), all int64; the answers end with end-of-sequence.
+
+    `instead` says which pair it stands in for, and why.
+    """
 
     id: str
     prompt: Tensor
     chosen: Tensor
     rejected: Tensor
     vision: Vision
+    instead: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -99,12 +106,12 @@ class PairEncoder:
         self._check_texts(pair)
         if pair.video is None:
             return self._build(pair, self._prompt(pair, None))
-        path, times = self._locate(pair)
+        path, times, info = self._locate(pair)
         if self.features is None:
             return self._build(pair, self._look(pair, path, times))
         key = self.features.key(path, times)
         if (vision := self.features.read(key)) is not None:
-            return self._build(pair, Prompt(self._blank(pair, path, times).input_ids, vision))
+            return self._build(pair, Prompt(self._blank(pair, times, info).input_ids, vision))
         prompt = self._look(pair, path, times)
         (vision,) = self.lm.encode_vision([prompt.vision])
         return self._build(pair, Prompt(prompt.input_ids, self.features.write(key, vision)))
@@ -117,7 +124,8 @@ class PairEncoder:
         if pair.video is None or self.features is not None:
             return self.encode(pair)
         self._check_texts(pair)
-        return self._build(pair, self._blank(pair, *self._locate(pair)))
+        _, times, info = self._locate(pair)
+        return self._build(pair, self._blank(pair, times, info))
 
     def _look(self, pair: Pair, path: Path, times: list[float]) -> Prompt:
         """The prompt with the pixels of its video."""
@@ -126,9 +134,8 @@ class PairEncoder:
         except VideoError as error:
             raise PairError(pair.id, "video unreadable", str(error)) from error
 
-    def _blank(self, pair: Pair, path: Path, times: list[float]) -> Prompt:
+    def _blank(self, pair: Pair, times: list[float], info: VideoInfo) -> Prompt:
         """The prompt's ids alone, which depend on the number and the size of the frames."""
-        info = probe(path)
         blank = torch.zeros(1, dtype=torch.uint8).expand(len(times), 3, info.height, info.width)
         key = (pair.prompt, blank.shape)
         if key not in self._checked:
@@ -158,8 +165,8 @@ class PairEncoder:
                 token = self.lm.tokenizer.convert_ids_to_tokens(min(stray))
                 raise PairError(pair.id, reason, f"it contains {token}, which stands for what the model sees")
 
-    def _locate(self, pair: Pair) -> tuple[Path, list[float]]:
-        """The pair's video file, and the seconds at which frames are taken."""
+    def _locate(self, pair: Pair) -> tuple[Path, list[float], VideoInfo]:
+        """The pair's video file, the seconds at which frames are taken, and what the file says of itself."""
         assert pair.video is not None
         if not self.lm.sees_video:
             raise ConfigError(
@@ -172,7 +179,8 @@ class PairEncoder:
         except VideoError as error:
             raise PairError(pair.id, "video missing", str(error)) from error
         try:
-            return path, self.sampling.times(0.0, probe(path).duration)
+            info = probe(path)
+            return path, self.sampling.times(0.0, info.duration), info
         except VideoError as error:
             raise PairError(pair.id, "video unreadable", str(error)) from error
 
@@ -242,12 +250,34 @@ class PairDataset(Dataset[EncodedPair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether no pair has to be decoded again."""
+        return len(self._cache) == len(self)
+
     def __iter__(self) -> Iterator[EncodedPair]:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> EncodedPair:
-        """The encoded pair. Raises PairError when a video that could be opened at the start cannot be decoded now."""
-        return self._cache[index] if index in self._cache else self.encoder.encode(self.pairs[index])
+        """The encoded pair; where its video could be opened at the start and cannot be decoded now, the next that can be.
+
+        Raises VideoError when `STAND_INS` pairs in a row cannot be: then it is the folder that is gone.
+        """
+        index %= len(self)
+        if index in self._cache:
+            return self._cache[index]
+        failed: list[PairError] = []
+        for step in range(min(STAND_INS, len(self))):
+            place = (index + step) % len(self)
+            try:
+                found = self._cache[place] if place in self._cache else self.encoder.encode(self.pairs[place])
+            except PairError as error:
+                failed.append(error)
+            else:
+                return replace(found, instead=f"{failed[0]}; pair {found.id} stands in for it") if failed else found
+        raise VideoError(
+            f"{len(failed)} pairs in a row cannot be read any more, the first: {failed[0]}. Is the disk gone?"
+        )
 
     def reasons(self) -> list[tuple[str, int, str]]:
         """(reason, how many pairs it cost, the first of them in words), the most frequent first."""

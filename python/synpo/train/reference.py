@@ -98,17 +98,19 @@ class ReferenceStore:
         missing: list[str] = []
         keys: dict[str, str] = {}
         for index, pair in enumerate(tqdm(pairs, desc="reference", unit="pair", disable=not progress)):
-            key = self._key(pair)
-            if keys.setdefault(pair.id, key) != key:
+            key, earlier = self._key(pair), keys.get(pair.id)
+            if earlier not in (None, key):
                 raise ValueError(
                     f"two different pairs have the id {pair.id}: the reference is kept by id; make them unique"
                 )
-            if f"{key}-rejected" in there or f"{key}-rejected" in store:
+            keys[pair.id] = key
+            if earlier or f"{key}-rejected" in there or f"{key}-rejected" in store:
                 continue
             missing.append(pair.id)
-            if index % self.processes == self.process:
-                due.append(pair)
-            if compute is not None and len(due) == batch_size:
+            if compute is None or index % self.processes != self.process:
+                continue
+            due.append(pair)
+            if len(due) == batch_size:
                 self._append(store, due, keys, compute)
                 due = []
         if compute is None and missing:

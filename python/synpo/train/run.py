@@ -48,6 +48,8 @@ OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
 ELSEWHERE = ("config.pairs.", "config.judge.", "config.eval.")
 FREE = {"config.model.device", *(f"config.train.{name}" for name in ("guard", "save_total_limit", "cache_gigabytes"))}
 FREE |= {f"config.train.{name}" for name in ("disable_tqdm", "report_to", "run_name")}
+FREE |= {f"config.train.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers")}
+WORKERS = 4  # processes that decode videos beside a GPU
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     unseen = PairDataset(encoder, held, cache_bytes=room, progress=False) if held else None
     wrapped = make_trainable(lm, config)
     args.dataloader_pin_memory &= lm.device.type == "cuda"
+    if "dataloader_num_workers" not in config.train and lm.device.type == "cuda":
+        args.dataloader_num_workers = workers(dataset, args.world_size)
     trainer = SynPOTrainer(lm, args, dataset, unseen)
     trained = f"LoRA on {len(wrapped)} modules" if wrapped else "the whole language model"
     console.print(f"{args.loss_type} on {len(dataset)} pairs, {trained}, {trainable_parameters(lm):,} parameters")
@@ -196,6 +200,13 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     return _result(output)
 
 
+def workers(dataset: PairDataset, processes: int = 1) -> int:
+    """How many processes read pairs for each training process: none where all are in memory, else what the cores allow."""
+    if dataset.in_memory:
+        return 0
+    return max(0, min(WORKERS, (os.cpu_count() or 1) // processes - 1))
+
+
 def _save(lm: CaptionModel, config: Config, output: Path, state: dict[str, Any] | None) -> None:
     """Write what was trained; `state` holds its weights where no process has them whole."""
     if config.lora is not None:
@@ -225,6 +236,7 @@ def _metrics(
         "pairs": len(dataset),
         "held_out": len(unseen) if unseen else 0,
         "dropped": {reason: count for reason, count, _ in dataset.reasons()},
+        "unreadable": sorted(trainer.unreadable),
         "trainable_parameters": trainable_parameters(trainer.lm),
         "seconds": done.metrics["train_runtime"],
         "first": rows[0],

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -31,7 +34,7 @@ from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
-from synpo.train.checkpoint import writing
+from synpo.train.checkpoint import last_checkpoint, writing
 from synpo.train.guard import MODES
 from synpo.train.objective import Outcome, PairObjective, parameters_of
 from synpo.train.reference import kind_of, precompute
@@ -43,7 +46,11 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class DivergenceError(ValueError):
-    """The loss is not finite. The message names the pairs and the settings to change."""
+    """Loss or gradient is not finite. The message names the pairs and the settings to change."""
+
+
+class MemoryLimitError(ValueError):
+    """A step does not fit in the memory of the device. The message names the settings to change."""
 
 
 @dataclass
@@ -157,6 +164,11 @@ class SynPOTrainer(Trainer):
                 "float16 weights without loss scaling lose most gradients: set train.fp16 = true, or load the model with "
                 "model.dtype bfloat16 or float32"
             )
+        if args.fp16 and any(p.dtype == torch.float16 and p.requires_grad for p in lm.model.parameters()):
+            raise ConfigError(
+                "train.fp16 scales the gradients of float32 weights, and those that are trained here are float16: load the model "
+                "with model.dtype = float32"
+            )
         if args.cache_vision and not lm.vision_frozen:
             raise ConfigError(
                 "train.cache_vision keeps what a frozen vision tower saw, and this one is trained: freeze it, or set "
@@ -186,6 +198,7 @@ class SynPOTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._means = {"train": _Means(), "eval": _Means()}
+        self.unreadable: set[str] = set()  # what was said of pairs that others stood in for
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -213,9 +226,13 @@ class SynPOTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The micro-batch's share of the step's mean over pairs (its own mean where `num_items_in_batch` is None)."""
+        for said in inputs["instead"]:
+            if said not in self.unreadable:
+                self.unreadable.add(said)
+                tqdm.write(f"warning: {said}", file=sys.stderr)
         outcome = self.pair_objective(model, inputs)
         pairs = inputs["pair_ids"]
-        if bool(outcome.nonfinite.any()) or not bool(torch.isfinite(outcome.loss)):
+        if bool(outcome.nonfinite.any() | ~torch.isfinite(outcome.loss)):  # the one look at the device in a micro-batch
             raise DivergenceError(self._why_not_finite(outcome, pairs))
         self._means["train" if model.training else "eval"].add(outcome, len(pairs))
         loss = outcome.loss
@@ -228,8 +245,43 @@ class SynPOTrainer(Trainer):
         kind = "mixed precision fp16 overflows easily: use bf16" if self.args.fp16 else "lower train.learning_rate"
         return (
             f"step {self.state.global_step}: log-probabilities or loss are not finite for pairs {', '.join(bad)}; {kind}, "
-            f"or look at these pairs. The last checkpoint in {self.args.output_dir} is intact"
+            f"or look at these pairs. {self._kept()}"
         )
+
+    def _kept(self) -> str:
+        last = last_checkpoint(Path(str(self.args.output_dir)))
+        return f"The last checkpoint, {last}, is intact" if last else "There is no checkpoint yet"
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the Trainer's; a norm that is not finite ends the run before weights, and a checkpoint, are made of it."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # under fp16 such steps are left out, until the scale of the loss fits
+        if not self.args.fp16 and norm is not None and not math.isfinite(norm):
+            raise DivergenceError(
+                f"step {self.state.global_step}: the loss is finite, but its gradient is not; lower train.learning_rate, or use "
+                f"float32 (model.dtype, without train.bf16) to see whether it is the precision. {self._kept()}"
+            )
+        return norm
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's. Raises MemoryLimitError where a step does not fit (but for `auto_find_batch_size`)."""
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if self.args.auto_find_batch_size:
+                raise
+            raise MemoryLimitError(
+                f"step {self.state.global_step}: {len(inputs['pair_ids'])} pairs, {inputs['tokens']} tokens, do not fit in the "
+                f"memory of {self.args.device} ({str(error).splitlines()[0]}); lower train.per_device_train_batch_size and raise "
+                "train.gradient_accumulation_steps as much, set train.activation_checkpointing = true, or lower train.max_length "
+                f"or frames.maximum. `synpo plan` says what fits. {self._kept()}"
+            ) from error
+
+    def _track_num_input_tokens(self, inputs: PairBatch) -> None:
+        """As the Trainer's, which would wait for the device after every micro-batch."""
+        if self.args.world_size > 1 or self.args.include_num_input_tokens_seen != "non_padding":
+            return super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen += inputs["tokens"]
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -277,7 +329,8 @@ class SynPOTrainer(Trainer):
         metrics.update({prefix + name: value for name, value in means.items()})
         settings: Any = self.args
         if prefix.startswith("eval") and settings.sample_tokens > 0 and (pairs := self._sampled(settings.samples)):
-            metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
+            with self.compute_loss_context_manager():  # in the precision of training
+                metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
