@@ -56,7 +56,7 @@ Scratch& scratch() {
 // Position of the first item, in descending order, at which the running sum of weights reaches `target` (passes it, if
 // `strictly`); `sum` becomes the sum up to and including it. Sorts only around the position: quickselect, by weight.
 // Items before the position are, as a set, those that precede it in the order. Rounding can leave the target out of reach:
-// then the last item that the running sum could feel is taken.
+// then the last item that the running sum feels is taken.
 int64_t reach(Item* items, int64_t n, double target, bool strictly, double& sum) {
   const auto descending = [](const Item& a, const Item& b) { return a.key > b.key; };
   const auto reached = [&](double s) { return strictly ? s > target : s >= target; };
@@ -79,12 +79,17 @@ int64_t reach(Item* items, int64_t n, double target, bool strictly, double& sum)
   }
   std::sort(items + low, items + high, descending);
   sum = before;
-  int64_t last = low;
+  int64_t last = -1;
   for (int64_t i = low; i < high; ++i) {
     const double next = sum + items[i].weight;
     if (next > sum) last = i;
     sum = next;
     if (reached(sum)) return i;
+  }
+  if (last < 0) {  // it is in front of `low`
+    std::sort(items, items + low, descending);
+    last = low - 1;
+    while (last > 0 && sum + items[last].weight == sum) --last;
   }
   return last;
 }
@@ -112,12 +117,8 @@ void draw(Candidates& c, const Sampling& s, double u, Scratch& memory, int64_t& 
   } else {
     memory.items.resize(c.n);
     Item* items = memory.items.data();
-    const double least = total * 0x1p-54 / static_cast<double>(c.n);  // all below it together are lost in the total's rounding
-    int64_t kept = 0;
-    for (int64_t i = 0; i < c.n; ++i) {
-      items[kept] = {to_key(c.x[i], c.id[i]), weights[i]};
-      kept += weights[i] >= least;
-    }
+    for (int64_t i = 0; i < c.n; ++i) items[i] = {to_key(c.x[i], c.id[i]), weights[i]};
+    int64_t kept = c.n;
     if (s.top_p < 1.0) kept = 1 + reach(items, kept, s.top_p * total, false, total);
     if (s.min_p > 0.0) {
       kept = std::partition(items, items + kept, [&](const Item& i) { return i.weight >= s.min_p; }) - items;
