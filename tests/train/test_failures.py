@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from accelerate import data_loader
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from synpo.config import Config, ConfigError, build
@@ -20,6 +21,7 @@ from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.records import Pair, write_records
 from synpo.train.checkpoint import fault
 from synpo.train.run import WORKERS, train, workers
+from synpo.train.run import settings as settings_of
 from synpo.train.trainer import DivergenceError, MemoryLimitError
 from synpo.video import VideoError
 
@@ -76,6 +78,37 @@ def test_a_step_that_does_not_fit_names_what_to_lower(text_lm: CaptionModel, pai
     words = rf"step 0: 4 pairs, {tokens} tokens, do not fit in .*cpu \(CUDA out of memory.*20.00 GiB\.\); lower .*batch_size"
     with pytest.raises(MemoryLimitError, match=words):
         trainer.train()
+
+
+def test_batches_wait_on_the_host_until_their_turn(
+    text_lm: CaptionModel, pairs_for: Any, trainer_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would move the pixels of all micro-batches of a step to the GPU at once."""
+    moved: list[int] = []
+    real = data_loader.send_to_device
+    monkeypatch.setattr(data_loader, "send_to_device", lambda batch, *a, **k: moved.append(1) or real(batch, *a, **k))
+    trainer = trainer_for(text_lm, pairs_for(text_lm), gradient_accumulation_steps=2)
+    trainer.eval_dataset = pairs_for(text_lm)
+    trainer.train()
+    assert not moved
+    trainer.evaluate()
+    assert moved  # the patch is where batches are moved
+
+
+def test_a_metric_that_is_not_there_is_named_before_training(
+    videos: Path, tmp_path: Path, tiny_captioner_path: Path
+) -> None:
+    extra = {"held_out": 2, "samples": 0, "save_strategy": "epoch", "load_best_model_at_end": True}
+    settings = config_of(tiny_captioner_path, **extra, metric_for_best_model="rewards/margin")
+    words = r"metric_for_best_model: evaluation gives no 'rewards/margin'; did you mean 'rewards/margins'"
+    with pytest.raises(ConfigError, match=words):
+        train(settings, videos / "videos", videos / "pairs.jsonl", tmp_path)
+    assert not (tmp_path / "train_log.jsonl").exists()
+
+
+def test_evaluation_takes_the_batches_of_training(tmp_path: Path) -> None:
+    assert settings_of(config_of(tmp_path, held_out=2), tmp_path).per_device_eval_batch_size == 2
+    assert settings_of(config_of(tmp_path, per_device_eval_batch_size=3), tmp_path).per_device_eval_batch_size == 3
 
 
 def test_float16_weights_are_not_trained_themselves(pairs_for: Any, trainer_for: Any) -> None:

@@ -203,6 +203,12 @@ def test_tokens_and_what_is_dropped_are_counted(folders: dict[str, Path], pairs:
     values["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
     part = {**values, "train": values["train"] | {"num_train_epochs": 0.5, "held_out": 2}}
     assert plan(build(Config, part), None, pairs, ["24GB"]).steps == 1  # 7 pairs in 2 steps, half of them
+    full = part["train"] | {"num_train_epochs": 3, "gradient_accumulation_steps": 1}
+    assert plan(build(Config, part | {"train": full}), None, pairs, ["24GB"]).steps == 3 * 4
+    assert (
+        plan(build(Config, part | {"train": full | {"dataloader_drop_last": True}}), None, pairs, ["24GB"]).steps
+        == 3 * 3
+    )
     part["train"]["num_train_epochs"] = 0.6
     assert plan(build(Config, part), None, pairs, ["24GB"]).steps == 2
     found = plan(build(Config, values), None, pairs, ["24GB", "1GB"])

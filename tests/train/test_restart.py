@@ -196,15 +196,20 @@ def test_a_whole_model_is_trained_gone_on_with_and_loaded(
         train(replace(settings, lora=LoraSection()), *data, tmp_path / "killed")
 
 
-def test_the_best_of_a_whole_model_is_what_is_saved(folder: Path, tmp_path: Path, tiny_captioner_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lora", "file"), [(None, "model.safetensors"), (LoraSection(r=4), "adapter_model.safetensors")]
+)
+def test_the_best_of_a_run_is_what_is_saved(
+    lora: LoraSection | None, file: str, folder: Path, tmp_path: Path, tiny_captioner_path: Path
+) -> None:
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    settings = replace(config(folder, held_out=2, samples=0, **best), lora=None)
+    settings = replace(config(folder, held_out=2, samples=0, **best), lora=lora)
     settings = replace(settings, model=replace(settings.model, path=str(tiny_captioner_path)))
     result = train(settings, None, folder / "pairs.jsonl", tmp_path)
     first, last = sorted(tmp_path.glob("checkpoint-*"))
     losses = [row["eval_loss"] for row in rows(tmp_path) if "eval_loss" in row]
     assert losses[1] > losses[2]  # after the first and the second epoch
-    saved, other, wanted = (load_file(path / "model.safetensors") for path in (result.adapter, last, first))
+    saved, other, wanted = (load_file(path / file) for path in (result.adapter, last, first))
     assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
     assert not all(torch.equal(saved[name], other[name]) for name in other)
 

@@ -190,7 +190,8 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
             configured = (layout, checkpointing) == (chosen_layout, checkpointed)
             estimates.append(Estimate(layout, checkpointing, configured, micro, memory, memory.total, largest))
     at = max(range(len(used)), key=lambda i: Batch(1, used[i], chosen_layout).tokens)
-    windows = -(-len(used) // (micro * args.gradient_accumulation_steps))
+    batches = len(used) // micro if args.dataloader_drop_last else -(-len(used) // micro)
+    windows = -(-batches // args.gradient_accumulation_steps)
     return Plan(
         pairs=len(loaded),
         used=len(used),

@@ -88,6 +88,8 @@ def settings(config: Config, output: Path) -> SynPOConfig:
         raise ConfigError(
             "train.eval_strategy: there is nothing to evaluate; set train.held_out to the pairs to keep apart"
         )
+    if "per_device_train_batch_size" in values:  # what fits in training fits in evaluation
+        values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
     if config.model.adapter and values.get("reference", "auto") == "auto":  # where its training starts is not its base
         values["reference"] = "start"
     try:

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from synpo.config import ConfigError
+from synpo.config import ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
@@ -213,6 +214,13 @@ class SynPOTrainer(Trainer):
             self.pair_objective.references = precompute(self, resuming=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def get_train_dataloader(self) -> Any:
+        """As the Trainer's; batches stay on the host until their turn: it fetches those of a whole optimizer step at once."""
+        loader = super().get_train_dataloader()
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
+
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Tensor:
         """Pairs of one optimizer step, over all its micro-batches and all processes."""
         count = torch.tensor(sum(len(batch["pair_ids"]) for batch in batch_samples), device=device)
@@ -328,6 +336,13 @@ class SynPOTrainer(Trainer):
             return output
         metrics.update({prefix + name: value for name, value in means.items()})
         settings: Any = self.args
+        if (
+            (best := settings.metric_for_best_model)
+            and prefix == "eval_"
+            and f"eval_{best.removeprefix('eval_')}" not in metrics
+        ):
+            known = [name.removeprefix("eval_") for name in metrics]
+            raise ConfigError(f"train.metric_for_best_model: evaluation gives no {best!r}; {suggest(best, known)}")
         if prefix.startswith("eval") and settings.sample_tokens > 0 and (pairs := self._sampled(settings.samples)):
             with self.compute_loss_context_manager():  # in the precision of training
                 metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
