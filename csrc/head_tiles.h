@@ -204,7 +204,7 @@ void pack_sum_tiles(const void* weight, int64_t stride, int64_t rows, int64_t hi
 template <class E, bool kKeep, bool kCapped>
 void exponentials(const LogitsTask& task, float* z, int64_t first, int64_t rows, int64_t panel, uint32_t* out) {
   using F = typename E::Format;
-  const Vec scale = Vec::fill(task.scale), cap = Vec::fill(task.softcap), per_cap = Vec::fill(1.0f / task.softcap);
+  const Vec scale = Vec::fill(task.scale), cap = Vec::fill(task.softcap), per_cap = Vec::fill(kCapped ? 1.0f / task.softcap : 0.0f);
   for (int64_t l = 0; l < E::kLanes; l += Vec::kWidth) {
     const int64_t lane = panel * E::kLanes + l;
     const Vec target = Vec::load(task.target + lane);
