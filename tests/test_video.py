@@ -205,3 +205,23 @@ def test_real_videos(name: str, size: tuple[int, int], seconds: float, real_data
     frames = read_frames(path, FrameSampling(fps=0.5, minimum=2, maximum=3).times(0, info.duration))
     assert frames.shape[1:] == (3, info.height, info.width)
     assert frames.float().std() > 5
+
+
+def test_nothing_is_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to a file that was moved is listed, and found missing when it is used; a folder that is barred is an error."""
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "moved.mp4")
+    (tmp_path / "sub").mkdir()
+    assert list_videos(tmp_path) == ["a.mp4", "link.mp4"]
+    with pytest.raises(VideoError, match=r"'link\.mp4' is not in"):
+        resolve_video(tmp_path, "link.mp4")
+    scan = os.scandir
+
+    def scandir(path: str | os.PathLike[str]) -> object:
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(VideoError, match=r"sub cannot be read: Permission denied"):
+        list_videos(tmp_path)

@@ -57,18 +57,23 @@ class FrameSampling:
 
 
 def list_videos(root: str | os.PathLike[str]) -> list[str]:
-    """Videos below `root` as sorted POSIX paths relative to it.
+    """Videos below `root` as sorted POSIX paths relative to it; links that lead nowhere too, so that their use is an error.
 
     Raises:
-        VideoError: no such folder, no video in it, or one whose name is not UTF-8.
+        VideoError: no such folder, one below it that cannot be read, no video in it, or one whose name is not UTF-8.
     """
     folder = Path(root)
     if not folder.is_dir():
         raise VideoError(f"{folder} is not a folder; --videos takes the folder that holds the video files")
+
+    def barred(error: OSError) -> None:
+        raise VideoError(f"{error.filename} cannot be read: {error.strerror}") from error
+
     found = sorted(
-        p.relative_to(folder).as_posix()
-        for p in folder.rglob("*")
-        if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".") and p.is_file()
+        path.relative_to(folder).as_posix()
+        for where, _, names in os.walk(folder, onerror=barred)
+        for path in (Path(where, name) for name in names if not name.startswith("."))
+        if path.suffix.lower() in VIDEO_SUFFIXES and (path.is_file() or path.is_symlink())
     )
     if not found:
         raise VideoError(f"no video below {folder}; looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
