@@ -75,7 +75,7 @@ struct Candidates {
   int64_t n = 0;
 
   void reserve(int64_t size) {
-    if (static_cast<int64_t>(x.size()) < size) {
+    if (static_cast<int64_t>(id.size()) < size) {  // `id` is last: memory may run out in between, and the caller come again
       x.resize(size);
       id.resize(size);
     }
