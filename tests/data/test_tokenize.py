@@ -1,6 +1,8 @@
 """Encoding pairs: nothing is cut, every pair that cannot be used is dropped with its reason, decoding is cached."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from synpo.data.tokenize import PairDataset, PairEncoder, PairError
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.records import Pair
-from synpo.video import FrameSampling
+from synpo.video import FrameSampling, probe
 
 SAMPLING = FrameSampling(fps=1.0, minimum=2, maximum=4)  # 3 s of video: 3 frames, 3 × 4 + 1 visual tokens
 
@@ -29,6 +31,29 @@ def test_a_pair_is_encoded_whole(captioner: CaptionModel, videos: Path) -> None:
     for ids, text in ((encoded.chosen, "A bar moves."), (encoded.rejected, "It rains.")):
         assert ids[-1] == captioner.tokenizer.eos_token_id
         assert captioner.text(ids) == text
+
+
+@pytest.mark.parametrize("tells_time", [True, False])
+def test_what_is_counted_is_what_is_read(
+    tells_time: bool, captioner: CaptionModel, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without pixels too, where the model writes the time between the frames: two videos are as long as they are."""
+    prepare, prepared = captioner.vision.prepare, []  # type: ignore[union-attr]
+
+    def telling(text: str, frames: Any, vision: Any = None, seconds: float | None = None) -> Any:
+        prepared.append(seconds)
+        return prepare(f"{text} {seconds:.1f} s" if tells_time else text, frames, vision, seconds)
+
+    monkeypatch.setattr(captioner.vision, "prepare", telling)
+    encoder = PairEncoder(captioner, videos, SAMPLING)
+    monkeypatch.setattr(
+        tokenize, "probe", lambda path: replace(probe(path), duration=3.0 if path.name == "a.mp4" else 3.4)
+    )
+    for _ in range(2):
+        for name in ("a.mp4", "b/c.mp4"):
+            assert torch.equal(encoder.check(pair("p", name)).prompt, encoder.encode(pair("p", name)).prompt)
+    assert set(prepared) - {300.0} == {3.0, 3.4}
+    assert len(prepared) == 2 + 4 + (2 if tells_time else 1), "asked twice whether it matters, then once for each"
 
 
 def test_text_pairs_need_no_video_and_no_video_model(captioner: CaptionModel) -> None:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ from synpo.demo.render import render
 from synpo.demo.world import make_split
 from synpo.evaluate import caption as module
 from synpo.evaluate.caption import evaluate_model
+from synpo.model.adapter import CaptionModel
 from synpo.records import read_jsonl, write_jsonl
-from synpo.video import VideoError
+from synpo.video import VideoError, probe
 
 GREEDY = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=6)
 
@@ -51,6 +53,21 @@ def test_captions_scores_and_what_was_left_out(config: Config, videos: Path, tmp
     assert set(json.loads((output / "scores.json").read_text())["systems"]) == {"earlier", "this model"}
     shown = capsys.readouterr().out  # type: ignore[attr-defined]
     assert "left out noise.mp4" in shown and "1 of 5 referenced videos are not in" in shown
+
+
+def test_a_model_is_told_how_long_a_video_lasts(
+    config: Config, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+    prompt = CaptionModel.prompt
+
+    def noting(self: CaptionModel, *args: Any, seconds: float | None = None) -> Any:
+        told.append(seconds)
+        return prompt(self, *args, seconds=seconds)
+
+    monkeypatch.setattr(CaptionModel, "prompt", noting)
+    evaluate_model(config, videos, None, tmp_path / "out")
+    assert told == [probe(videos / f"held-out-0000{i}.mp4").duration for i in range(3)]
 
 
 def test_an_interrupted_run_captions_what_is_missing_and_no_more(

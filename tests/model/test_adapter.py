@@ -120,13 +120,15 @@ class QwenProcessor:
     def __init__(self, tokenizer: Any, numbers: int) -> None:
         self.tokenizer, self.numbers = tokenizer, numbers
 
-    def __call__(self, text: list[str], videos: list[Tensor], **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, text: list[str], videos: list[list[Tensor]], **kwargs: Any) -> dict[str, Any]:
+        self.told = kwargs.pop("video_metadata", None)
         assert kwargs == {"return_tensors": "pt", "do_sample_frames": False, "add_special_tokens": False}
-        grid = torch.tensor([[len(videos[0]) // 2, 4, 4]])
+        ((frames,),) = videos
+        grid = torch.tensor([[len(frames) // 2, 4, 4]])
         expanded = text[0].replace("<video>", "<video>" * (int(grid.prod()) // 4))
         encoded = self.tokenizer(expanded, add_special_tokens=False, return_tensors="pt")
         patches = int(grid.prod())
-        pixels = videos[0].float().flatten().repeat(2)[: patches * self.numbers].view(patches, self.numbers) / 255
+        pixels = frames.float().flatten().repeat(2)[: patches * self.numbers].view(patches, self.numbers) / 255
         types = (encoded.input_ids == self.tokenizer.get_vocab()["<video>"]).int() * 2
         return {**encoded, "pixel_values_videos": pixels, "video_grid_thw": grid, "mm_token_type_ids": types}
 
@@ -172,6 +174,17 @@ def test_qwen_vl_gets_its_three_dimensional_positions(kind: str) -> None:
             with torch.no_grad():
                 own = lm.model(input_ids=rows[i][None], **types, **visions[i]).logits[0]
             torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
+
+
+def test_processors_are_told_when_frames_were_taken() -> None:
+    lm = qwen_vl("qwen2_5_vl")
+    lm.prompt("Describe.", clip(4), seconds=10.0)
+    told = lm.vision.processor.told  # type: ignore[union-attr]
+    assert told == [
+        [{"total_num_frames": 10000, "fps": 1000.0, "duration": 10.0, "frames_indices": [1250, 3750, 6250, 8750]}]
+    ]
+    lm.prompt("Describe.", clip(4))
+    assert lm.vision.processor.told is None, "the model's own assumption"  # type: ignore[union-attr]
 
 
 SMALL: dict[str, Any] = {

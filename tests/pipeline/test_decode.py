@@ -126,10 +126,10 @@ class VideoGrid:
     def __init__(self, tokenizer: Any, config: Qwen2VLConfig) -> None:
         self.tokenizer, self.vision = tokenizer, config.vision_config
 
-    def __call__(self, text: list[str], videos: list[Tensor], **_: Any) -> dict[str, Tensor]:
-        times = len(videos[0]) // 2
+    def __call__(self, text: list[str], videos: list[list[Tensor]], **_: Any) -> dict[str, Tensor]:
+        times = len(videos[0][0]) // 2
         patch = self.vision.in_channels * self.vision.temporal_patch_size * self.vision.patch_size**2
-        pixels = torch.randn(times * 16, patch, generator=torch.Generator().manual_seed(len(videos[0])))
+        pixels = torch.randn(times * 16, patch, generator=torch.Generator().manual_seed(len(videos[0][0])))
         placed = text[0].replace("<video>", "<video>" * (times * 4))
         ids = self.tokenizer(placed, add_special_tokens=False, return_tensors="pt").input_ids
         return {"input_ids": ids, "pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[times, 4, 4]])}
@@ -163,6 +163,15 @@ def test_positions_in_three_dimensions() -> None:
     assert_naive(lm, prompts, amateurs, ContrastConfig())
     other = replace(lm.prompt("And now?", frames(8, 0)), vision=prompts[0].vision)
     assert_naive(lm, [prompts[0], other, prompts[1]], None, None)
+    longer = lm.prompt("Describe it.", frames(80, 0))  # forty steps of time, far more than its width
+    asked = [longer, replace(lm.prompt("Or?", frames(80, 0)), vision=longer.vision)]
+    for rows in (asked, asked[:1]):
+        for row, prompt in enumerate(rows):
+            ids = torch.cat([prompt.input_ids, torch.tensor([lm.pad_token_id])])[None]
+            expected = lm.positions(ids, torch.ones_like(ids), [prompt.vision])
+            assert torch.equal(Reader(lm).read(rows)[0].position[:, row], expected[:, 0, -1:]), (
+                "where a next token stands"
+            )
 
 
 def test_prompts_about_one_video_share_its_reading(captioner: CaptionModel) -> None:

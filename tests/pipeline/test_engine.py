@@ -126,7 +126,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
                 assert params.logprobs is not None, "without, cumulative_logprob is None"
                 record.requests.append((prompt, params))
                 look = "again " if INSTRUCTION in prompt["prompt"] else ""
-                text = f" {look}said {params.seed} <of {prompt['multi_modal_data']['video'].shape[0]} frames> "
+                video, timing = prompt["multi_modal_data"]["video"]
+                assert len(timing["frames_indices"]) == len(video) and timing["do_sample_frames"] is False
+                text = f" {look}said {params.seed} <of {len(video)} frames> "
                 reason = "length" if (params.seed or 0) % 5 == 0 else "stop"
                 output = CompletionOutput(0, text, [5, 6, 7, 1], -2.0, [{}], finish_reason=reason)
                 results.append(RequestOutput(str(i), prompt["prompt"], [], None, [output], True))
@@ -143,15 +145,19 @@ def test_requests_carry_video_question_and_seed(tiny_captioner_path: Path, calls
     engine = make_engine(ModelConfig(path=str(tiny_captioner_path)), "vllm", lambda: pytest.fail("no model is loaded"))
     views = [torch.arange(8 * 3 * 4 * 6).view(8, 3, 4, 6).to(torch.uint8), torch.zeros(5, 3, 4, 6, dtype=torch.uint8)]
     sampling = SamplingConfig(temperature=0.7, top_k=0, top_p=0.9, min_p=0.1, max_new_tokens=33)
-    rows = engine.describe(views, [["a", "b"], ["c"]], "Describe.", sampling, refinements=1)
+    rows = engine.describe(views, [["a", "b"], ["c"]], "Describe.", sampling, 1, [6.0, 4.5])
     assert [len(row) for row in rows] == [2, 1] and calls.batches == [3, 3]
     assert calls.made[0]["limit_mm_per_prompt"] == {"video": 1, "image": 0} and calls.made[0]["enable_prefix_caching"]
 
     first, params = calls.requests[0]
     assert first["prompt"] == "<|user|><video>Describe.<|end|><|assistant|>"
-    video = first["multi_modal_data"]["video"]
+    video, timing = first["multi_modal_data"]["video"]
     assert isinstance(video, np.ndarray) and video.shape == (8, 4, 6, 3) and video.dtype == np.uint8
     assert np.array_equal(video, views[0].permute(0, 2, 3, 1).numpy())
+    assert timing == {
+        "total_num_frames": 6000, "fps": 1000.0, "duration": 6.0, "do_sample_frames": False,
+        "frames_indices": [375, 1125, 1875, 2625, 3375, 4125, 4875, 5625],
+    }  # fmt: skip
     assert first["mm_processor_kwargs"] == {"do_sample_frames": False}
     assert (params.temperature, params.top_k, params.top_p, params.min_p, params.max_tokens) == (0.7, -1, 0.9, 0.1, 33)
     seeds = [p.seed for _, p in calls.requests]
@@ -164,7 +170,7 @@ def test_requests_carry_video_question_and_seed(tiny_captioner_path: Path, calls
         again[0][0] == f"<|user|><video>Describe.\n{INSTRUCTION}\nEarlier description: {row.draft}<|end|><|assistant|>"
     )
     assert row.logp == -0.5 and row.finished == (seeds[3] % 5 != 0) and "<of 5 frames>" in other.text
-    same = engine.describe(views, [["a", "b"], ["c"]], "Describe.", sampling, refinements=1)
+    same = engine.describe(views, [["a", "b"], ["c"]], "Describe.", sampling, 1, [6.0, 4.5])
     assert same == rows, "seeds follow from the keys"
 
 
@@ -179,7 +185,7 @@ def test_what_a_draft_says_is_no_part_of_the_chat(tiny_captioner_path: Path, cal
         return results
 
     engine._llm.generate = with_tokens
-    engine.describe([torch.zeros(8, 3, 4, 4, dtype=torch.uint8)], [["a"]], "Describe.", SHORT, refinements=1)
+    engine.describe([torch.zeros(8, 3, 4, 4, dtype=torch.uint8)], [["a"]], "Describe.", SHORT, 1, [8.0])
     prompt = calls.requests[1][0]["prompt"]
     assert prompt.count("<video>") == prompt.count("<|end|>") == prompt.count("<|assistant|>") == 1
 
@@ -249,6 +255,6 @@ def test_hf_is_our_own_decoder(captioner: CaptionModel) -> None:
     get: Callable[[], CaptionModel] = lambda: loads.append(1) or captioner  # type: ignore[func-returns-value]  # noqa: E731
     engine = make_engine(ModelConfig(), "hf", get)
     assert isinstance(engine, HuggingFace) and loads == [1]
-    ((row,),) = engine.describe([torch.zeros(8, 3, 48, 48, dtype=torch.uint8)], [["a"]], "Describe.", SHORT, 0)
+    ((row,),) = engine.describe([torch.zeros(8, 3, 48, 48, dtype=torch.uint8)], [["a"]], "Describe.", SHORT, 0, [8.0])
     assert row.text == row.draft
     engine.close()

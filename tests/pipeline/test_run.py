@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from synpo.config import Config, ConfigError, ModelConfig, PairsConfig, SamplingConfig
+from synpo.model.vision import OneVision
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict
 from synpo.pipeline.judge.offline import OfflineJudge
 from synpo.pipeline.run import build_pairs
@@ -64,6 +65,24 @@ def test_every_record_of_a_run(videos: Path, tiny_captioner_path: Path, tmp_path
     assert set(result.seconds) == {"clips", "clip captions", "candidates", "scores"} and not result.problems
     shown = capsys.readouterr().out
     assert "candidates scored" in shown and f"{len(pairs)} pairs in" in shown.replace("\n", "")
+
+
+def test_a_model_is_told_how_long_what_it_sees_lasts(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+    prepare = OneVision.prepare
+
+    def noting(self: OneVision, text: str, frames: Any, vision: Any = None, seconds: float | None = None) -> Any:
+        told.append(seconds)
+        return prepare(self, text, frames, vision, seconds)
+
+    monkeypatch.setattr(OneVision, "prepare", noting)
+    build_pairs(settings(tiny_captioner_path), videos, tmp_path / "pairs.jsonl")
+    clips = read_records(Clip, tmp_path / "pairs.jsonl.work" / "clips.jsonl")
+    lengths = [c.end - c.start for c in clips for _ in range(2)]  # expert and amateur
+    whole = [c.end for c in clips if c.index == 1]
+    assert sorted(told) == pytest.approx(sorted([*lengths, *whole]))  # type: ignore[type-var]
 
 
 def test_a_second_run_does_nothing_again(videos: Path, tiny_captioner_path: Path, tmp_path: Path) -> None:

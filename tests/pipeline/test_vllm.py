@@ -18,6 +18,7 @@ from synpo.pipeline.retrospect import retrospective_prompt
 
 vllm = pytest.importorskip("vllm", reason="vllm is not installed (pip install 'synpo[vllm]', or a CPU build of it)")
 QUESTION = "Describe."
+SECONDS = [8.0, 20.0]
 
 
 def as_on_the_hub(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -63,9 +64,9 @@ def test_greedy_answers_of_vllm_are_ours(tmp_path: Path, monkeypatch: pytest.Mon
         views, keys, QUESTION, greedy, 1
     )
     engine = VLLM(ModelConfig(path=str(tmp_path / "theirs"), dtype="float32"))
-    theirs = engine.describe(views, keys, QUESTION, greedy, 1)
+    theirs = engine.describe(views, keys, QUESTION, greedy, 1, SECONDS)
     sampled = SamplingConfig(temperature=0.9, top_k=8, top_p=0.95, max_new_tokens=12)
-    twice = [engine.describe(views, keys, QUESTION, sampled, 0) for _ in range(2)]
+    twice = [engine.describe(views, keys, QUESTION, sampled, 0, SECONDS) for _ in range(2)]
     engine.close()
 
     for expected, got in zip((x for row in ours for x in row), (x for row in theirs for x in row)):

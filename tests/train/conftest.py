@@ -113,8 +113,8 @@ class HandMade:
     def to_dict(self) -> dict[str, Any]:
         return {"family": self.family}
 
-    def __call__(self, text: list[str], videos: list[torch.Tensor], **_: Any) -> dict[str, torch.Tensor]:
-        frames = videos[0].float()[..., :16, :16] / 255 - 0.5
+    def __call__(self, text: list[str], videos: list[list[torch.Tensor]], **_: Any) -> dict[str, torch.Tensor]:
+        frames = videos[0][0].float()[..., :16, :16] / 255 - 0.5
         if "qwen" in self.family:
             times = len(frames) // 2
             visual = {"pixel_values_videos": frames.reshape(times * 16, -1)[:, :96]}

@@ -99,20 +99,21 @@ class PairEncoder:
         self.max_completion_length = max_completion_length
         self.features = features
         self._placeholders = sorted(lm.placeholder_ids)
-        self._checked: dict[tuple[str, torch.Size], Prompt] = {}
+        self._checked: dict[tuple[str, torch.Size, float | None], Prompt] = {}
+        self._tells_time: bool | None = None
 
     def encode(self, pair: Pair) -> EncodedPair:
         """Decode the video and tokenize. Raises PairError if the pair cannot be used, ConfigError if no video can."""
         self._check_texts(pair)
         if pair.video is None:
             return self._build(pair, self._prompt(pair, None))
-        path, times, info = self._locate(pair)
+        path, info = self._locate(pair)
         if self.features is None:
-            return self._build(pair, self._look(pair, path, times))
-        key = self.features.key(path, times)
+            return self._build(pair, self._look(pair, path, info.duration))
+        key = self.features.key(path, self.sampling.times(0.0, info.duration))
         if (vision := self.features.read(key)) is not None:
-            return self._build(pair, Prompt(self._blank(pair, times, info).input_ids, vision))
-        prompt = self._look(pair, path, times)
+            return self._build(pair, Prompt(self._blank(pair, info).input_ids, vision))
+        prompt = self._look(pair, path, info.duration)
         (vision,) = self.lm.encode_vision([prompt.vision])
         return self._build(pair, Prompt(prompt.input_ids, self.features.write(key, vision)))
 
@@ -124,22 +125,25 @@ class PairEncoder:
         if pair.video is None or self.features is not None:
             return self.encode(pair)
         self._check_texts(pair)
-        _, times, info = self._locate(pair)
-        return self._build(pair, self._blank(pair, times, info))
+        return self._build(pair, self._blank(pair, self._locate(pair)[1]))
 
-    def _look(self, pair: Pair, path: Path, times: list[float]) -> Prompt:
+    def _look(self, pair: Pair, path: Path, seconds: float) -> Prompt:
         """The prompt with the pixels of its video."""
         try:
-            return self._prompt(pair, read_frames(path, times))
+            return self._prompt(pair, read_frames(path, self.sampling.times(0.0, seconds)), seconds)
         except VideoError as error:
             raise PairError(pair.id, "video unreadable", str(error)) from error
 
-    def _blank(self, pair: Pair, times: list[float], info: VideoInfo) -> Prompt:
-        """The prompt's ids alone, which depend on the number and the size of the frames."""
-        blank = torch.zeros(1, dtype=torch.uint8).expand(len(times), 3, info.height, info.width)
-        key = (pair.prompt, blank.shape)
+    def _blank(self, pair: Pair, info: VideoInfo) -> Prompt:
+        """The prompt's ids alone, which depend on the number and the size of the frames, and with some models on their times."""
+        count, seconds = len(self.sampling.times(0.0, info.duration)), info.duration
+        blank = torch.zeros(1, dtype=torch.uint8).expand(count, 3, info.height, info.width)
+        if self._tells_time is None:
+            once, later = (self._prompt(pair, blank, s).input_ids for s in (seconds, 100 * seconds))
+            self._tells_time = not torch.equal(once, later)
+        key = (pair.prompt, blank.shape, seconds if self._tells_time else None)
         if key not in self._checked:
-            self._checked[key] = Prompt(self._prompt(pair, blank).input_ids, {})
+            self._checked[key] = Prompt(self._prompt(pair, blank, seconds).input_ids, {})
         return self._checked[key]
 
     def lengths(self, pair: EncodedPair) -> Lengths:
@@ -165,8 +169,8 @@ class PairEncoder:
                 token = self.lm.tokenizer.convert_ids_to_tokens(min(stray))
                 raise PairError(pair.id, reason, f"it contains {token}, which stands for what the model sees")
 
-    def _locate(self, pair: Pair) -> tuple[Path, list[float], VideoInfo]:
-        """The pair's video file, the seconds at which frames are taken, and what the file says of itself."""
+    def _locate(self, pair: Pair) -> tuple[Path, VideoInfo]:
+        """The pair's video file, and what the file says of itself."""
         assert pair.video is not None
         if not self.lm.sees_video:
             raise ConfigError(
@@ -179,14 +183,13 @@ class PairEncoder:
         except VideoError as error:
             raise PairError(pair.id, "video missing", str(error)) from error
         try:
-            info = probe(path)
-            return path, self.sampling.times(0.0, info.duration), info
+            return path, probe(path)
         except VideoError as error:
             raise PairError(pair.id, "video unreadable", str(error)) from error
 
-    def _prompt(self, pair: Pair, frames: Tensor | None) -> Prompt:
+    def _prompt(self, pair: Pair, frames: Tensor | None, seconds: float | None = None) -> Prompt:
         try:
-            return self.lm.prompt(pair.prompt, frames)
+            return self.lm.prompt(pair.prompt, frames, seconds=seconds)
         except ValueError as error:
             raise PairError(pair.id, "prompt unusable", str(error)) from error
 

@@ -81,13 +81,14 @@ def caption_videos(
             for key, video in waiting[first : first + config.eval.batch_size]:
                 try:
                     path = resolve_video(root, video)
-                    frames = read_frames(path, config.frames.times(0.0, probe(path).duration))
+                    seconds = probe(path).duration
+                    frames = read_frames(path, config.frames.times(0.0, seconds))
                 except VideoError as error:
                     problems[video] = str(error)
                     continue
                 keys.append(key)
                 names.append(video)
-                prompts.append(lm.prompt(config.eval.prompt, frames))
+                prompts.append(lm.prompt(config.eval.prompt, frames, seconds=seconds))
             answers = generate(lm, prompts, config.eval.sampling, keys=keys)
             records.append(*(VideoCaption(k, v, a.text, a.logp) for k, v, a in zip(keys, names, answers)))
             captions |= {v: a.text for v, a in zip(names, answers)}

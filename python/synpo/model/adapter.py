@@ -118,10 +118,19 @@ class CaptionModel:
         found = (getattr(self.base.config, name, None) for name in PLACEHOLDERS)
         return frozenset(place for place in found if isinstance(place, int))
 
-    def prompt(self, text: str, frames: Tensor | None = None, vision: Vision | None = None) -> Prompt:
-        """Encode one user turn through the chat template. Raises ValueError if the model cannot see and frames are given.
+    def prompt(
+        self, text: str, frames: Tensor | None = None, vision: Vision | None = None, *, seconds: float | None = None
+    ) -> Prompt:
+        """Encode one user turn through the chat template.
 
-        `vision` is that of an earlier prompt about the same frames: the new one shares it, and pixels are not prepared again.
+        Args:
+            frames: uint8 (F, 3, H, W), evenly spaced.
+            vision: of an earlier prompt about the same frames: the new one shares it, and pixels are not prepared again.
+            seconds: how long the stretch of video is that the frames are spread over. Models that are told the time (Qwen-VL
+                from 2.5 on, SmolVLM) need it; None leaves them to their own assumption, 24 frames a second.
+
+        Raises:
+            ValueError: frames are given and the model cannot see.
         """
         content: list[dict[str, str]] = [{"type": "text", "text": text}]
         if frames is not None:
@@ -135,7 +144,7 @@ class CaptionModel:
         messages = [{"role": "user", "content": content}]
         rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if frames is not None and self.vision is not None:
-            return Prompt(*self.vision.prepare(rendered, frames, vision))
+            return Prompt(*self.vision.prepare(rendered, frames, vision, seconds))
         return Prompt(self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids[0].long(), {})
 
     def completion(self, text: str) -> Tensor:

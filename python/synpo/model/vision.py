@@ -65,10 +65,12 @@ class OneVision:
         """How frames become pixels."""
         return {"side": self.side, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
 
-    def prepare(self, text: str, frames: Tensor, vision: Vision | None = None) -> tuple[Tensor, Vision]:
+    def prepare(
+        self, text: str, frames: Tensor, vision: Vision | None = None, seconds: float | None = None
+    ) -> tuple[Tensor, Vision]:
         """Token ids (P,) of `text` with its placeholder expanded, and normalised pixels of uint8 frames (F, 3, H, W).
 
-        Where the frames' `vision` is known already, it is passed on as it is.
+        Where the frames' `vision` is known already, it is passed on as it is. This model is not told the time.
         """
         if text.count(self.token) != 1:
             raise ValueError(f"found {text.count(self.token)} {self.token} in the prompt; {VIDEO_TOKEN_HINT}")
@@ -128,9 +130,19 @@ class Processor:
         # InternVL and SmolVLM read a video as images
         self.modality = "video" if hasattr(self.core, "get_video_features") else "image"
 
-    def prepare(self, text: str, frames: Tensor, vision: Vision | None = None) -> tuple[Tensor, Vision]:
+    def prepare(
+        self, text: str, frames: Tensor, vision: Vision | None = None, seconds: float | None = None
+    ) -> tuple[Tensor, Vision]:
+        """As `OneVision.prepare`; `seconds`: what the frames are spread over. Qwen2.5-VL's positions, and what others write
+        between the frames, follow from it."""
+        timing = {} if seconds is None else {"video_metadata": [[timing_of(len(frames), seconds)]]}
         batch = self.processor(
-            text=[text], videos=[frames], return_tensors="pt", do_sample_frames=False, add_special_tokens=False
+            text=[text],
+            videos=[[frames]],
+            return_tensors="pt",
+            do_sample_frames=False,
+            add_special_tokens=False,
+            **timing,
         )
         rows = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
         ids = rows.pop("input_ids")[0]
@@ -151,8 +163,8 @@ class Processor:
     def encode(self, visions: Sequence[Vision]) -> list[Vision]:
         """Run the tower over every video that still is pixels, if the model takes features.
 
-        Pixels become "features", (n, D), or (1, n, D) where the model wants one tensor, and for Qwen3-VL "deepstack"
-        (layers, n, D) as well; grids stay.
+        Pixels become "features", (n, D), or (images, n, D) where the model wants one tensor of them, and for Qwen3-VL
+        "deepstack" (layers, n, D) as well; grids stay.
         """
         if not self.takes_features:
             return list(visions)
@@ -165,8 +177,7 @@ class Processor:
         given = {k: v.to(self.core.device) for k, v in vision.items() if k in accepted}
         output = function(**given, return_dict=True)
         pooled = output.pooler_output
-        whole = isinstance(pooled, Tensor)
-        features = {"features": pooled.reshape(1, -1, pooled.shape[-1]) if whole else torch.cat(list(pooled))}
+        features = {"features": pooled if isinstance(pooled, Tensor) else torch.cat(list(pooled))}
         if getattr(output, "deepstack_features", None) is not None:
             layers = [x if isinstance(x, Tensor) else torch.cat(list(x)) for x in output.deepstack_features]
             features["deepstack"] = torch.stack(layers)
@@ -184,9 +195,11 @@ class Processor:
             if k not in TOWER
         }
         if features := found.get("features"):
-            joined = [torch.cat(features)] if features[0].dim() == 2 else torch.cat(features, dim=1)
+            joined = torch.cat(features)
             deepstack = [[layer] for layer in torch.cat(found["deepstack"], dim=1)] if "deepstack" in found else None
-            output = SimpleNamespace(pooler_output=joined, deepstack_features=deepstack)
+            output = SimpleNamespace(
+                pooler_output=[joined] if joined.dim() == 2 else joined, deepstack_features=deepstack
+            )
             stacked["mm_encoder_outputs"] = {self.modality: output}
         return stacked
 
@@ -205,6 +218,16 @@ class Processor:
             return sequential_positions(mask)
         grids = {k: v for k, v in self._stack(visions).items() if "grid" in k}
         return self.core.get_rope_index(input_ids, attention_mask=mask, **self._types(input_ids), **grids)[0]
+
+
+def timing_of(frames: int, seconds: float) -> dict[str, Any]:
+    """What processors and vLLM ask of a video of which they see `frames` frames, the middles of equal parts of `seconds`.
+
+    It is told in milliseconds, as a video of a thousand frames a second.
+    """
+    places = [round((i + 0.5) * seconds * 1000 / frames) for i in range(frames)]
+    total = max(round(seconds * 1000), places[-1] + 1)
+    return {"total_num_frames": total, "fps": 1000.0, "duration": seconds, "frames_indices": places}
 
 
 def sequential_positions(mask: Tensor) -> Tensor:

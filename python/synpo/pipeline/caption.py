@@ -40,6 +40,7 @@ def describe(
     *,
     contrast: ContrastConfig | None = None,
     refinements: int = 1,
+    seconds: Sequence[float] | None = None,
 ) -> list[list[Description]]:
     """Describe every view as often as it has keys.
 
@@ -48,24 +49,27 @@ def describe(
         keys: for every view the seeds of its samples. All samples of a view share one reading of its frames.
         contrast: decode contrastively, with every third frame of the view as the amateur's.
         refinements: self-retrospective passes over each sample.
+        seconds: for every view how long the stretch is that its frames are spread over; see `CaptionModel.prompt`.
 
     Returns:
         For every view its descriptions, in the order of its keys.
     """
     readers = Reader(lm, remember=refinements > 0), Reader(lm, remember=refinements > 0)
-    experts = _show(lm, views, prompt)
+    lasts = list(seconds) if seconds is not None else [None] * len(views)
+    experts = _show(lm, views, prompt, lasts)
     fewer = [amateur_frames(v) for v in views] if contrast is not None else []
-    amateurs = _show(lm, fewer, prompt)
+    amateurs = _show(lm, fewer, prompt, lasts)
     rows = [i for i, row in enumerate(keys) for _ in row]  # the view of every sample
     seeds = [key for row in keys for key in row]
     count, sides = len(rows), 1 if contrast is None else 2
     shown = [side[i] for side in (experts, amateurs) if side for i in rows]  # experts, then amateurs
     frames = [side[i] for side in (views, fewer) if side for i in rows]
+    spread = [lasts[i] for i in rows] * sides
     weak = shown[count:] if contrast is not None else None
     answers = generate(lm, shown[:count], sampling, keys=seeds, amateurs=weak, contrast=contrast, readers=readers)
     drafts = [a.text for a in answers]
     for number in range(1, refinements + 1):
-        looks = second_looks(lm, shown, frames, prompt, [a.text for a in answers] * sides)
+        looks = second_looks(lm, shown, frames, prompt, [a.text for a in answers] * sides, spread)
         answers = generate(
             lm,
             looks[:count],
@@ -80,7 +84,7 @@ def describe(
     return [[next(done) for _ in row] for row in keys]
 
 
-def _show(lm: CaptionModel, views: Sequence[Tensor], prompt: str) -> list[Prompt]:
+def _show(lm: CaptionModel, views: Sequence[Tensor], prompt: str, seconds: Sequence[float | None]) -> list[Prompt]:
     """The first question about every view, its frames through the vision tower once."""
-    prompts = [lm.prompt(prompt, v) for v in views]
+    prompts = [lm.prompt(prompt, v, seconds=s) for v, s in zip(views, seconds)]
     return [replace(p, vision=v) for p, v in zip(prompts, lm.encode_vision([p.vision for p in prompts]))]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from synpo.config import ConfigError, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel
+from synpo.model.vision import timing_of
 from synpo.pipeline.caption import Description, describe
 from synpo.pipeline.retrospect import retrospective_prompt, without_specials
 
@@ -38,8 +39,12 @@ class Engine(Protocol):
         prompt: str,
         sampling: SamplingConfig,
         refinements: int,
+        seconds: Sequence[float],
     ) -> list[list[Description]]:
-        """For every view, uint8 (F, 3, H, W), one description a key, each after `refinements` second looks."""
+        """For every view, uint8 (F, 3, H, W), one description a key, each after `refinements` second looks.
+
+        seconds: how long the stretch of video is that a view's frames are spread over.
+        """
         ...
 
     def close(self) -> None:
@@ -90,8 +95,9 @@ class HuggingFace:
         prompt: str,
         sampling: SamplingConfig,
         refinements: int,
+        seconds: Sequence[float],
     ) -> list[list[Description]]:
-        return describe(self.lm, views, keys, prompt, sampling, refinements=refinements)
+        return describe(self.lm, views, keys, prompt, sampling, refinements=refinements, seconds=seconds)
 
     def close(self) -> None:
         pass
@@ -125,8 +131,12 @@ class VLLM:
         prompt: str,
         sampling: SamplingConfig,
         refinements: int,
+        seconds: Sequence[float],
     ) -> list[list[Description]]:
-        videos = [view.permute(0, 2, 3, 1).contiguous().numpy() for view in views]  # (F, H, W, 3)
+        videos = [  # frames (F, H, W, 3), and when they were taken
+            (view.permute(0, 2, 3, 1).contiguous().numpy(), timing_of(len(view), s) | {"do_sample_frames": False})
+            for view, s in zip(views, seconds)
+        ]
         rows = [i for i, row in enumerate(keys) for _ in row]  # the view of every sample
         seeds = [key for row in keys for key in row]
         shown = [videos[i] for i in rows]

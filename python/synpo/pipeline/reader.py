@@ -190,9 +190,8 @@ def _remember(streams: Streams, prompts: Sequence[Prompt], lengths: Sequence[int
 def _read_all(lm: CaptionModel, cache: Cache, rows: Sequence[Tensor], visions: Sequence[Any]) -> tuple[Streams, Tensor]:
     ids, mask = pad_rows(rows, lm.pad_token_id, side="left")
     ids, mask = ids.to(lm.device), mask.to(lm.device)
-    inputs = lm.forward_kwargs(ids, mask, visions)
-    last = inputs["position_ids"].amax(-1, keepdim=True)  # (R, 1) or (3, R, 1)
-    if last.dim() == 3:
-        last = last.amax(0, keepdim=True).expand_as(last)
+    # (R, L + 1) or (3, R, L + 1): where the next token stands, only the model can say
+    positions = lm.positions(F.pad(ids, (0, 1), value=lm.pad_token_id), F.pad(mask, (0, 1), value=1), visions)
+    inputs = {**lm.inputs(ids, visions), "attention_mask": mask, "position_ids": positions[..., :-1]}
     logits = forward(lm, cache, **inputs)[:, -1]
-    return Streams(lm, cache, mask.bool(), last + 1), logits
+    return Streams(lm, cache, mask.bool(), positions[..., -1:]), logits

@@ -20,7 +20,6 @@ INSTRUCTION = (
     "Here is an earlier description. Write a better one: correct mistakes, add missing details and the order of events, "
     "leave out what is uncertain."
 )
-MARK = "(the question)"
 
 
 def retrospective_prompt(prompt: str, draft: str) -> str:
@@ -39,7 +38,12 @@ def without_specials(tokenizer: Any, draft: str) -> str:
 
 
 def second_looks(
-    lm: CaptionModel, shown: Sequence[Prompt], frames: Sequence[Tensor], prompt: str, drafts: Sequence[str]
+    lm: CaptionModel,
+    shown: Sequence[Prompt],
+    frames: Sequence[Tensor],
+    prompt: str,
+    drafts: Sequence[str],
+    seconds: Sequence[float | None] | None = None,
 ) -> list[Prompt]:
     """The encoded questions of the second pass, one a draft; each shares what the first already knows of its video.
 
@@ -49,40 +53,40 @@ def second_looks(
         frames: what they showed, uint8 (F, 3, H, W) each.
         prompt: the text of the first question.
         drafts: R answers.
+        seconds: that the frames are spread over, as the first questions were told (None: they were not).
     """
     if not shown:
         return []
     questions = {draft: retrospective_prompt(prompt, without_specials(lm.tokenizer, draft)) for draft in drafts}
-    heads = {id(first): _up_to_text(lm, first) for first in shown}
-    endings = _endings(lm, shown[0], [prompt, *questions.values()])
-    if endings is None or not torch.equal(torch.cat([heads[id(shown[0])], endings[0]]), shown[0].input_ids):
-        return [lm.prompt(questions[draft], view, first.vision) for draft, view, first in zip(drafts, frames, shown)]
-    ending = dict(zip(questions, endings[1:]))
-    return [Prompt(torch.cat([heads[id(first)], ending[draft]]), first.vision) for draft, first in zip(drafts, shown)]
+    parts = {id(first): _parts(lm, first) for first in shown}
+    tails = {tuple(tail.tolist()): tail for _, tail in parts.values()}
+    endings = None
+    if len(tails) == 1:
+        endings = _endings(lm, next(iter(tails.values())), prompt, list(questions.values()))
+    if endings is None:
+        asked = zip(drafts, frames, shown, seconds or [None] * len(shown))
+        return [lm.prompt(questions[draft], view, first.vision, seconds=s) for draft, view, first, s in asked]
+    ending = dict(zip(questions, endings))
+    return [
+        Prompt(torch.cat([parts[id(first)][0], ending[draft]]), first.vision) for draft, first in zip(drafts, shown)
+    ]
 
 
-def _endings(lm: CaptionModel, shown: Prompt, questions: Sequence[str]) -> list[Tensor] | None:
-    """Token ids of each question's chat turn from the last visual token on; None where the template hides that place.
+def _parts(lm: CaptionModel, shown: Prompt) -> tuple[Tensor, Tensor]:
+    """Token ids of a question up to its last visual token, and from there on: the same for all videos."""
+    visual = torch.isin(shown.input_ids, visual_tokens(lm)).nonzero()
+    last = int(visual[-1]) if len(visual) else len(shown.input_ids)
+    return shown.input_ids[:last], shown.input_ids[last:]
+
+
+def _endings(lm: CaptionModel, tail: Tensor, prompt: str, questions: Sequence[str]) -> list[Tensor] | None:
+    """Token ids of `tail` with each of the questions in the place of `prompt`; None where that is not found in it.
 
     So neither pixels nor placeholders are prepared again for a text that changes behind them.
     """
-    content = [{"type": "video"}, {"type": "text", "text": MARK}]
-    turn = [{"role": "user", "content": content}]
-    before, mark, after = lm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False).partition(
-        MARK
-    )
-    visual = shown.input_ids[torch.isin(shown.input_ids, visual_tokens(lm))]
-    if not mark or not len(visual):
+    before, found, after = lm.tokenizer.decode(tail, skip_special_tokens=False).rpartition(prompt)
+    if not found:
         return None
-    token = lm.tokenizer.convert_ids_to_tokens(int(visual[-1]))
-    _, placed, between = before.rpartition(token)
-    if not placed:
-        return None
-    texts = [f"{token}{between}{question}{after}" for question in questions]
-    return [torch.tensor(ids) for ids in lm.tokenizer(texts, add_special_tokens=False).input_ids]
-
-
-def _up_to_text(lm: CaptionModel, shown: Prompt) -> Tensor:
-    """Token ids of a question up to its last visual token, which `_endings` begin with."""
-    visual = torch.isin(shown.input_ids, visual_tokens(lm)).nonzero()
-    return shown.input_ids[: int(visual[-1])] if len(visual) else shown.input_ids
+    texts = [f"{before}{question}{after}" for question in (prompt, *questions)]
+    same, *endings = (torch.tensor(ids) for ids in lm.tokenizer(texts, add_special_tokens=False).input_ids)
+    return endings if torch.equal(same, tail) else None

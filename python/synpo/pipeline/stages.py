@@ -146,6 +146,7 @@ def caption_clips(run: Run, clips: Mapping[str, Sequence[Clip]]) -> dict[str, li
                     settings.clip_sampling,
                     contrast=settings.contrast,
                     refinements=settings.refinements,
+                    seconds=[c.end - c.start for c in shown],
                 )
                 run.count_cut([row[0] for row in rows])
                 captions = [
@@ -182,6 +183,7 @@ def sample_candidates(run: Run, clips: Mapping[str, Sequence[Clip]]) -> dict[str
                     settings.prompt,
                     settings.candidate_sampling,
                     settings.refinements,
+                    [clips[v][-1].end for v in shown],
                 )
                 for video, row in zip(shown, rows):
                     run.count_cut(row)

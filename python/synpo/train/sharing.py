@@ -80,7 +80,7 @@ def _made_up(lm: CaptionModel) -> list[EncodedPair]:
         frames = None
         if lm.sees_video:
             frames = torch.randint(0, 256, (4 - 2 * i, 3, 64, 64), dtype=torch.uint8, generator=generator)
-        prompt = lm.prompt(text, frames)
+        prompt = lm.prompt(text, frames, seconds=None if frames is None else 40.0 - 30 * i)
         pairs.append(EncodedPair(str(i), prompt.input_ids, answers[2 * i], answers[2 * i + 1], prompt.vision))
     return [*pairs, replace(pairs[0], chosen=answers[4])]
 
