@@ -188,6 +188,10 @@ def test_visual_tokens_are_counted_in_every_family(family: str, family_lm: Any) 
     found = PairEncoder(lm).lengths(EncodedPair("p", prompt.input_ids, torch.ones(3), torch.ones(2), prompt.vision))
     visual = {"llava_onevision": 17, "qwen2_5_vl": 8, "qwen3_vl": 8, "qwen3": 0}.get(family, 16)
     assert found == Lengths(visual, len(prompt.input_ids) - visual, 3, 2)
+    if visual:
+        model = MemoryModel(lm.model.to("meta"), device="cpu")
+        batches = [Batch(1, replace(found, visual=n), "shared") for n in (visual, 2 * visual)]
+        assert 0 < model.step(batches[0]).vision < model.step(batches[1]).vision
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ Flash-attention packages are counted like sdpa, which holds a little more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -301,7 +302,8 @@ class MemoryModel:
         width = getattr(vision, "hidden_size", None) or vision.embed_dim
         intermediate = getattr(vision, "intermediate_size", None) or 4 * width
         size = self.base.get_input_embeddings().weight.itemsize
-        pixels = 3 * vision.patch_size**2 * 4
+        patch = vision.patch_size  # InternVL writes height and width
+        pixels = 3 * (math.prod(patch) if isinstance(patch, list | tuple) else patch**2) * 4
         features = self.base.config.get_text_config().hidden_size
         return 4 * visual * ((intermediate + 4 * width) * size + pixels) + visual * features * size
 
