@@ -1,5 +1,6 @@
 """Features on disk: made once, never stale, never trusted when damaged."""
 
+import errno
 import os
 from collections.abc import Iterator
 from copy import deepcopy
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from synpo.config import ConfigError
+from synpo.data import features
 from synpo.data.features import VisionCache
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel
@@ -102,6 +105,20 @@ def test_what_was_changed_is_looked_at_again(lm: Any, videos: Path, tmp_path: Pa
     copy.write_bytes(changed)
     os.utime(copy, ns=(1, 1))
     assert VisionCache(tmp_path, lm).key(copy, times) != key
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_nothing(
+    lm: Any, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(features, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device .*\.safetensors") as caught:
+        encoder(lm, videos, tmp_path).encode(pair("1"))
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_takes_pixels_only_is_refused(lm: Any, tmp_path: Path) -> None:

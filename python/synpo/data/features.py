@@ -9,8 +9,10 @@ whole or not at all; one that cannot be read, or whose checksum is not its own, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -63,11 +65,18 @@ class VisionCache:
             return None
 
     def write(self, key: str, vision: Vision) -> Vision:
-        """Store the tensors of `vision` under `key`; returns them on the CPU, as `read` will."""
+        """Store the tensors of `vision` under `key`; returns them on the CPU, as `read` will.
+
+        Raises OSError where they cannot be written, as on a full disk.
+        """
         tensors = {name: vision[name].detach().cpu().contiguous() for name in sorted(vision)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self._path(key)) as temporary:
-            save_file(tensors, temporary, {"crc32": checksum(tensors)})
+            try:
+                save_file(tensors, temporary, {"crc32": checksum(tensors)})
+            except SafetensorError as error:  # is no OSError, whatever it comes from
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]) if number else errno.EIO, str(error), str(self._path(key))) from error
         return tensors
 
     def _path(self, key: str) -> Path:
