@@ -8,10 +8,11 @@ import torch
 
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
+from synpo.model.tiny import byte_tokenizer
 from synpo.pipeline import reader
 from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import generate
-from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_looks
+from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_looks, without_specials
 from synpo.video import amateur_frames
 
 SAMPLING = SamplingConfig(max_new_tokens=8)
@@ -35,6 +36,13 @@ def test_second_look_shares_the_video_and_takes_special_tokens_for_data(captione
     for token in (video, end):
         assert (look.input_ids == token).sum() == (shown.input_ids == token).sum()
     assert "a   of    a circle" in captioner.text(look.input_ids)
+
+
+def test_words_that_were_added_to_a_vocabulary_stay_in_a_draft() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["circle", "<tool_call>", "\n\n"])
+    tokenizer.add_tokens(["TURN"], special_tokens=True)
+    assert without_specials(tokenizer, "a circle\n\nTURN <tool_call>moves<|end|>") == "a circle\n\n   moves "
 
 
 def test_second_questions_need_no_pixels_and_are_those_of_the_chat_template(

@@ -61,7 +61,7 @@ def test_greedy_answers_of_vllm_are_ours(tmp_path: Path, monkeypatch: pytest.Mon
     keys = [["a", "b"], ["c"]]
     greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=12)
     ours = HuggingFace(load(ModelConfig(path=str(tmp_path / "ours"), device="cpu"))).describe(
-        views, keys, QUESTION, greedy, 1
+        views, keys, QUESTION, greedy, 1, SECONDS
     )
     engine = VLLM(ModelConfig(path=str(tmp_path / "theirs"), dtype="float32"))
     theirs = engine.describe(views, keys, QUESTION, greedy, 1, SECONDS)

@@ -20,6 +20,7 @@ INSTRUCTION = (
     "Here is an earlier description. Write a better one: correct mistakes, add missing details and the order of events, "
     "leave out what is uncertain."
 )
+MARKS = frozenset("<>[]|")  # what tokens of a chat are written with
 
 
 def retrospective_prompt(prompt: str, draft: str) -> str:
@@ -31,9 +32,10 @@ def retrospective_prompt(prompt: str, draft: str) -> str:
 
 
 def without_specials(tokenizer: Any, draft: str) -> str:
-    """The draft as plain data: a blank where it would read as a special token of the chat."""
-    for special in tokenizer.get_added_vocab():
-        draft = draft.replace(special, " ")
+    """The draft as plain data: a blank where it would read as a token of the chat's own. Words that were added stay."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or not MARKS.isdisjoint(token.content):
+            draft = draft.replace(token.content, " ")
     return draft
 
 
