@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from synpo.config import Config, ConfigError, ModelConfig
+from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel, load
 from synpo.train.lora import make_trainable
+from synpo.train.objective import PairObjective
 from synpo.train.reference import ReferenceStore, fingerprint
 from synpo_kernels import SequenceStats
 
@@ -186,6 +188,23 @@ def test_a_whole_model_is_compared_with_what_it_was(
             moved = row[f"logps/{side}"] - first[f"logps/{side}"]
             assert row[f"rewards/{side}"] == pytest.approx(0.3 * moved, rel=1e-3, abs=1e-4)
             assert abs(moved) > 0.1
+
+
+def test_the_stored_reference_has_the_precision_of_training(
+    whole: CaptionModel, pairs_for: Any, trainer_for: Any
+) -> None:
+    """In bfloat16 the log-likelihoods of the answers are off by more than the first rewards may be."""
+    batch = PairCollator(whole.pad_token_id)(pairs_for(whole))
+    exact = PairObjective(whole, "dpo", {}).reference_stats(batch).chosen.logps.mean()
+    trainer = trainer_for(whole, pairs_for(whole), loss_type="dpo", per_device_train_batch_size=4, bf16=True)
+    inside: list[bool] = []
+    layer = next(m for m in whole.base.model.vision_tower.modules() if isinstance(m, torch.nn.Linear))
+    layer.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert len(inside) == 6 and all(inside)  # three lengths of clips, for the reference and for the step
+    assert abs(0.1 * (first["logps/chosen"] - float(exact))) > 1e-4
 
 
 def test_a_run_that_goes_on_never_takes_its_own_weights_for_the_reference(

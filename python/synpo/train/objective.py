@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,8 @@ class PairObjective:
 
     Attributes:
         reference: base or start, "" for an objective without a reference.
+        autocast: gives the context of mixed precision for what runs outside of the model's own forward, the vision tower. It
+            ends before that forward: autocast would keep weights that it cast without gradients.
         references: what the reference gave before training; it has to know every pair where `reference` is start.
 
     Raises ConfigError as `synpo.train.reference.kind_of`.
@@ -99,13 +101,15 @@ class PairObjective:
         self.parameters = parameters_of(loss_type, parameters)
         self.objective = OBJECTIVES[loss_type]
         self.references: ReferenceStore | None = None
+        self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
         adapter = hasattr(lm.model, "disable_adapter")
         self.reference = kind_of(reference, adapter) if self.objective.needs_reference else ""
 
     def __call__(self, model: Any, batch: PairBatch) -> Outcome:
         """Loss and statistics of `batch`; `model` is `lm.model` as its trainer wrapped it."""
         # a tower that is trained runs inside the model's forward, where its gradients pass
-        visions = self.lm.encode_vision(batch["vision"]) if self.lm.vision_frozen else batch["vision"]
+        with self.autocast():
+            visions = self.lm.encode_vision(batch["vision"]) if self.lm.vision_frozen else batch["vision"]
         reference = self._reference(model, batch, visions) if self.objective.needs_reference else None
         outcomes: list[Outcome] = []
 

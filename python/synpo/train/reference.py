@@ -194,7 +194,7 @@ def precompute(trainer: Any, resuming: bool) -> ReferenceStore:
     store = ReferenceStore(Path(args.output_dir) / "reference", model, args.process_index, args.world_size)
 
     def compute(batch: list[EncodedPair]) -> SequenceStats:
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # which is put around the model's forward when training begins
             return objective.reference_stats(trainer._prepare_inputs(trainer.data_collator(batch)))
 
     evaluated = trainer.eval_dataset

@@ -194,6 +194,7 @@ class SynPOTrainer(Trainer):
             )
         self.lm = lm
         self.pair_objective = objective
+        objective.autocast = self.accelerator.autocast
         # `compute_loss` divides by the pairs of the window itself. The first line says so from transformers 5.19 on,
         # the second one before.
         self.loss_is_scaled_for_ga = True
@@ -344,8 +345,7 @@ class SynPOTrainer(Trainer):
             known = [name.removeprefix("eval_") for name in metrics]
             raise ConfigError(f"train.metric_for_best_model: evaluation gives no {best!r}; {suggest(best, known)}")
         if prefix.startswith("eval") and settings.sample_tokens > 0 and (pairs := self._sampled(settings.samples)):
-            with self.compute_loss_context_manager():  # in the precision of training
-                metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
+            metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
