@@ -50,7 +50,7 @@ def written_out(shared: Shared, layer: int, query: Tensor, key: Tensor, value: T
 def test_shared_prompts_are_attended_to_like_copies(
     group: str, new: int, own: int, dtype: torch.dtype, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SCORES", at_a_time)
+    monkeypatch.setitem(attention.SCORES, "cpu", at_a_time)
     shared, query, key, value, mask = problem(GROUPS[group], new, own, dtype)
     mask[..., -new:] |= torch.eye(new, dtype=torch.bool)
     bias = additive(mask)

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from synpo.model.adapter import CaptionModel
 
-SCORES = 1 << 26  # scores at a time: 256 MiB
+SCORES = {"cpu": 1 << 20, "cuda": 1 << 25}  # at a time, fp32: what a cache holds, and 128 MiB
 OTHER = ("softcap", "position_bias", "s_aux")  # what some models add to their scores
 
 
@@ -193,7 +193,8 @@ def _install(name: str) -> None:
         shared, ragged = under_way.shared, under_way.ragged
         query = query if ragged is None else ragged.spread(query)
         columns = key.shape[2] + (0 if shared is None else shared.mask.shape[1])
-        size = max(1, SCORES // max(1, query.shape[0] * query.shape[1] * columns))  # new tokens at a time
+        most = SCORES.get(query.device.type, SCORES["cuda"])
+        size = max(1, most // max(1, query.shape[0] * query.shape[1] * columns))  # new tokens at a time
         parts = []
         for start in range(0, query.shape[2], size):
             few = slice(start, start + size)
