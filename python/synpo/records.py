@@ -146,7 +146,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
             except ValueError as error:  # not JSON, or not UTF-8
                 if not line.endswith(b"\n"):
                     return
-                raise RecordError(f"{path}:{number}: not JSON ({error}), which every line has to be by itself") from error
+                raise RecordError(
+                    f"{path}:{number}: not JSON ({error}), which every line has to be by itself"
+                ) from error
             yield number, value
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from synpo.config import ConfigError
 from synpo.model.adapter import CaptionModel
+from synpo.model.gather import is_partitioned
 from synpo.model.vision import Vision
 from synpo.records import atomic_path, record_id
 
@@ -42,6 +43,11 @@ class VisionCache:
 
     def __init__(self, folder: Path, lm: CaptionModel) -> None:
         self.folder, self.lm = folder, lm
+        if is_partitioned(lm.model):
+            raise ConfigError(
+                "train.cache_vision: the tower of a model that ZeRO-3 has partitioned runs in training alone; set "
+                "train.cache_vision = false, or use ZeRO-2 or FSDP"
+            )
         if lm.vision is not None and not lm.vision.takes_features:
             raise ConfigError(
                 f"train.cache_vision: {type(lm.base).__name__} of this release of transformers takes pixels only; install a "

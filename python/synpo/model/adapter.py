@@ -24,6 +24,7 @@ from torch import Tensor
 
 from synpo.config import ConfigError, ModelConfig
 from synpo.model import quantize
+from synpo.model.gather import gathering
 from synpo.model.vision import OneVision, Processor, Vision, sequential_positions, vision_for
 from synpo_kernels import lora_head
 from synpo_kernels.parallel import gathered, whole
@@ -313,12 +314,13 @@ class CaptionModel:
         """
         ids = torch.arange(4, device=self.device)[None]
         inputs = self.forward_kwargs(ids, torch.ones_like(ids), [{}])
-        with evaluating(self.model):
+        with evaluating(self.model), gathering(self.model):
             seen: list[Tensor] = []
             self.in_place_of_logits(inputs, lambda hidden: seen.append(hidden) or hidden)  # type: ignore[func-returns-value]
             hidden, head = seen[0][0], self.head()
             logits = self.model(**inputs, use_cache=False).logits[0]
-        expected = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
+        with gathered(head.weight, head.bias):
+            expected = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
         if (low_rank := head.low_rank(hidden)) is not None:
             expected = expected + low_rank[0] @ low_rank[1].T
         expected = expected * head.logit_scale

@@ -28,6 +28,7 @@ from synpo.config import ConfigError, suggest
 from synpo.data.features import checksum
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
+from synpo.model.gather import is_partitioned
 from synpo.records import RecordStore, read_records, record_id
 from synpo_kernels import SequenceStats
 
@@ -182,6 +183,11 @@ def precompute(trainer: Any, resuming: bool) -> ReferenceStore:
     """
     args, objective = trainer.args, trainer.pair_objective
     start = objective.reference == "start"
+    if is_partitioned(trainer.lm.model):  # its processes would wait for each other: each has pairs of its own
+        raise ConfigError(
+            "train.precompute_reference: the reference of a model that ZeRO-3 has partitioned cannot be stored; train a new "
+            "adapter without it (train.reference = base), or use ZeRO-2 or FSDP"
+        )
     if resuming and start and objective.references is not None:  # this process began the run, and has trained since
         model = objective.references.model
     else:

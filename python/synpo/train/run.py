@@ -33,6 +33,7 @@ from synpo.data.features import VisionCache
 from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, load
+from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import read_jsonl, record_id, write_json
 from synpo.train.checkpoint import last_checkpoint, set_broken_aside, writing
@@ -186,7 +187,11 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
             "is saved; --set train.guard=warn goes on from it, other settings want another --output"
         )
     # where it is spread over processes, all of them put it together
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if args.world_size > 1 else None
+    state: dict[str, Any] | None = None
+    if is_partitioned(lm.model):
+        state = whole_state(lm.model, keep=first, trained_alone=config.lora is not None)
+    elif args.world_size > 1:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if first:
         _save(lm, config, output, state)
         curves.draw()

@@ -16,6 +16,7 @@ from torch import Tensor
 from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel, evaluating
+from synpo.model.gather import gathering
 from synpo.model.packing import MASKED, implementation, packed_inputs, window
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -43,7 +44,7 @@ def why_not(lm: CaptionModel) -> str | None:
     if name not in MASKED:
         return f"its attention is {name}, which takes no packed rows (model.attention = {' or '.join(MASKED)})"
     try:
-        with torch.no_grad(), evaluating(lm.model):
+        with torch.no_grad(), evaluating(lm.model), gathering(lm.model):
             return _differences(lm)
     except torch.OutOfMemoryError:
         raise
