@@ -46,9 +46,9 @@ def gathering(model: Any) -> Iterator[None]:
 def whole_state(model: Any, keep: bool, trained_alone: bool) -> dict[str, Tensor]:
     """Weights by name, on the CPU, gathered one after the other; all processes take part, and those that `keep` get them.
 
-    `trained_alone`: only those that require gradients.
+    `trained_alone`: only those that require gradients; else what is no parameter too.
     """
-    state = {}
+    state = {n: v.cpu() for n, v in model.state_dict().items() if v.numel()} if keep and not trained_alone else {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or not trained_alone:
             with gathered(parameter):
