@@ -16,7 +16,6 @@ from synpo.records import (
     RecordStore,
     Score,
     atomic_path,
-    make_folder,
     parse_record,
     read_jsonl,
     read_records,
@@ -165,19 +164,3 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": "\xff"}\n{"b": 2}\n')
     with pytest.raises(RecordError, match=r"a\.jsonl:1: not JSON .*, which every line has to be by itself"):
         list(read_jsonl(path))
-
-
-def test_a_folder_that_cannot_be_had_is_named_with_its_flag(tmp_path: Path) -> None:
-    make_folder(tmp_path / "a" / "b", "--output")
-    make_folder(tmp_path / "a" / "b", "--output")
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=rf"--output: {path} cannot be made a folder: .*; name another"):
-            make_folder(path, "--output")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises(PermissionError, match="--output: nothing may be written to"):
-        make_folder(tmp_path / "locked", "--output")

@@ -209,18 +209,6 @@ class RecordStore(Generic[Record]):
         self._records |= added
 
 
-def make_folder(path: str | os.PathLike[str], flag: str) -> None:
-    """Make the folder that `flag` names, and those above it. Raises OSError, saying which it is and why it cannot be had."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise type(error)(
-            f"{flag}: {os.fspath(path)} cannot be made a folder: {error.strerror}; name another"
-        ) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(f"{flag}: nothing may be written to {os.fspath(path)}; name another folder")
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path` that replaces it on success and vanishes on failure."""

@@ -32,6 +32,7 @@ from synpo.demo.show import show
 from synpo.demo.world import Scene, facts_of, make_split
 from synpo.evaluate.caption import caption_videos
 from synpo.evaluate.run import EvalResult, FactSheet, evaluate
+from synpo.folders import LOCK, own_folder
 from synpo.model.adapter import load
 from synpo.pipeline.run import build_pairs
 from synpo.records import read_jsonl, write_json, write_jsonl
@@ -121,20 +122,23 @@ class Clock:
 
 
 def _open(output: Path, plan: Plan, resume: bool) -> None:
-    """Make the output folder, or check that it holds this very demo. `resume` False empties a folder a demo made."""
+    """Begin a demo in an empty folder, or check that it holds this very one. `resume` False empties a folder a demo made."""
     mark = output / "demo.json"
     wanted = json.loads(json.dumps(asdict(plan)))
-    if output.exists() and any(output.iterdir()):
+    if there := [path for path in output.iterdir() if path.name != LOCK]:
         if not mark.exists():
             raise ConfigError(f"{output} is not empty and no demo made it; name another folder with --output")
         if not resume:
-            shutil.rmtree(output)
+            for path in there:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         elif (held := json.loads(mark.read_text(encoding="utf-8"))) != wanted:
             raise ConfigError(
                 f"{output} holds a demo of seed {held.get('seed')} and scale {held.get('scale')} or of another version, not of "
                 f"seed {plan.seed} and scale {plan.scale}; name another --output, or start over with --no-resume"
             )
-    output.mkdir(parents=True, exist_ok=True)
     write_json(mark, wanted)
     (output / "config.yaml").write_text(yaml.safe_dump(asdict(plan.config), sort_keys=False), encoding="utf-8")
 
@@ -191,13 +195,19 @@ def demo(output: Path, seed: int = 0, scale: float = 1.0, resume: bool = True) -
         resume: go on from what `output` holds (default), or start over.
 
     Raises:
-        ConfigError: `output` holds something else.
+        ConfigError: `output` holds something else. FolderInUse: another run writes to it.
     """
-    console = Console()
     plan = Plan.make(output, seed, scale)
-    _open(output, plan, resume)
+    with own_folder(output, "--output"):
+        _open(output, plan, resume)
+        return _stages(output, plan)
+
+
+def _stages(output: Path, plan: Plan) -> Path:
+    """Everything from rendering to the report, whose path is returned."""
+    console = Console()
     clock = Clock(output / "seconds.json")
-    scenes = {split: make_split(seed, split, count) for split, count in plan.videos.items()}
+    scenes = {split: make_split(plan.seed, split, count) for split, count in plan.videos.items()}
     with clock.stage(console, "videos"):
         for split in VIDEOS:
             render_all(scenes[split], output / "videos" / split)
@@ -207,7 +217,7 @@ def demo(output: Path, seed: int = 0, scale: float = 1.0, resume: bool = True) -
             output / "videos" / "train",
             output / "captioner",
             plan.config.pairs.prompt,
-            seed=seed,
+            seed=plan.seed,
             settings=plan.captioner,
             sampling=plan.config.frames,
         )

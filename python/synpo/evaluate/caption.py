@@ -23,10 +23,11 @@ from synpo.evaluate.benchmarks import match_videos, read_references
 from synpo.evaluate.run import EvalResult, evaluate, read_captions
 from synpo.evaluate.scores import count
 from synpo.evaluate.table import print_table
+from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
-from synpo.records import RecordStore, make_folder, record_id, write_json, write_jsonl
+from synpo.records import RecordStore, record_id, write_json, write_jsonl
 from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video
 
 SELF = "this model"  # its name in the tables
@@ -113,6 +114,7 @@ def evaluate_model(
     Raises:
         ConfigError, VideoError, ValueError: input that cannot be used; the message says which. All but videos that cannot
             be read, and captions that an earlier evaluation lacks, is found before a model is loaded.
+        FolderInUse: another run writes to `output`.
     """
     console = Console()
     _check(config, references, against or {})
@@ -135,33 +137,35 @@ def evaluate_model(
                 markup=False,
                 soft_wrap=True,
             )
-    make_folder(output, "--output")
-    lm = load(config.model)
-    if not lm.sees_video:
-        raise ConfigError(f"model {config.model.path} takes no video; captions of videos need a video model")
-    captions, problems = caption_videos(lm, config, videos, sorted(wanted.values()), output / "captions.work.jsonl")
-    for video, reason in problems.items():
-        console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    if not captions:
-        raise VideoError(f"none of the {len(wanted)} videos in {videos} can be read; the lines above say why")
-    (output / "scores.json").unlink(missing_ok=True)  # of earlier captions
-    write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
-    console.print(f"{count(len(captions), 'caption')} in {output / 'captions.jsonl'}", markup=False, soft_wrap=True)
-    if references is None:
-        return None
-    usable = {video: file for video, file in wanted.items() if file in captions}
-    systems = {}
-    for name, path in (against or {}).items():
-        others = read_captions(path, usable.values())
-        systems[name] = {video: others[file] for video, file in usable.items()}
-    systems[SELF] = {video: captions[file] for video, file in usable.items()}
-    result = evaluate(
-        systems,
-        {video: reference_captions[video] for video in usable},
-        seed=config.seed,
-        resamples=config.eval.bootstrap,
-    )
-    write_json(output / "scores.json", result.to_json() | {"run": run | {"unreadable": problems} | _made_with(config)})
+    with own_folder(output, "--output"):
+        lm = load(config.model)
+        if not lm.sees_video:
+            raise ConfigError(f"model {config.model.path} takes no video; captions of videos need a video model")
+        captions, problems = caption_videos(lm, config, videos, sorted(wanted.values()), output / "captions.work.jsonl")
+        for video, reason in problems.items():
+            console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        if not captions:
+            raise VideoError(f"none of the {len(wanted)} videos in {videos} can be read; the lines above say why")
+        (output / "scores.json").unlink(missing_ok=True)  # of earlier captions
+        write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
+        console.print(f"{count(len(captions), 'caption')} in {output / 'captions.jsonl'}", markup=False, soft_wrap=True)
+        if references is None:
+            return None
+        usable = {video: file for video, file in wanted.items() if file in captions}
+        systems = {}
+        for name, path in (against or {}).items():
+            others = read_captions(path, usable.values())
+            systems[name] = {video: others[file] for video, file in usable.items()}
+        systems[SELF] = {video: captions[file] for video, file in usable.items()}
+        result = evaluate(
+            systems,
+            {video: reference_captions[video] for video in usable},
+            seed=config.seed,
+            resamples=config.eval.bootstrap,
+        )
+        write_json(
+            output / "scores.json", result.to_json() | {"run": run | {"unreadable": problems} | _made_with(config)}
+        )
     print_table(result.to_table())
     if difference := result.to_difference_table():
         print_table(difference)

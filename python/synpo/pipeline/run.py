@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from synpo.config import Config, ConfigError
+from synpo.folders import make_folder, own_folder
 from synpo.model.adapter import CaptionModel, check_paths
 from synpo.pipeline.engine import check_engine
 from synpo.pipeline.judge import Judge, JudgeError, make_judge
@@ -21,7 +22,7 @@ from synpo.pipeline.judge.audit import audit
 from synpo.pipeline.pairs import make_pairs
 from synpo.pipeline.stages import Run, caption_clips, cut_clips, sample_candidates, score_candidates
 from synpo.pipeline.summary import PairsResult, print_result
-from synpo.records import make_folder, write_records
+from synpo.records import write_records
 from synpo.video import VideoError, list_videos
 
 
@@ -45,6 +46,7 @@ def build_pairs(
 
     Raises:
         ConfigError, VideoError: settings, a model, a folder or every video in it that cannot be used.
+        FolderInUse: another run writes to the work folder.
         JudgeError: the judge cannot work at all, or had no verdict on anything; what is scored is kept.
     """
     _check(config)
@@ -54,20 +56,20 @@ def build_pairs(
     work = Path(work) if work is not None else pairs.with_name(f"{pairs.name}.work")
     names = list_videos(videos)
     make_folder(pairs.parent, "--pairs")
-    make_folder(work, "--work")
-    judge = judge or make_judge(config.judge, work, config.seed)
-    (work / "problems.jsonl").unlink(missing_ok=True)
+    with own_folder(work, "--work"):
+        judge = judge or make_judge(config.judge, work, config.seed)
+        (work / "problems.jsonl").unlink(missing_ok=True)
 
-    run = Run(config, videos, work, lm)
-    clips = cut_clips(run, names)
-    evidence = caption_clips(run, clips)
-    candidates = sample_candidates(run, clips)
-    run.lm = None  # a local judge may need its memory
-    scores, judged = score_candidates(run, judge, evidence, candidates)
-    made, left_out = make_pairs(candidates, scores, config.pairs.prompt, config.pairs.margin)
-    unjudged = bool(scores) and all(s.failed for s in scores.values())
-    if len(run.problems) < len(names) and not unjudged:
-        write_records(pairs, made)
+        run = Run(config, videos, work, lm)
+        clips = cut_clips(run, names)
+        evidence = caption_clips(run, clips)
+        candidates = sample_candidates(run, clips)
+        run.lm = None  # a local judge may need its memory
+        scores, judged = score_candidates(run, judge, evidence, candidates)
+        made, left_out = make_pairs(candidates, scores, config.pairs.prompt, config.pairs.margin)
+        unjudged = bool(scores) and all(s.failed for s in scores.values())
+        if len(run.problems) < len(names) and not unjudged:
+            write_records(pairs, made)
 
     result = PairsResult(
         path=pairs,

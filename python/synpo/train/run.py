@@ -13,6 +13,7 @@ output/metrics.json          written last: a folder that has it is complete
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,10 +33,11 @@ from synpo.config import Config, ConfigError, build, suggest
 from synpo.data.features import VisionCache
 from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import PairDataset, PairEncoder
+from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
-from synpo.records import read_jsonl, record_id, write_json
+from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.train.checkpoint import last_checkpoint, set_broken_aside, writing
 from synpo.train.diagnostics import ends, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
@@ -119,6 +121,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
 
     Raises:
         ConfigError: a setting cannot be used, or `output` holds a run with other settings.
+        FolderInUse: another run writes to `output`.
         FileNotFoundError, RecordError: the pairs file is not there, or not a file of pairs.
         ValueError: no pair can be used; DivergenceError: the loss is not finite; GuardError: train.guard stopped the run;
             CheckpointError: a checkpoint could not be written.
@@ -142,7 +145,22 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     if resume and (output / "metrics.json").exists():
         console.print(f"{output} is complete; use --no-resume to train again")
         return _result(output)
+    with own_folder(output, "--output") if first else contextlib.nullcontext():
+        return _train(config, args, videos, chosen, output, resume, wanted, console)
 
+
+def _train(
+    config: Config,
+    args: SynPOConfig,
+    videos: Path | None,
+    chosen: Sequence[Pair],
+    output: Path,
+    resume: bool,
+    wanted: Mapping[str, Any],
+    console: Console,
+) -> TrainResult:
+    """`train` in a folder that is this run's alone. `wanted` is what config.json holds."""
+    first = args.process_index == 0
     set_seed(config.seed)
     lm = load(config.model)
     features = VisionCache(output / "vision", lm) if args.cache_vision else None
