@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from synpo.config import Config, ConfigError, LoraSection, ModelConfig, build
 from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
-from synpo.train.checkpoint import last_checkpoint
+from synpo.train.checkpoint import last_checkpoint, owes_evaluation
 from synpo.train.lora import make_trainable
 from synpo.train.run import settings, train
 from synpo.train.trainer import SynPOTrainer
@@ -165,6 +165,64 @@ def test_going_on_evaluates_nothing_twice_and_logs_the_same(
         for name in ("step", "loss", "eval_loss", "grad_norm", "eval_synpo/repetition"):
             assert row.get(name) == other.get(name), (row["step"], name)
     shutil.rmtree(again.output)
+
+
+@pytest.mark.parametrize(
+    ("step", "extra"),
+    [
+        (3, {}),
+        (6, {}),
+        (5, {"max_steps": 5}),
+        (6, {"num_train_epochs": 3, "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss",
+             "lr_scheduler_kwargs": {"patience": 0, "mode": "max"}}),  # the second evaluation lowers the rate
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(
+    step: int, extra: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluated at the end of an epoch, and of the run, right after what is saved at that step; killed between the two."""
+    values = {"held_out": 2, "samples": 1, "sample_tokens": 4, "save_strategy": "steps", "save_steps": 1}
+    settings = config(folder, **values, eval_strategy="epoch", **extra)
+    whole = train(settings, None, folder / "pairs.jsonl", tmp_path / "whole")
+    real = SynPOTrainer.evaluation_loop
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as inside, pytest.raises(Killed):
+        inside.setattr(SynPOTrainer, "evaluation_loop", stop)
+        train(settings, None, folder / "pairs.jsonl", tmp_path / "killed")
+    for _ in range(2):  # the second time it is not owed any more
+        again = train(settings, None, folder / "pairs.jsonl", tmp_path / "killed")
+        logs = ([row for row in rows(run.output) if "train_loss" not in row] for run in (again, whole))
+        for row, other in zip(*logs, strict=True):
+            for name in ("step", "epoch", "loss", "learning_rate", "eval_loss", "eval_synpo/repetition"):
+                assert row.get(name) == other.get(name), (row["step"], name)
+        (again.output / "metrics.json").unlink()
+    states = (load_file(run.adapter / "adapter_model.safetensors") for run in (whole, again))
+    for one, two in zip(*(weights.values() for weights in states), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "changed", "owed"),
+    [
+        (3, 1.0, {}, True),
+        (2, 2 / 3, {}, False),
+        (5, 5 / 3, {}, True),  # the last one
+        (3, 1.0, {"eval_strategy": "steps"}, False),
+        (3, 1.0, {"eval_delay": 2}, False),
+    ],
+)
+def test_which_evaluations_are_owed_where_nothing_is_logged_yet(
+    step: int, epoch: float, changed: dict[str, Any], owed: bool, folder: Path, tmp_path: Path
+) -> None:
+    args = settings(config(folder, **{"held_out": 2, "eval_strategy": "epoch"} | changed), tmp_path)
+    state = {"global_step": step, "max_steps": 5, "epoch": epoch}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert owes_evaluation(tmp_path, tmp_path / "train_log.jsonl", args) is owed
 
 
 @pytest.mark.parametrize(("kind", "loss_type"), [("text", "dpo"), ("captioner", "synpo"), ("captioner", "ipo")])

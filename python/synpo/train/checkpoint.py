@@ -17,6 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from synpo.records import read_jsonl
 
 STATE = "trainer_state.json"
 OPTIMIZER = ("optimizer*", "global_step*", "pytorch_model_fsdp*")  # one process; DeepSpeed; FSDP
@@ -70,6 +74,19 @@ def _whole_archive(file: Path) -> bool:
             return archive.testzip() is None
     except (OSError, zipfile.BadZipFile, EOFError):
         return False
+
+
+def owes_evaluation(checkpoint: Path, log: Path, args: TrainingArguments) -> bool:
+    """Whether the run was killed after this checkpoint and before the evaluation that was due at the same step.
+
+    Evaluations once an epoch (and once where the steps end within one) come after what is saved at its last step.
+    """
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    step, epoch = state["global_step"], state["epoch"]
+    due = epoch == int(epoch) or step >= state["max_steps"]
+    if args.eval_strategy != IntervalStrategy.EPOCH or not due or epoch < args.eval_delay:
+        return False
+    return not (log.exists() and any(row["step"] == step and "eval_loss" in row for _, row in read_jsonl(log)))
 
 
 def _newest_first(output: Path) -> list[Path]:

@@ -38,7 +38,7 @@ from synpo.model.adapter import CaptionModel, load
 from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
-from synpo.train.checkpoint import last_checkpoint, set_broken_aside, writing
+from synpo.train.checkpoint import last_checkpoint, owes_evaluation, set_broken_aside, writing
 from synpo.train.diagnostics import ends, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import make_trainable
@@ -190,10 +190,10 @@ def _train(
             write_json(output / "config.json", wanted)
             set_broken_aside(output, say=lambda text: console.print(text, markup=False))
         checkpoint = last_checkpoint(output)
+    log = output / LOG_NAME
     if checkpoint is not None:
         console.print(f"going on from {checkpoint}")
-        args.eval_on_start = False
-    log = output / LOG_NAME
+        args.eval_on_start = owes_evaluation(checkpoint, log, args)
     guard = Guard(args.loss_type, args.guard, [row for _, row in read_jsonl(log)] if log.exists() else [])
     curves = Curves(output, args.loss_type, log)
     trainer.add_callback(guard)

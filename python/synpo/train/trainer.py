@@ -317,6 +317,19 @@ class SynPOTrainer(Trainer):
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, which takes a step too many where a run goes on that has made its last one within an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """As the Trainer's; at the start of a run that goes on it is one that was left out, and counts as it would have."""
+        left_out = skip_scheduler and self.state.global_step > 0
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not left_out)
+        if left_out:
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
     def _sampled(self, count: int) -> list[EncodedPair]:
         """The held-out pairs whose prompts are answered at every evaluation."""
         held: Any = self.eval_dataset
