@@ -13,7 +13,7 @@ import torch
 from accelerate import data_loader
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from synpo.config import Config, ConfigError, build
+from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.data import tokenize
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, load
@@ -109,6 +109,20 @@ def test_a_metric_that_is_not_there_is_named_before_training(
 def test_evaluation_takes_the_batches_of_training(tmp_path: Path) -> None:
     assert settings_of(config_of(tmp_path, held_out=2), tmp_path).per_device_eval_batch_size == 2
     assert settings_of(config_of(tmp_path, per_device_eval_batch_size=3), tmp_path).per_device_eval_batch_size == 3
+
+
+def test_a_deepspeed_file_that_would_clip_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "zero2.json"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    monkeypatch.setattr("accelerate.utils.DeepSpeedPlugin.set_deepspeed_weakref", lambda self: None)  # needs DeepSpeed
+    given = Config(model=ModelConfig(device="cpu"), train={"max_grad_norm": 0.3})
+    for clipping in ("auto", 0.3):
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": clipping}))
+        assert settings_of(given, tmp_path).max_grad_norm == 0.3
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    with pytest.raises(ConfigError, match=r'max_grad_norm = 0\.3 would not count.*"gradient_clipping": "auto"'):
+        settings_of(given, tmp_path)
 
 
 def test_float16_weights_are_not_trained_themselves(pairs_for: Any, trainer_for: Any) -> None:

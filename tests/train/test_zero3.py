@@ -42,6 +42,8 @@ SHARDED = {
     "zero_force_ds_cpu_optimizer": False,
 }
 
+UNCLIPPED = {name: value for name, value in SHARDED.items() if name != "gradient_clipping"}
+
 
 def config(folder: Path, loss_type: str, lora: Any, alone: bool) -> Config:
     """4 steps of 4 pairs, every second one saved."""
@@ -80,6 +82,9 @@ def work(rank: int, folder: Path, port: str, name: str) -> None:
         train(settings, None, pairs, folder / ("one" if alone else "two") / name)
         if alone or name != "synpo":
             return
+        unclipped = build(Config, {"model": {"path": str(folder / "model")}, "train": {"deepspeed": UNCLIPPED}})
+        with pytest.raises(ConfigError, match=r"train\.max_grad_norm = 1\.0 would not count"):
+            train(unclipped, None, pairs, folder / "refused")
         with pytest.raises(ConfigError, match="a model that ZeRO-3 has partitioned cannot be stored"):
             train(config(folder, "dpo", None, alone), None, pairs, folder / "refused")
         step = SynPOTrainer.training_step

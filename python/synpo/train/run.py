@@ -96,11 +96,18 @@ def settings(config: Config, output: Path) -> SynPOConfig:
     if config.model.adapter and values.get("reference", "auto") == "auto":  # where its training starts is not its base
         values["reference"] = "start"
     try:
-        return SynPOConfig(output_dir=str(output), seed=config.seed, use_cpu=on_cpu, **values)
+        args = SynPOConfig(output_dir=str(output), seed=config.seed, use_cpu=on_cpu, **values)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"train: {error}") from error
+    if args.deepspeed_plugin is not None and "gradient_clipping" not in args.deepspeed_plugin.deepspeed_config:
+        raise ConfigError(
+            f"train.max_grad_norm = {args.max_grad_norm} would not count: DeepSpeed clips gradients itself, and where its file "
+            'has no "gradient_clipping", at 1 or (older releases) not at all; put "gradient_clipping": "auto" into what '
+            "train.deepspeed, or accelerate, names"
+        )
+    return args
 
 
 def _schema(names: tuple[str, ...]) -> type[Any]:
