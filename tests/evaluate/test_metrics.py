@@ -1,6 +1,7 @@
 """Caption metrics: against hand-computed values, an independent implementation of CIDEr-D, and the library's own BLEU."""
 
 import math
+import os
 import random
 import shutil
 from collections import Counter
@@ -12,6 +13,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from synpo.evaluate import metrics
 from synpo.evaluate.metrics import CaptionScores, caption_metrics
 from synpo.evaluate.ptb import tokenize
+from synpo.evaluate.run import evaluate
 
 
 def score(candidates: dict[str, str], references: dict[str, list[str]]) -> CaptionScores:
@@ -164,6 +166,25 @@ def test_meteor_with_a_java_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "METEOR: not computed (its Java program failed: no room for the heap)" in scores.notes
     with pytest.raises(RuntimeError, match="no room for the heap"):
         caption_metrics({"a": "x"}, {"a": ["x"]}, meteor=True)
+
+
+def test_one_java_program_loads_while_all_systems_are_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It takes seven seconds to load: it is started once, and before the other metrics are computed."""
+    happened: list[str] = []
+    java = tmp_path / "java"
+    java.write_text(
+        "#!/bin/sh\nread line; echo 1; read line; echo 0.5; echo 0.5\nread line; echo 1; read line; echo 0.4; echo 0.4\n"
+    )
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name in ("Meteor", "Rouge"):
+        made = getattr(metrics, name)
+        monkeypatch.setattr(metrics, name, lambda name=name, made=made: (happened.append(name), made())[1])
+    metrics._meteor.cache_clear()
+    scored = evaluate({"one": {"a": "x"}, "two": {"a": "y"}}, {"a": ["x"]}, progress=False)
+    metrics._meteor.cache_clear()
+    assert happened == ["Meteor", "Rouge", "Rouge"]
+    assert [scored.scores[system].corpus["METEOR"] for system in ("one", "two")] == [0.5, 0.4]
 
 
 @pytest.mark.slow

@@ -70,6 +70,7 @@ def caption_metrics(
     if len(references) == 1:
         notes.append("CIDEr weighs words by how few videos use them: with a single video every weight, and CIDEr, is 0")
 
+    java = _start_meteor(meteor, notes)
     corpus: dict[str, float] = {}
     per_video: dict[str, list[float]] = {}
     metrics: dict[str, Metric] = {}
@@ -78,7 +79,8 @@ def caption_metrics(
         corpus[name], per_video[name] = float(value), [float(s) for s in scores]
         metrics[name] = mean_metric(np.asarray(scores, dtype=np.float64))
     _add_bleu(truth, guess, corpus, per_video, metrics)
-    _add_meteor(truth, guess, meteor, corpus, per_video, notes)
+    if java is not None:
+        _add_meteor(java, truth, guess, bool(meteor), corpus, per_video, notes)
     return CaptionScores(list(references), corpus, per_video, notes, metrics, len(empty))
 
 
@@ -142,27 +144,32 @@ def corpus_bleu(sums: Array, order: int) -> Array:
 
 @cache
 def _meteor() -> Meteor:
-    """One Java program for all systems: it takes seconds to load its paraphrase table."""
+    """One Java program for all systems: it takes seven seconds to load its paraphrase table."""
     return Meteor()
 
 
-def _add_meteor(
-    truth: Words,
-    guess: Words,
-    wanted: bool | None,
-    corpus: dict[str, float],
-    per_video: dict[str, list[float]],
-    notes: list[str],
-) -> None:
+def _start_meteor(wanted: bool | None, notes: list[str]) -> Meteor | None:
+    """The Java program, which loads while the other metrics are computed; None where there is none, with a note."""
     if wanted is False:
         notes.append("METEOR: not computed (turned off)")
-        return
+        return None
     if shutil.which("java") is None:
         if wanted:
             raise ValueError("METEOR was asked for and needs Java: install a Java runtime, or leave METEOR out")
         notes.append("METEOR: not computed (no java)")
-        return
-    scorer = _meteor()
+        return None
+    return _meteor()
+
+
+def _add_meteor(
+    scorer: Meteor,
+    truth: Words,
+    guess: Words,
+    wanted: bool,
+    corpus: dict[str, float],
+    per_video: dict[str, list[float]],
+    notes: list[str],
+) -> None:
     try:
         value, scores = scorer.compute_score(truth, guess)
     except (ValueError, OSError) as error:  # the Java program died: its pipe is closed, or its answer is empty
