@@ -61,7 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     pairs = commands.add_parser("pairs", help="build preference pairs from a folder of videos")
     _common(pairs)
-    pairs.add_argument("--videos", metavar="DIR", type=Path, required=True, help="folder of videos")
+    pairs.add_argument(
+        "--videos",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="folder of videos, with all below it; links are followed",
+    )
     pairs.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file to write")
     pairs.add_argument("--work", metavar="DIR", type=Path, help="where stages keep their records (default FILE.work)")
     pairs.add_argument(
@@ -95,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="caption videos and score the captions")
     _common(evaluate)
-    evaluate.add_argument("--videos", metavar="DIR", type=Path, required=True, help="folder of held-out videos")
+    evaluate.add_argument(
+        "--videos", metavar="DIR", type=Path, required=True, help="folder of held-out videos; links are followed"
+    )
     evaluate.add_argument(
         "--references", metavar="FILE", type=Path, help="reference captions (VATEX, MSR-VTT, DREAM-1k or JSONL)"
     )
