@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from contrast_cases import INF, NAN, random_logits
 from synpo_kernels.contrast import contrastive_mix, contrastive_sample
 
 pytest.importorskip("triton")
 
 from synpo_kernels.kernels import contrast_sample
 
-INF, NAN = math.inf, math.nan
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in the interpreter
 
 
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few hundred tokens then make several tiles and many groups."""
     monkeypatch.setattr(contrast_sample, "BLOCK", 256)
-
-
-def random_logits(rows: int, vocab: int, seed: int, device, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    expert = 3 * torch.randn(rows, vocab, generator=generator)
-    amateur = expert + torch.randn(rows, vocab, generator=generator)
-    uniform = torch.rand(rows, dtype=torch.float64, generator=generator)
-    return expert.to(device, dtype), amateur.to(device, dtype), uniform.to(device)
 
 
 def assert_agrees(expert: Tensor, amateur: Tensor | None, uniform: Tensor, **options) -> tuple[Tensor, Tensor]:
