@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 
+from made_videos import write_video
 from synpo.config import ModelConfig
 from synpo.model.adapter import CaptionModel, load
 
@@ -16,14 +16,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("videos")
     (root / "b").mkdir()
     for name, shade in (("a.mp4", 40), ("b/c.mp4", 160)):
-        with av.open(str(root / name), "w") as container:
-            stream = container.add_stream("libx264", rate=8)
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-            for i in range(24):
-                image = np.full((48, 64, 3), shade, dtype=np.uint8)
-                image[10:20, 2 * i : 2 * i + 10] = 255
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        write_video(root / name, shade, frames=24, width=64)
     (root / "corrupt.mp4").write_bytes(b"\x00\x01 not a video" * 100)
     with av.open(str(root / "empty.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=8)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import subprocess
 import sys
 import traceback
 import types
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs, parallel, passes
 from synpo_kernels.reference import naive_logprobs, naive_synpo
+from workers import run_workers
 
 CHECKS: dict[str, Callable[[int], None]] = {}
 N, V, D, R = 13, 37, 11, 3
@@ -322,17 +322,8 @@ def work(rank: int, folder: Path) -> None:
 def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What went wrong in either process: check → traceback. One start serves all checks."""
     folder = tmp_path_factory.mktemp("gloo")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # the processes have CPU tensors
-    command = [sys.executable, __file__]
-    workers = [subprocess.Popen([*command, str(r), str(folder)], env=environment, cwd=root) for r in range(2)]
-    try:
-        for worker in workers:
-            worker.wait(timeout=120)
-    finally:
-        for worker in workers:
-            worker.kill()
+    on_cpus = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    run_workers(__file__, range(2), str(folder), timeout=120, **on_cpus)
     reports = [folder / f"failed-{r}.json" for r in range(2)]
     return {k: v for report in reports if report.exists() for k, v in json.loads(report.read_text()).items()} | {
         "report": "" if all(r.exists() for r in reports) else "a process ended without a report"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from host_reads import HostReads
 from synpo_kernels import FusedLinearSynPOLoss, certified, certified_logprobs, fused, linear_logprobs, passes, skipping
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, product_config
 from synpo_kernels.reference import naive_logprobs
@@ -291,14 +291,6 @@ def test_opcheck_and_compile(backend, device) -> None:
 
 
 def test_no_host_read_on_the_triton_path(device) -> None:
-    class HostReads(TorchDispatchMode):
-        found: list[str] = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.name().split(".")[0] in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
-                self.found.append(function.name())
-            return function(*args, **(kwargs or {}))
-
     problem = make("peaked", device, torch.float32)
     with HostReads() as reads, torch.no_grad():
         certified.certified._init_fn(*arguments(problem)[:7], "triton", 2.0**-5, True)

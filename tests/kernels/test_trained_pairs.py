@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from host_reads import HostReads
 from synpo_kernels import FusedLinearSynPOLoss, ops, pairs_trained, passes
 from synpo_kernels.head import Head
 from synpo_kernels.reference import naive_synpo
@@ -309,14 +310,6 @@ def test_products_counted(monkeypatch) -> None:
 
 def test_no_host_read_on_the_triton_path(device) -> None:
     """Padded rows, some ignored: what the host may not know stays on the device."""
-
-    class HostReads(TorchDispatchMode):
-        found: list[str] = []
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.name().split(".")[0] in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
-                self.found.append(function.name())
-            return function(*args, **(kwargs or {}))
 
     problem = Problem(device)
     given = arguments(problem, torch.float32, (True, True, False))

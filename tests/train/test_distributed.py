@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from synpo.train.lora import apply_lora
 from synpo.train.objective import PairObjective
 from synpo.train.run import train
 from synpo.train.trainer import SynPOConfig, SynPOTrainer
+from workers import free_port, run_workers
 
 PROJECTIONS = r".*\.(q|v|down)_proj"
 PAIRS, STEPS, RATE = 8, 2, 0.05
@@ -227,20 +226,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Result]]:
     """Results of both processes by case. One start serves all."""
     folder = tmp_path_factory.mktemp("gloo")
     write_inputs(folder)
-    root = Path(__file__).parents[2]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = os.pathsep.join([str(root), str(root / "python")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__]
-    workers = [subprocess.Popen([*command, str(r), str(folder), port], env=environment) for r in range(2)]
-    try:
-        for worker in workers:
-            worker.wait(timeout=280)
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_workers(__file__, range(2), str(folder), free_port(), timeout=280)
     return [torch.load(folder / f"rank-{r}.pt", weights_only=True) for r in range(2)]
 
 

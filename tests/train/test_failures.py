@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 import torch
 from accelerate import data_loader
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from made_videos import write_video
 from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.data import tokenize
 from synpo.data.tokenize import PairDataset, PairEncoder
@@ -165,13 +164,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("failures")
     (root / "videos").mkdir()
     for k in range(4):
-        with av.open(str(root / "videos" / f"{k}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=8)
-            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-            for i in range(16):
-                image = np.full((48, 48, 3), 50 * k + i, dtype=np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        write_video(root / "videos" / f"{k}.mp4", shade=50 * k)
     write_records(root / "pairs.jsonl", [Pair(f"p{i}", f"{i % 4}.mp4", "What?", f"Yes {i}.", "No.") for i in range(8)])
     return root
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +26,7 @@ from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.train.checkpoint import fault
 from synpo.train.run import train
 from synpo.train.trainer import SynPOTrainer
+from workers import free_port, run_workers
 
 CASES: dict[str, dict[str, Any]] = {
     "whole": {"lora": None, "loss_type": "dpo", "state": "FULL_STATE_DICT"},
@@ -106,19 +105,7 @@ def work(rank: int, folder: Path, port: str, part: str) -> None:
 
 def start(folder: Path, part: str) -> list[int]:
     """Exit codes of both processes."""
-    root = Path(__file__).parents[2]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = os.pathsep.join([str(root), str(root / "python")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__]
-    workers = [subprocess.Popen([*command, str(r), str(folder), port, part], env=environment) for r in range(2)]
-    try:
-        return [worker.wait(timeout=280) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    return run_workers(__file__, range(2), str(folder), free_port(), part, timeout=280)
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 
+from made_videos import write_video
 from synpo.config import Config as Settings
 from synpo.config import build
 from synpo.records import Pair, write_records
@@ -19,14 +18,7 @@ def data(tmp_path: Path) -> Path:
     """videos/ with two clips, and pairs.jsonl: four pairs about them."""
     (tmp_path / "videos").mkdir()
     for k in range(2):
-        with av.open(str(tmp_path / "videos" / f"{k}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=8)
-            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-            for i in range(16):
-                image = np.full((48, 48, 3), 90 * k, dtype=np.uint8)
-                image[2 * i : 2 * i + 10, 8:20] = 255
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        write_video(tmp_path / "videos" / f"{k}.mp4", shade=90 * k)
     pairs = [Pair(f"p{i}", f"{i % 2}.mp4", "Describe.", f"A bar falls {i}.", f"It rains {i} times.") for i in range(4)]
     write_records(tmp_path / "pairs.jsonl", pairs)
     return tmp_path

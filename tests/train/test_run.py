@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 
+from made_videos import write_video
 from synpo.config import Config, ConfigError, ModelConfig, build
 from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
@@ -37,14 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     (root / "videos").mkdir()
     for k in range(4):
-        with av.open(str(root / "videos" / f"{k}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=8)
-            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-            for i in range(16):
-                image = np.full((48, 48, 3), 50 * k, dtype=np.uint8)
-                image[2 * i : 2 * i + 10, 8:20] = 255
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        write_video(root / "videos" / f"{k}.mp4", shade=50 * k)
     (root / "videos" / "bad.mp4").write_bytes(b"no video")
     pairs = [Pair(f"p{i}", f"{i % 4}.mp4", "Describe.", f"A bar falls {i}.", f"It rains {i} times.") for i in range(8)]
     bad = [

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
-
+from made_videos import write_video
 from synpo.cli import main
 from synpo.records import Pair, write_records
 
@@ -15,14 +13,7 @@ def test_the_whole_path_runs_with_the_smoke_preset(tiny_captioner_path: Path, tm
     videos = tmp_path / "videos"
     videos.mkdir()
     for k in range(2):
-        with av.open(str(videos / f"{k}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=4)
-            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-            for i in range(12):
-                image = np.full((48, 48, 3), 90 * k, dtype=np.uint8)
-                image[3 * i : 3 * i + 9, 8:20] = 255
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
+        write_video(videos / f"{k}.mp4", shade=90 * k, frames=12, rate=4)
     shared = ["--preset", "smoke", "--model", str(tiny_captioner_path), "--videos", str(videos)]
     main(["pairs", *shared, "--pairs", str(tmp_path / "built.jsonl")])  # noise: perhaps no two captions differ in score
     assert (tmp_path / "built.jsonl.work").is_dir()

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -26,6 +24,7 @@ from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
 from synpo.train.run import train
 from synpo.train.trainer import SynPOConfig, SynPOTrainer
+from workers import free_port, run_workers
 
 CASES: dict[str, dict[str, Any]] = {
     "synpo": {"lora": {"r": 4, "dropout": 0.0}},
@@ -113,20 +112,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [Pair(f"p{i}", None, f"Say {i}.", "Yes. " * (1 + i % 3), "No! " * (1 + i % 2)) for i in range(8)]
     write_records(folder / "pairs.jsonl", rows)
     (folder / "zero3.json").write_text(json.dumps(SHARDED))
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     for name in CASES:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        workers = [
-            subprocess.Popen([sys.executable, __file__, str(rank), str(folder), port, name], env=environment)
-            for rank in (0, 1, -1)
-        ]
-        try:
-            ends = [worker.wait(timeout=180) for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
+        ends = run_workers(__file__, (0, 1, -1), str(folder), free_port(), name, timeout=180, DS_ACCELERATOR="cpu")
         assert ends == [0, 0, 0], "\n".join(p.read_text() for p in folder.glob("error-*.txt"))
     return folder
 
