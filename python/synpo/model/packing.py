@@ -69,7 +69,8 @@ def packed_inputs(
     """Keyword arguments of the model's top-level forward for a packed row.
 
     Args:
-        input_ids: (1, L). lengths: (B, 3) int64, tokens of prompt, chosen and rejected of every pair, L in all.
+        input_ids: (1, L). lengths: (B, 3) int64, tokens of prompt, chosen and rejected of every pair, L in all; on the host,
+            or every forward pass waits for them once.
         sequences: (2B, S) int64, place in the row of every token of the separate sequences, chosen first, -1 behind the end.
         visions: B visual parts.
     """
@@ -77,9 +78,13 @@ def packed_inputs(
     there = sequences >= 0
     ids = input_ids.flatten()[sequences.clamp(min=0)].masked_fill(~there, lm.pad_token_id)  # (2B, S)
     separate = lm.positions(ids, there.long(), [*visions, *visions])  # (2B, S) or (3, 2B, S)
-    positions = separate.new_zeros(*separate.shape[:-2], *input_ids.shape)
-    positions[..., 0, sequences[there]] = separate[..., there]
-    return {**lm.inputs(input_ids, visions), "attention_mask": lengths[None, None], "position_ids": positions}
+    width = input_ids.shape[1]
+    positions = separate.new_zeros(*separate.shape[:-2], 1, width + 1)  # the last place for what stands nowhere
+    positions[..., 0, sequences.where(there, width)] = separate
+    mask = lengths[None, None].to(input_ids.device, non_blocking=lengths.is_pinned())
+    if not lengths.is_cuda:
+        _lengths[mask] = lengths.tolist()
+    return {**lm.inputs(input_ids, visions), "attention_mask": mask, "position_ids": positions[..., :width]}
 
 
 def install(name: str) -> None:

@@ -222,9 +222,19 @@ class SynPOTrainer(Trainer):
             loader.device = None
         return loader
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As the Trainer's; what is pinned goes to the GPU without a wait for what runs there."""
+        if isinstance(data, Tensor) and not self.is_deepspeed_enabled:  # that would change dtypes, too
+            return data.to(self.args.device, non_blocking=data.is_pinned())
+        return super()._prepare_input(data)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As the Trainer's; the lengths stay on the host, which reads them (model/packing.py)."""
+        return {**super()._prepare_inputs(inputs), "lengths": inputs["lengths"]}
+
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Tensor:
         """Pairs of one optimizer step, over all its micro-batches and all processes."""
-        count = torch.tensor(sum(len(batch["pair_ids"]) for batch in batch_samples), device=device)
+        count = torch.full((), sum(len(batch["pair_ids"]) for batch in batch_samples), device=device)  # a copy would wait
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
