@@ -140,7 +140,9 @@ class JudgeConfig:
 
     The key of an endpoint is read from the environment variable `key_env` when it is needed; it is never stored.
     A language model sees the candidates in `orders` different orders, and its scores are averaged. `structured` asks the
-    endpoint to enforce the JSON schema of an answer, `temperature` null leaves the endpoint's own, `timeout` is in seconds.
+    endpoint to enforce the JSON schema of an answer, `system_role` false puts all into one user message (some chat templates
+    know no other), `temperature` null leaves the endpoint's own, `timeout` is in seconds. `max_tokens` limits an answer with its
+    reasoning; null is no limit of ours (openai), or room for the scores alone (local).
     """
 
     kind: str = "offline"
@@ -152,7 +154,9 @@ class JudgeConfig:
     orders: int = 2
     concurrency: int = 8
     structured: bool = True
+    system_role: bool = True
     temperature: float | None = 0.0
+    max_tokens: int | None = None
     timeout: float = 120.0
 
 

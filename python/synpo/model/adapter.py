@@ -120,7 +120,13 @@ class CaptionModel:
         return frozenset(place for place in found if isinstance(place, int))
 
     def prompt(
-        self, text: str, frames: Tensor | None = None, vision: Vision | None = None, *, seconds: float | None = None
+        self,
+        text: str,
+        frames: Tensor | None = None,
+        vision: Vision | None = None,
+        *,
+        seconds: float | None = None,
+        **template: Any,
     ) -> Prompt:
         """Encode one user turn through the chat template.
 
@@ -129,6 +135,7 @@ class CaptionModel:
             vision: of an earlier prompt about the same frames: the new one shares it, and pixels are not prepared again.
             seconds: how long the stretch of video is that the frames are spread over. Models that are told the time (Qwen-VL
                 from 2.5 on, SmolVLM) need it; None leaves them to their own assumption, 24 frames a second.
+            template: variables of the chat template, `enable_thinking` say; one that it does not know is ignored.
 
         Raises:
             ValueError: frames are given and the model cannot see.
@@ -143,7 +150,7 @@ class CaptionModel:
         elif self.vision is None:
             content = text  # type: ignore[assignment]  # templates of text models take a plain string
         messages = [{"role": "user", "content": content}]
-        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
         if frames is not None and self.vision is not None:
             return Prompt(*self.vision.prepare(rendered, frames, vision, seconds))
         return Prompt(self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids[0].long(), {})

@@ -90,6 +90,11 @@ def question(task: Task, order: Sequence[int]) -> Messages:
     ]
 
 
+def one_message(messages: Messages) -> Messages:
+    """The same conversation as one user message, which every chat template takes."""
+    return [{"role": "user", "content": "\n\n".join(m["content"] for m in messages)}]
+
+
 def objects(text: str) -> Iterator[Any]:
     """Every outermost JSON object in a text, in order."""
     decoder, start = json.JSONDecoder(), text.find("{")
@@ -117,10 +122,15 @@ def read_answer(text: str, count: int) -> list[Verdict]:
             by_number = sorted(entries, key=lambda e: e.id)
             return [Verdict(e.factuality, e.fluency, e.consistency) for e in by_number]
         except ValidationError as error:
-            problem = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+            problem = "; ".join(f"{'.'.join(map(_key, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
         except ValueError as error:
             problem = str(error)
     raise InvalidAnswer(problem)
+
+
+def _key(part: int | str) -> str:
+    """A key of an answer, which a caption may have led the model to write, for a message that the model will read."""
+    return quoted(str(part))[1:-1][:60]
 
 
 def orders_of(task: Task, count: int, seed: int) -> list[list[int]]:
@@ -180,15 +190,19 @@ class ChatJudge(ABC):
         ]
 
     def _insist(self, messages: Messages, count: int) -> list[Verdict]:
-        """Ask until the answer is valid, telling what was wrong with the last; at most ATTEMPTS times."""
+        """Ask until the answer is valid, telling what was wrong with the last; at most ATTEMPTS times.
+
+        It is told at the end of the same message: many chat templates refuse a second one in a row by the same side.
+        """
         conversation = messages
+        *before, last = messages
         for attempt in range(ATTEMPTS):
             try:
                 return self.ask(conversation, attempt, count)
             except InvalidAnswer as error:
                 problem = error
-                again = f"That answer cannot be used: {problem}. Answer again, with the JSON only."
-                conversation = [*messages, {"role": "user", "content": again}]
+                again = f"An earlier answer cannot be used: {problem}. Answer with the JSON only."
+                conversation = [*before, {**last, "content": f"{last['content']}\n\n{again}"}]
         raise InvalidAnswer(f"no valid answer in {ATTEMPTS} attempts; the last: {problem}")
 
 

@@ -1,13 +1,25 @@
-"""A judge that is a Hugging Face chat model on this machine: the same question, the same reading of the answer."""
+"""A judge that is a Hugging Face chat model on this machine: the same question, the same reading of the answer.
+
+The question is one user message, which every chat template takes. Templates that can (Qwen3's) are told to leave reasoning out;
+a model that reasons all the same needs `judge.max_tokens`.
+"""
 
 from __future__ import annotations
 
 from synpo.config import ConfigError, JudgeConfig, ModelConfig, SamplingConfig
-from synpo.model.adapter import CaptionModel, load
+from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
 from synpo.pipeline.judge.base import Verdict
-from synpo.pipeline.judge.chat import VERSION, ChatJudge, InvalidAnswer, Messages, read_answer
+from synpo.pipeline.judge.chat import (
+    VERSION,
+    ChatJudge,
+    GaveUp,
+    InvalidAnswer,
+    Messages,
+    one_message,
+    read_answer,
+)
 from synpo.pipeline.retrospect import without_specials
 from synpo.records import record_id
 
@@ -16,28 +28,52 @@ TOKENS_BESIDES = 64
 
 
 class LocalJudge(ChatJudge):
-    """Asks a chat model, greedily. It is loaded at the first question. Raises ConfigError when no model is named."""
+    """Asks a chat model, greedily. It is loaded at the first question.
+
+    Raises:
+        ConfigError: no model is named, a folder that is named is missing, or (at the first question) it has no chat template.
+    """
 
     def __init__(self, config: JudgeConfig, seed: int = 0, lm: CaptionModel | None = None) -> None:
         if not config.model:
             raise ConfigError("judge.model: the local judge needs a checkpoint folder or hub id")
+        if config.max_tokens is not None and config.max_tokens < 1:
+            raise ConfigError(f"judge.max_tokens: expected at least 1, or null, got {config.max_tokens}")
         super().__init__(config.orders, seed)
         self.model = ModelConfig(path=config.model)
+        check_paths(self.model)
         self.name = config.model
-        self.identity = f"local/{record_id(VERSION, fingerprint(self.model), config.orders, seed)}"
+        self.max_tokens = config.max_tokens
+        limit = [] if config.max_tokens is None else [config.max_tokens]
+        self.identity = f"local/{record_id(VERSION, fingerprint(self.model), config.orders, seed, *limit)}"
         self._lm = lm
 
     def ask(self, messages: Messages, attempt: int, count: int) -> list[Verdict]:
+        lm = self._loaded()
+        (message,) = one_message(messages)
+        text = without_specials(lm.tokenizer, message["content"])  # a caption must not end the turn
+        prompt = lm.prompt(text, enable_thinking=False)
+        limit = self.max_tokens or TOKENS_A_CANDIDATE * count + TOKENS_BESIDES
+        context = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and len(prompt.input_ids) + limit > context:
+            raise GaveUp(
+                f"a question of {len(prompt.input_ids)} tokens and an answer of {limit} do not fit the judge's context of "
+                f"{context}: lower pairs.candidates or pairs.max_clips, or take a judge with a longer one"
+            )
+        greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=limit)
+        (answer,) = generate(lm, [prompt], greedy, keys=[self.identity])
+        if not answer.finished:
+            raise InvalidAnswer(f"it was cut off before its end, at {limit} tokens (judge.max_tokens allows more)")
+        return read_answer(answer.text, count)
+
+    def _loaded(self) -> CaptionModel:
         if self._lm is None:
             self._lm = load(self.model)
-        text = "\n\n".join(m["content"] for m in messages)
-        prompt = self._lm.prompt(without_specials(self._lm.tokenizer, text))  # a caption must not end the turn
-        limit = TOKENS_A_CANDIDATE * count + TOKENS_BESIDES
-        greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=limit)
-        (answer,) = generate(self._lm, [prompt], greedy, keys=[self.identity])
-        if not answer.finished:
-            raise InvalidAnswer("it was cut off before its end")
-        return read_answer(answer.text, count)
+        if not self._lm.tokenizer.chat_template:
+            raise ConfigError(
+                f"judge.model: {self.model.path} has no chat template; take a model that was tuned to follow instructions"
+            )
+        return self._lm
 
     def stop(self) -> None:
         """There is one worker: nothing is asked that nobody waits for."""

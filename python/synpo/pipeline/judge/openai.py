@@ -1,19 +1,16 @@
 """A judge behind any OpenAI-compatible endpoint.
 
-The openai package retries what is worth retrying (408, 409, 429, 5xx, lost connections) after pauses that grow and differ from
-thread to thread, and heeds a Retry-After of up to two minutes. Here: all threads pause where the endpoint goes on saying 429,
-answers are validated and asked for again (`chat.py`), requests are spread evenly in time, counted against a budget, and valid
-answers kept in an SQLite file, so that no question is paid for twice. The key is read from the environment when it is needed,
-and is in no file, message or error.
+The openai package retries what is worth retrying (408, 409, 429, 5xx, lost connections; not late answers: client.py) after
+pauses that grow and differ from thread to thread, and heeds a Retry-After of up to two minutes. Here: all threads pause where
+the endpoint goes on saying 429, answers are validated and asked for again (`chat.py`), requests are spread evenly in time,
+counted against a budget, and valid answers kept (`cache.py`), so that no question is paid for twice. The key is read from the
+environment when it is needed, and is in no file, message or error.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-import sqlite3
 import threading
 import time
 from collections.abc import Sequence
@@ -24,51 +21,24 @@ import openai
 
 from synpo.config import ConfigError, JudgeConfig
 from synpo.pipeline.judge.base import JudgeError, Task, Verdict
-from synpo.pipeline.judge.chat import VERSION, Answer, ChatJudge, GaveUp, InvalidAnswer, Messages, read_answer
+from synpo.pipeline.judge.cache import ReplyCache
+from synpo.pipeline.judge.chat import (
+    VERSION,
+    Answer,
+    ChatJudge,
+    GaveUp,
+    InvalidAnswer,
+    Messages,
+    one_message,
+    read_answer,
+)
+from synpo.pipeline.judge.client import UNTRUSTED, open_client, reason, shown
 from synpo.records import record_id
 
 RETRIES = 5  # by the openai package, 15 s of pauses in all
 PAUSE = 60.0  # seconds nothing is asked where those were all answered with 429: limits are by the minute
 PAUSES = 5  # for one question, before the run is given up
 LONGEST_PAUSE = 600.0  # an endpoint that asks for more stops the run
-
-
-class ReplyCache:
-    """Answers by the hash of what was asked, in one SQLite file; safe to use from several threads.
-
-    Raises JudgeError when the file is no such database, or cannot be read or written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._lock = threading.Lock()
-        self._db: sqlite3.Connection | None = None
-        self._run("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-
-    def _run(self, statement: str, *values: str) -> Any:
-        """The first row of the result, None where there is none."""
-        try:
-            with self._lock:
-                if self._db is None:
-                    self._db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-                return self._db.execute(statement, values).fetchone()
-        except sqlite3.Error as error:
-            raise JudgeError(
-                f"the judge's cache {self._path} cannot be used: {error}. Make room if the disk is full; if the file is "
-                "damaged, remove it: its questions are then paid for again"
-            ) from error
-
-    @staticmethod
-    def key(**asked: Any) -> str:
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-    def get(self, key: str) -> str | None:
-        row = self._run("SELECT reply FROM replies WHERE key = ?", key)
-        return row[0] if row else None
-
-    def put(self, key: str, reply: str) -> None:
-        self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", key, reply)
 
 
 class RateLimit:
@@ -109,6 +79,7 @@ class OpenAIJudge(ChatJudge):
             ("model", config.model, "the name of a model, which the openai judge needs"),
             ("concurrency", config.concurrency >= 1, "at least 1"),
             ("timeout", config.timeout > 0, "more than 0 seconds"),
+            ("max_tokens", config.max_tokens is None or config.max_tokens >= 1, "at least 1, or null"),
             ("base_url", re.match("https?://.", self._endpoint or "https://…"), "http://… or https://…"),
         ):
             if not fits:
@@ -127,14 +98,17 @@ class OpenAIJudge(ChatJudge):
         self._lost = 0  # requests without an answer since the last that had one
         self._opened: openai.OpenAI | None = None
         self._key = ""
-        self._where = re.sub("//[^/]*@", "//", (self._endpoint or "the endpoint").partition("?")[0])  # no secret in it
+        self._where = shown(self._endpoint)
         self._parameters: dict[str, Any] = {"model": config.model}
         if config.temperature is not None:
             self._parameters["temperature"] = config.temperature
+        if config.max_tokens is not None:
+            self._parameters["max_tokens"] = config.max_tokens
         if config.structured:
             schema = {"name": "scores", "schema": Answer.model_json_schema(), "strict": True}
             self._parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
-        asked = record_id(VERSION, self._endpoint, self._parameters, config.orders, seed)
+        roles = [] if config.system_role else ["no system role"]
+        asked = record_id(VERSION, self._endpoint, self._parameters, config.orders, seed, *roles)
         self.identity = f"openai/{asked}"
 
     def prepare(self, tasks: Sequence[Task]) -> None:
@@ -145,6 +119,8 @@ class OpenAIJudge(ChatJudge):
         self._stopped.set()
 
     def ask(self, messages: Messages, attempt: int, count: int) -> list[Verdict]:
+        if not self.config.system_role:
+            messages = one_message(messages)
         key = self._cache.key(
             endpoint=self._endpoint, version=VERSION, messages=messages, attempt=attempt, **self._parameters
         )
@@ -196,29 +172,46 @@ class OpenAIJudge(ChatJudge):
 
     def _problem(self, error: openai.APIError) -> JudgeError | GaveUp:
         """What an error of the endpoint means: for the run, or for this question alone."""
-        said = self._clean(error)
+        said = self._clean(reason(error))
         status = error.status_code if isinstance(error, openai.APIStatusError) else None
         if status in (401, 402, 403, 404):
+            hint = ". Does it serve that model, and does judge.base_url have all of its path, mostly /v1?"
             return JudgeError(
                 f"{self._where} refused model {self.config.model!r} with the key in {self.config.key_env}: {said}"
+                f"{hint if status == 404 else ''}"
             )
         with self._lock:
             self._lost += 1
             many = self._lost > self.workers
         if status is not None and status < 500 and status not in (408, 409):
-            hint = "; if the endpoint knows no JSON schemas, set judge.structured to false"
-            refused = (
-                f"the endpoint refused the request: {said}{hint if status == 400 and self.config.structured else ''}"
-            )
+            refused = f"the endpoint refused the request: {said}{self._settings() if status in (400, 422) else ''}"
             if many and not self._answered:
                 return JudgeError(f"{refused} ({self._lost} requests, and none was answered)")
             return GaveUp(refused)
+        if isinstance(error, openai.APITimeoutError):
+            none = f"no answer within judge.timeout, {self.config.timeout:g} s"
+        elif UNTRUSTED in said:
+            return JudgeError(f"{self._where} cannot be trusted: {said}")
+        else:
+            none = f"no answer after {RETRIES} retries: {said}"
         if not many and (self._answered or status):
-            return GaveUp(f"no answer after {RETRIES} retries: {said}")
+            return GaveUp(none)
+        hint = self._settings() if status and not self._answered else ""
         return JudgeError(
-            f"{self._where} {'gives no more answers' if self._answered else 'cannot be reached'}: none after {RETRIES} retries: "
-            f"{said} See judge.base_url, and judge.timeout ({self.config.timeout:g} s) if it is slow; what is scored is kept"
+            f"{self._where} {'gives no more answers' if self._answered else 'cannot be reached'}: {none}{hint}. See "
+            "judge.base_url, and if it is slow judge.timeout, judge.max_tokens and judge.concurrency; what is scored is kept"
         )
+
+    def _settings(self) -> str:
+        """What was sent that an endpoint may not take, with the setting that leaves it out."""
+        sent = (
+            ("JSON schemas", "structured=false", self.config.structured),
+            ("system messages", "system_role=false", self.config.system_role),
+            ("this temperature", "temperature=null", self.config.temperature is not None),
+            ("max_tokens", "max_tokens=null", self.config.max_tokens is not None),
+        )
+        known = [f"{what}, judge.{how}" for what, how, there in sent if there]
+        return f"; if it does not take {'; '.join(known)}" if known else ""
 
     def _text(self, reply: Any) -> str:
         """What the model said; `reply` is a chat completion, or whatever a server that is no such endpoint sent."""
@@ -237,7 +230,7 @@ class OpenAIJudge(ChatJudge):
         except (AttributeError, LookupError, TypeError):
             raise InvalidAnswer("it has no message") from None
         if finish == "length":
-            raise InvalidAnswer("it was cut off before its end")
+            raise InvalidAnswer("it was cut off before its end (by judge.max_tokens, or by the endpoint's own limit)")
         if refusal:
             raise GaveUp(f"the model refused: {self._clean(refusal)}")
         if not isinstance(said, str | None):
@@ -255,12 +248,11 @@ class OpenAIJudge(ChatJudge):
                     raise JudgeError(
                         f"the key in {self.config.key_env} is no key: it has characters no header may have"
                     )
-                self._opened = openai.OpenAI(
-                    api_key=self._key or "none",  # servers of one's own often want none
-                    base_url=self._endpoint,
-                    max_retries=RETRIES,
-                    timeout=self.config.timeout,
-                )
+                key = self._key or "none"  # servers of one's own often want none
+                try:
+                    self._opened = open_client(key, self._endpoint, RETRIES, self.config.timeout)
+                except ValueError as error:
+                    raise JudgeError(self._clean(error)) from None
             return self._opened
 
     def _clean(self, said: object) -> str:
