@@ -581,6 +581,11 @@ def test_an_error_of_the_server_may_mean_that_it_does_not_know_a_setting(
     assert isinstance(judge.score(TASK)[0], Failure)
     with pytest.raises(JudgeError, match=r"'json_object'.*JSON schemas, judge\.structured=false; .*temperature=null"):
         judge.score(TASK)
+    endpoint.script = [fails(503, "overloaded")] * 2
+    other = judge_at(endpoint, tmp_path, orders=1, concurrency=1)
+    other.score(TASK)
+    with pytest.raises(JudgeError, match=r"503 - overloaded\. See judge\.base_url"):
+        other.score(TASK)
     endpoint.script = [fails(404)]
     with pytest.raises(JudgeError, match=r"refused model 'judge'.*404.*judge\.base_url.*/v1"):
         judge_at(endpoint, tmp_path).score(TASK)
@@ -630,6 +635,9 @@ def test_a_proxy_in_the_environment_is_named(
     assert "hush" not in str(caught.value) and not endpoint.requests
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     assert judge_at(endpoint, tmp_path).score(TASK) == HONEST
+    endpoint.script = [fails(407)]
+    with pytest.raises(JudgeError, match=r"407.*http://NAME:PASSWORD@"):
+        judge_at(endpoint, tmp_path / "wants a name").score(TASK)
     monkeypatch.setenv("HTTP_PROXY", "gopher://127.0.0.1:9")
     with pytest.raises(JudgeError, match=r"no connection can be opened: .*HTTP_PROXY"):
         judge_at(endpoint, tmp_path / "other").score(TASK)

@@ -174,11 +174,13 @@ class OpenAIJudge(ChatJudge):
         """What an error of the endpoint means: for the run, or for this question alone."""
         said = self._clean(reason(error))
         status = error.status_code if isinstance(error, openai.APIStatusError) else None
-        if status in (401, 402, 403, 404):
-            hint = ". Does it serve that model, and does judge.base_url have all of its path, mostly /v1?"
+        if status in (401, 402, 403, 404, 407):
+            hint = {
+                404: ". Does it serve that model, and does judge.base_url have all of its path, mostly /v1?",
+                407: ". The proxy wants to know who asks: http://NAME:PASSWORD@…",
+            }.get(status, "")
             return JudgeError(
-                f"{self._where} refused model {self.config.model!r} with the key in {self.config.key_env}: {said}"
-                f"{hint if status == 404 else ''}"
+                f"{self._where} refused model {self.config.model!r} with the key in {self.config.key_env}: {said}{hint}"
             )
         with self._lock:
             self._lost += 1
@@ -196,7 +198,7 @@ class OpenAIJudge(ChatJudge):
             none = f"no answer after {RETRIES} retries: {said}"
         if not many and (self._answered or status):
             return GaveUp(none)
-        hint = self._settings() if status and not self._answered else ""
+        hint = self._settings() if status == 500 and not self._answered else ""
         return JudgeError(
             f"{self._where} {'gives no more answers' if self._answered else 'cannot be reached'}: {none}{hint}. See "
             "judge.base_url, and if it is slow judge.timeout, judge.max_tokens and judge.concurrency; what is scored is kept"
