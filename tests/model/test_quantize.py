@@ -13,6 +13,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from synpo.config import ConfigError, LoraSection, ModelConfig
 from synpo.model import quantize
 from synpo.model.adapter import load
+from synpo.model.fingerprint import fingerprint
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner
 from synpo.train.lora import apply_lora
 from synpo.train.memory import MemoryModel
@@ -84,6 +85,14 @@ def test_bad_settings_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"nf4 needs bitsandbytes.*synpo\[qlora\]"):
         load(ModelConfig(path=str(captioner_path), quantization="nf4"))
+
+
+def test_what_a_model_said_in_another_format_is_not_taken_for_its_own(captioner_path: Path) -> None:
+    def known_as(**options: str) -> str:
+        return fingerprint(ModelConfig(path=str(captioner_path), **options))
+
+    formats: list[dict[str, str]] = [{}, {"quantization": "int8"}, {"quantization": "nf4"}, {"dtype": "float16"}]
+    assert len({known_as(**options) for options in formats}) == 4 and known_as() == known_as(dtype="auto")
 
 
 def test_a_quantized_head_is_refused() -> None:

@@ -1,6 +1,7 @@
 """What a model is, as a short hash, so that records made with one model are never taken for another's.
 
-A local folder is known by the content of its weights and settings, a hub id by its name and revision.
+A local folder is known by the content of its weights and settings, a hub id by its name and revision. The same weights in
+another format (`dtype`, `quantization`) say other things.
 """
 
 from __future__ import annotations
@@ -37,5 +38,6 @@ def _folder(path: str) -> object:
 
 
 def fingerprint(config: ModelConfig) -> str:
-    """16 hexadecimal digits for the model and the adapter a configuration names."""
-    return record_id(_folder(config.path), config.revision, config.adapter and _folder(config.adapter))
+    """16 hexadecimal digits for the model and the adapter a configuration names, as they are loaded."""
+    formats = [] if (config.dtype, config.quantization) == ("auto", "none") else [config.dtype, config.quantization]
+    return record_id(_folder(config.path), config.revision, config.adapter and _folder(config.adapter), *formats)
