@@ -14,6 +14,7 @@ import torch
 # whichever test comes first; tests that need it unset (ahead-of-time compilation) start a process of their own.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+torch.backends.cudnn.allow_tf32 = False  # convolutions of a vision tower too are compared in full fp32
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import av
 import pytest
 
+from devices import DEVICE
 from made_videos import write_video
 from synpo.config import ModelConfig
 from synpo.model.adapter import CaptionModel, load
@@ -27,4 +28,4 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def captioner(tiny_captioner_path: Path) -> CaptionModel:
-    return load(ModelConfig(path=str(tiny_captioner_path)))
+    return load(ModelConfig(path=str(tiny_captioner_path), device=DEVICE))

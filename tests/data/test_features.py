@@ -56,7 +56,7 @@ def test_the_tower_runs_once_a_video_and_run(lm: Any, videos: Path, tmp_path: Pa
             expected = lm.encode_vision([three.vision])[0]["features"]
             looks.pop()
             assert torch.equal(one.vision["features"], two.vision["features"])
-            assert torch.equal(one.vision["features"], expected)
+            assert torch.equal(one.vision["features"], expected.cpu())
             assert torch.equal(one.prompt, three.prompt)
             assert torch.equal(two.prompt, three.prompt)
     assert looks == [3, 3]

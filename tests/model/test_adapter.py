@@ -22,6 +22,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from devices import DEVICE
 from synpo.config import ConfigError, ModelConfig
 from synpo.model.adapter import CaptionModel, load, pad_rows
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
@@ -32,7 +33,7 @@ TEXTS = ["A small red circle moves.", "It stops."]
 
 @pytest.fixture(scope="module")
 def captioner(tiny_captioner_path: Any) -> CaptionModel:
-    return load(ModelConfig(path=str(tiny_captioner_path)))
+    return load(ModelConfig(path=str(tiny_captioner_path), device=DEVICE))
 
 
 def clip(frames: int, height: int = 48, width: int = 48, seed: int = 0) -> Tensor:
@@ -47,7 +48,7 @@ def rows_of(lm: CaptionModel, clips: Sequence[Tensor | None]) -> tuple[list[Tens
 
 
 def logits_of(lm: CaptionModel, rows: list[Tensor], visions: list[Any], side: Any = "right") -> list[Tensor]:
-    ids, mask = pad_rows(rows, lm.pad_token_id, side)
+    ids, mask = (x.to(DEVICE) for x in pad_rows(rows, lm.pad_token_id, side))
     with torch.no_grad():
         logits = lm.model(**lm.forward_kwargs(ids, mask, visions)).logits
     return [row[m.bool()] for row, m in zip(logits, mask)]
@@ -57,8 +58,9 @@ def test_captioner_gives_the_logits_of_hugging_faces_own_path(captioner: Caption
     rows, visions = rows_of(captioner, [clip(3), None])
     logits = logits_of(captioner, rows, visions)
     with torch.no_grad():
-        with_video = captioner.model(input_ids=rows[0][None], pixel_values_videos=visions[0]["pixels"][None]).logits
-        without = captioner.model(input_ids=rows[1][None]).logits
+        seen = {"pixel_values_videos": visions[0]["pixels"][None].to(DEVICE)}
+        with_video = captioner.model(input_ids=rows[0][None].to(DEVICE), **seen).logits
+        without = captioner.model(input_ids=rows[1][None].to(DEVICE)).logits
     torch.testing.assert_close(logits[0], with_video[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits[1], without[0], rtol=1e-4, atol=1e-5)
 
@@ -86,7 +88,7 @@ def test_the_tower_runs_once_for_rows_that_share_a_video(captioner: CaptionModel
 
 def test_a_prompt_that_lost_visual_tokens_is_refused(captioner: CaptionModel) -> None:
     prompt = captioner.prompt("Describe the video.", clip(3))
-    ids, mask = pad_rows([prompt.input_ids[4:]], 0)
+    ids, mask = (x.to(DEVICE) for x in pad_rows([prompt.input_ids[4:]], 0))
     with pytest.raises(ValueError, match="video placeholders in the batch but 13 visual features"):
         captioner.forward_kwargs(ids, mask, [prompt.vision])
 
@@ -156,23 +158,24 @@ def qwen_vl(kind: str) -> CaptionModel:
         vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "patch_size": 4}
         vision |= {"intermediate_size": 64, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **places))
-    return CaptionModel(model.eval(), tokenizer, Processor(model, QwenProcessor(tokenizer, 3 * 2 * 4 * 4)))
+    return CaptionModel(model.to(DEVICE).eval(), tokenizer, Processor(model, QwenProcessor(tokenizer, 3 * 2 * 4 * 4)))
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
 def test_qwen_vl_gets_its_three_dimensional_positions(kind: str) -> None:
     lm = qwen_vl(kind)
     rows, visions = rows_of(lm, [clip(4), None, clip(2, seed=1)])
-    ids, mask = pad_rows(rows, lm.pad_token_id, "left")
+    ids, mask = (x.to(DEVICE) for x in pad_rows(rows, lm.pad_token_id, "left"))
     inputs = lm.forward_kwargs(ids, mask, visions)
     assert inputs["position_ids"].shape == (3, *ids.shape)
     assert inputs["mm_token_type_ids"].unique().tolist() == [0, 2]
     assert not torch.equal(inputs["position_ids"][0], inputs["position_ids"][1])
     for side in ("left", "right"):
         for i, logits in enumerate(logits_of(lm, rows, visions, side)):
-            types = lm.vision._types(rows[i][None])  # type: ignore[union-attr]
+            ids = rows[i][None].to(DEVICE)
+            seen = {k: v.to(DEVICE) for k, v in (lm.vision._types(ids) | visions[i]).items()}  # type: ignore[union-attr]
             with torch.no_grad():
-                own = lm.model(input_ids=rows[i][None], **types, **visions[i]).logits[0]
+                own = lm.model(input_ids=ids, **seen).logits[0]
             torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
 
 

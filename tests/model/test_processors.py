@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from devices import DEVICE
 from synpo.config import ContrastConfig, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer
@@ -138,7 +139,7 @@ def frames(count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def test_prompts_are_those_of_the_processor_and_tell_the_time(checkpoint: Path) -> None:
-    lm, seen = load(ModelConfig(path=str(checkpoint), device="cpu")), frames(8, 0)
+    lm, seen = load(ModelConfig(path=str(checkpoint), device=DEVICE)), frames(8, 0)
     prompt = lm.prompt(QUESTION, seen, seconds=64.0)  # a frame every 8 seconds, the first after 4
     known = {"total_num_frames": 64, "fps": 1.0, "frames_indices": list(range(4, 64, 8)), "duration": 64.0}
     turn = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}]
@@ -147,8 +148,8 @@ def test_prompts_are_those_of_the_processor_and_tell_the_time(checkpoint: Path) 
         videos=[[seen]], video_metadata=[[known]], return_tensors="pt", do_sample_frames=False,
     )  # fmt: skip
     assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
-    tensors = {key: value for key, value in expected.items() if isinstance(value, Tensor)}
-    ids = prompt.input_ids[None]
+    tensors = {key: value.to(DEVICE) for key, value in expected.items() if isinstance(value, Tensor)}
+    ids = prompt.input_ids[None].to(DEVICE)
     ours = lm.model(**lm.forward_kwargs(ids, torch.ones_like(ids), lm.encode_vision([prompt.vision]))).logits
     torch.testing.assert_close(ours, lm.model(**tensors).logits, atol=1e-5, rtol=1e-5)
 
@@ -162,7 +163,7 @@ def test_prompts_are_those_of_the_processor_and_tell_the_time(checkpoint: Path) 
 
 
 def test_second_looks_share_the_video(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = load(ModelConfig(path=str(checkpoint), device="cpu"))
+    lm = load(ModelConfig(path=str(checkpoint), device=DEVICE))
     views, seconds = [frames(8, 0), frames(6, 1)], [64.0, 12.0]
     shown = [lm.prompt(QUESTION, v, seconds=s) for v, s in zip(views, seconds)]
     drafts = ["a circle moves", "  nothing:\nnothing "]
@@ -174,7 +175,7 @@ def test_second_looks_share_the_video(checkpoint: Path, monkeypatch: pytest.Monk
 
 
 def test_what_is_shared_changes_no_answer(checkpoint: Path) -> None:
-    lm = load(ModelConfig(path=str(checkpoint), device="cpu"))
+    lm = load(ModelConfig(path=str(checkpoint), device=DEVICE))
     views, seconds = [frames(8, 0), frames(12, 1)], [64.0, 12.0]
     greedy = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=8)
     rows = describe(lm, views, [["a", "b"], ["c"]], QUESTION, greedy, contrast=ContrastConfig(), seconds=seconds)
@@ -192,4 +193,4 @@ def test_what_is_shared_changes_no_answer(checkpoint: Path) -> None:
 
 
 def test_pairs_are_packed_exactly(checkpoint: Path) -> None:
-    assert why_not(load(ModelConfig(path=str(checkpoint), device="cpu"))) is None
+    assert why_not(load(ModelConfig(path=str(checkpoint), device=DEVICE))) is None

@@ -9,14 +9,15 @@ import av
 import numpy as np
 import pytest
 
+from devices import DEVICE
 from synpo.config import ModelConfig
 from synpo.model.adapter import CaptionModel, load
 
 
 @pytest.fixture(scope="session")
 def captioner(tiny_captioner_path: Path) -> CaptionModel:
-    """A random video captioner on the CPU in fp32."""
-    return load(ModelConfig(path=str(tiny_captioner_path), device="cpu"))
+    """A random video captioner in fp32."""
+    return load(ModelConfig(path=str(tiny_captioner_path), device=DEVICE))
 
 
 def _write_video(path: Path, seconds: float = 3.0, fps: int = 8, seed: int = 0) -> Path:

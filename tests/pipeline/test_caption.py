@@ -9,7 +9,7 @@ import torch
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.model.tiny import byte_tokenizer
-from synpo.pipeline import reader
+from synpo.pipeline import lookahead, reader
 from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import generate
 from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_looks, without_specials
@@ -75,6 +75,7 @@ def test_what_is_kept_of_videos_goes_with_the_batch(captioner: CaptionModel, mon
         return kept
 
     monkeypatch.setattr(reader, "_remember", watched)
+    monkeypatch.setitem(lookahead.TOKENS_A_PASS, "cuda", 32)  # a GPU would not bother for two rows
     describe(captioner, [frames(8, 1)], [["a", "b"]], "Describe.", SAMPLING, contrast=ContrastConfig())
     assert len(alive) == 4, "expert and amateur: the question, then the question with the instruction"
     assert all(ref() is None for ref in alive)

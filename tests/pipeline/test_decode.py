@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from devices import DEVICE
 from synpo.config import ContrastConfig, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
@@ -42,7 +43,7 @@ def frames(count: int, seed: int) -> Tensor:
 @torch.no_grad()
 def last_logits(lm: CaptionModel, prompt: Prompt, written: list[int]) -> Tensor:
     """Logits (V,) after the prompt and what is written, with no cache and no padding."""
-    ids = torch.cat([prompt.input_ids, torch.tensor(written, dtype=torch.long)])[None]
+    ids = torch.cat([prompt.input_ids, torch.tensor(written, dtype=torch.long)])[None].to(lm.device)
     return lm.model(**lm.forward_kwargs(ids, torch.ones_like(ids), [prompt.vision])).logits[0, -1].float()
 
 
@@ -111,7 +112,7 @@ def test_greedy_text_answers_are_those_of_two_plain_models(family: str) -> None:
         model: Any = MistralForCausalLM(settings).eval()
     else:
         model = tiny_text_model(tokenizer, family)
-    lm = with_ends(CaptionModel(model, tokenizer, None))
+    lm = with_ends(CaptionModel(model.to(DEVICE), tokenizer, None))
     prompts = [lm.prompt(t) for t in ("Tell me a story about a red circle.", "Hello there, you", "What is a long day?")]
     amateurs = [lm.prompt(t) for t in ("A story, then?", "Hello there, you and everyone else here", "What is a day?")]
     assert_naive(lm, prompts, amateurs, ContrastConfig())
@@ -151,7 +152,7 @@ def qwen2_vl() -> CaptionModel:
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config).eval()
-    return with_ends(CaptionModel(model, tokenizer, Processor(model, VideoGrid(tokenizer, config))))
+    return with_ends(CaptionModel(model.to(DEVICE), tokenizer, Processor(model, VideoGrid(tokenizer, config))))
 
 
 def test_positions_in_three_dimensions() -> None:
@@ -167,7 +168,7 @@ def test_positions_in_three_dimensions() -> None:
     asked = [longer, replace(lm.prompt("Or?", frames(80, 0)), vision=longer.vision)]
     for rows in (asked, asked[:1]):
         for row, prompt in enumerate(rows):
-            ids = torch.cat([prompt.input_ids, torch.tensor([lm.pad_token_id])])[None]
+            ids = torch.cat([prompt.input_ids, torch.tensor([lm.pad_token_id])])[None].to(DEVICE)
             expected = lm.positions(ids, torch.ones_like(ids), [prompt.vision])
             assert torch.equal(Reader(lm).read(rows)[0].position[:, row], expected[:, 0, -1:]), (
                 "where a next token stands"
@@ -383,7 +384,7 @@ def test_logp_is_the_mean_over_the_tokens_written(captioner: CaptionModel) -> No
 
 
 def test_eager_attention_says_the_same(captioner: CaptionModel, tiny_captioner_path: Path) -> None:
-    eager = load(ModelConfig(path=str(tiny_captioner_path), device="cpu", attention="eager"))
+    eager = load(ModelConfig(path=str(tiny_captioner_path), device=DEVICE, attention="eager"))
     assert eager.base.config.get_text_config()._attn_implementation == "eager"
     prompts, amateurs = video_prompts(captioner)
     options: dict[str, Any] = {"keys": list("abcd"), "amateurs": amateurs, "contrast": ContrastConfig()}
@@ -400,7 +401,7 @@ def test_repetition_penalty_is_over_the_answer(captioner: CaptionModel) -> None:
 
 
 def test_nan_logits_are_reported(tiny_captioner_path: Path) -> None:
-    lm = load(ModelConfig(path=str(tiny_captioner_path), device="cpu"))
+    lm = load(ModelConfig(path=str(tiny_captioner_path), device=DEVICE))
     with torch.no_grad():
         lm.model.lm_head.weight[5] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN logits for 2 of 2 rows"):

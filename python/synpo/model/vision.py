@@ -210,7 +210,8 @@ class Processor:
         return {"mm_token_type_ids": 2 * (input_ids == self.core.config.video_token_id).int()}
 
     def inputs(self, input_ids: Tensor, visions: Sequence[Vision]) -> dict[str, Any]:
-        return {"input_ids": input_ids, **self._types(input_ids), **self._stack(visions)}
+        seen = self._stack([{k: v.to(input_ids.device) for k, v in vision.items()} for vision in visions])
+        return {"input_ids": input_ids, **self._types(input_ids), **seen}
 
     def positions(self, input_ids: Tensor, mask: Tensor, visions: Sequence[Vision]) -> Tensor:
         """Qwen-VL numbers its visual tokens in three dimensions: (3, B, L). Everyone else counts: (B, L)."""
