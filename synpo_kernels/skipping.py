@@ -116,5 +116,5 @@ def _menu(width: int, device: torch.device) -> Tensor:
     """(SIZES,) int64 numbers of columns that may be kept, descending; made on the device."""
     powers = torch.arange(SIZES, device=device, dtype=torch.float64).sub_(1).mul_(-0.25).exp2_()
     menu = powers.mul_(WORTH * width).to(torch.int64)
-    menu[0] = width
+    menu[:1] = width  # an element would be copied from the host, which waits; a slice is filled
     return menu
