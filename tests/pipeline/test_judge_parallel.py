@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from synpo.config import Config
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict
 from synpo.pipeline.judge import parallel as parallel_module
 from synpo.pipeline.judge.parallel import judged
-from synpo.records import Score, read_records
+from synpo.pipeline.stages import Run, score_candidates
+from synpo.records import Caption, Score, read_records
 
 TASKS = {f"{i}.mp4": Task(f"{i}.mp4", (), (f"caption {i}", "other"), (0.0, 0.0)) for i in range(8)}
 
@@ -91,6 +93,25 @@ def test_whoever_stops_listening_stops_the_judge() -> None:
     answers.close()
     assert judge.stopped
     judge.release.set()
+
+
+def test_a_judge_without_a_verdict_is_not_asked_about_every_video(tmp_path: Path) -> None:
+    """As one whose answers are all cut off. Once a verdict is there, failures are only failures."""
+
+    class Useless(ScriptedJudge):
+        def score(self, task: Task) -> list[Verdict | Failure]:
+            self.asked.append(task.video)
+            return [Failure("it was cut off")] * 2 if task.video in self.fail else [Verdict(1.0, 1.0, 1.0)] * 2
+
+    names = [f"{i:02}.mp4" for i in range(30)]
+    rows = {v: [Caption(f"{v}{k}", v, None, k, f"{v} {k}", "", 0.0) for k in range(2)] for v in names}
+    run = Run(Config(), tmp_path, tmp_path, None)
+    with pytest.raises(JudgeError, match=r"none of the first 20 videos .*the last one: it was cut off"):
+        score_candidates(run, judge := Useless(1, fail=names), {}, rows)
+    assert len(judge.asked) == 20 and len(read_records(Score, tmp_path / "scores.jsonl")) == 40
+    for fail in (names[1:], names[1:]):  # the second time, the verdict is one of the run before
+        final, _ = score_candidates(run, Useless(1, fail=fail), {}, rows)
+        assert len(final) == 60 and sum(not s.failed for s in final.values()) == 2
 
 
 @pytest.fixture

@@ -27,10 +27,12 @@ from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.caption import Description, describe
 from synpo.pipeline.clips import frames_between, split_video
 from synpo.pipeline.engine import Engine, free_memory, make_engine
-from synpo.pipeline.judge.base import Failure, Judge, Task, Verdict
+from synpo.pipeline.judge.base import Failure, Judge, JudgeError, Task, Verdict
 from synpo.pipeline.judge.parallel import judged
 from synpo.records import Caption, Clip, RecordStore, Score, record_id, write_jsonl
 from synpo.video import VideoError, resolve_video
+
+HOPELESS = 20  # videos whose judging may fail, one after the other and none before, until no more are asked about
 
 
 @dataclass
@@ -202,6 +204,7 @@ def score_candidates(
     """caption id → its score, and every task with its scores in order. Empty captions are not shown to the judge.
 
     A candidate whose judging failed before is judged again; the failure stays in the file under an id of its own.
+    Raises JudgeError when the first HOPELESS videos have no verdict: every further question would be paid for in vain.
     """
     store = RecordStore(Score, run.work / "scores.jsonl")
     shown: dict[str, list[Caption]] = {}
@@ -235,6 +238,11 @@ def score_candidates(
                 store.append(*new)
                 final |= {s.caption: s for s in new}
                 bar.update()
+                if all(s.failed for s in final.values()) and len({s.video for s in final.values()}) >= HOPELESS:
+                    raise JudgeError(
+                        f"none of the first {HOPELESS} videos could be judged, the others are not asked about; the last one: "
+                        f"{new[-1].note}"
+                    )
     return final, [(task, [final[c.id] for c in shown[v]]) for v, task in asked.items()]
 
 
