@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from devices import DEVICE
+from judge_endpoint import KEY, Endpoint
 from synpo.config import ModelConfig
 from synpo.model.adapter import CaptionModel, load
 
@@ -51,3 +52,12 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, name in enumerate(("a.mp4", "b.mp4", "c.mp4", "deep/d.mp4")):
         _write_video(root / name, seconds=2.0 + index, seed=index)
     return root
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setenv("TEST_JUDGE_KEY", KEY)
+    found = Endpoint()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()

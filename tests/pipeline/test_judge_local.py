@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from judge_endpoint import GOOD, TASK
 from synpo.config import ConfigError, JudgeConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel
 from synpo.pipeline.decode import Generation
@@ -18,12 +19,6 @@ from synpo.pipeline.judge.chat import InvalidAnswer, orders_of, question
 from synpo.pipeline.judge.local import LocalJudge
 
 JUST_A_FEW = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=4)
-CANDIDATES = ("a red circle.", "a blue square.", "a circle stops.")
-TASK = Task("a.mp4", ("a red circle moves.", "it stops."), CANDIDATES, (-1.0, -2.0, -1.5))
-GOOD = (
-    '{"scores": [{"id": 1, "factuality": 2, "fluency": 3, "consistency": 1}, '
-    '{"id": 2, "factuality": 1, "fluency": 1, "consistency": 0}, {"id": 3, "factuality": 5, "fluency": 5, "consistency": 3}]}'
-)
 
 
 def test_local_judge_asks_the_model_the_same_question(
