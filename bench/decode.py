@@ -1,6 +1,6 @@
 """Decoding: what a second stream and a second look cost, beside the usual ways of writing the same tokens.
 
-    python -m bench.decode [--model PATH --videos DIR] [--rows 1 8 64] [--tokens 48] [--seconds 60] [--json FILE]
+    python -m bench.decode [--model PATH [--videos DIR]] [--device cuda] [--rows 1 8 64] [--tokens 48] [--json FILE]
 
 Streams, milliseconds a token of the whole batch (time of a long answer less that of a two-token one: the prompt is left out):
     plain         our decoder, one stream
@@ -11,10 +11,11 @@ Streams, milliseconds a token of the whole batch (time of a long answer less tha
 Second looks, milliseconds of a whole batch, vision tower included: drafts alone, drafts and second looks, and their ratio;
 `before` is the second look as a question of its own, which shares only the features of the frames.
 
-The model is a small LLaVA-OneVision built from a configuration, or the one given; `long` has 2,500 visual tokens and answers of
-100. A random model never repeats its draft: what guessing ahead gives shows only with a trained one (--model, --videos).
+The model is a small LLaVA-OneVision built from a configuration and shown noise, or the one given (the demo's captioner is in its
+folder `captioner`) and shown scenes of the demo's world or the videos given; `long` has 2,500 visual tokens and answers of 100. A
+random model never repeats its draft: what guessing ahead gives shows only with a trained one.
 A time is printed only after greedy tokens agreed. How times are taken: bench/measure.py. Medians, [20th, 80th percentile].
-Memory is the peak of one run above what was held before it.
+Memory is the peak of one run above what was held before it. The file is written anew after every table.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bench import measure  # before torch
 
@@ -35,6 +36,8 @@ from transformers.utils import logging as hf_logging
 
 from bench.contrast import draw, nucleus
 from synpo.config import ContrastConfig, ModelConfig, SamplingConfig
+from synpo.demo.render import frames_of
+from synpo.demo.world import FPS, make_split
 from synpo.model.adapter import CaptionModel, Prompt, load, pad_rows
 from synpo.model.tiny import tiny_captioner, tiny_text_model, word_tokenizer
 from synpo.model.vision import OneVision
@@ -51,7 +54,7 @@ STORY = "A long story of a small red circle that moves from left to right, and o
 Run = Callable[[], Any]
 
 
-def small(side: int, width: int, layers: int) -> CaptionModel:
+def small(side: int, width: int, layers: int, device: torch.device) -> CaptionModel:
     """A random LLaVA-OneVision with a vocabulary of 8,000: ⌈side / 24⌉² visual tokens a frame."""
     words = " ".join(f"w{i}" for i in range(8000))
     tokenizer = word_tokenizer([QUESTION, retrospective_prompt(QUESTION, ""), STORY, words])
@@ -63,7 +66,8 @@ def small(side: int, width: int, layers: int) -> CaptionModel:
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=width**-0.5, generator=generator)
     half = (0.5, 0.5, 0.5)
-    return CaptionModel(model, tokenizer, OneVision(model, tokenizer, half, half))
+    vision = OneVision(model, tokenizer, half, half)
+    return CaptionModel(cast(torch.nn.Module, model).to(device), tokenizer, vision)
 
 
 def endless(lm: CaptionModel) -> CaptionModel:
@@ -77,6 +81,16 @@ def endless(lm: CaptionModel) -> CaptionModel:
 def noise(count: int, frames: int, side: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (frames, 3, side, side), generator=generator).to(torch.uint8) for _ in range(count)]
+
+
+def scenes(count: int) -> list[Tensor]:
+    """Frames (F, 3, S, S) of videos of the demo's world that its captioner has not learned from, as they are before encoding."""
+    views = []
+    for scene in make_split(0, "held-out", count):
+        frames = torch.from_numpy(frames_of(scene)).permute(0, 3, 1, 2)
+        at = [min(len(frames) - 1, round(t * FPS)) for t in FrameSampling().times(0.0, scene.duration)]
+        views.append(frames[at].contiguous())
+    return views
 
 
 def shown(lm: CaptionModel, views: Sequence[Tensor]) -> list[Prompt]:
@@ -146,8 +160,8 @@ def hf_generate(
         negative, mask = pad_rows([p.input_ids for p in amateurs], lm.pad_token_id, side="left")
         options |= {
             "guidance_scale": 1 + CONTRAST.alpha,
-            "negative_prompt_ids": negative,
-            "negative_prompt_attention_mask": mask,
+            "negative_prompt_ids": negative.to(lm.device),
+            "negative_prompt_attention_mask": mask.to(lm.device),
         }
     out = lm.base.generate(**inputs, **options, max_new_tokens=length, pad_token_id=lm.pad_token_id)
     return out[:, -length:]
@@ -203,7 +217,7 @@ def check(runs: dict[str, Callable[..., Tensor]]) -> None:
 def stream_table(
     lm: CaptionModel, views: Sequence[Tensor], rows: int, length: int, seconds: float
 ) -> list[dict[str, Any]]:
-    text = CaptionModel(tiny_text_model(lm.tokenizer, width=128, layers=3), lm.tokenizer, None)
+    text = CaptionModel(tiny_text_model(lm.tokenizer, width=128, layers=3).to(lm.device), lm.tokenizer, None)
     runs = streams(lm, text, views, rows)
     check(runs)
     timed: dict[str, Run] = {}
@@ -280,7 +294,10 @@ def look_table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder of a video model (default: small, random)")
-    parser.add_argument("--videos", type=Path, help="folder whose first eight videos are shown (default: noise)")
+    parser.add_argument(
+        "--videos", type=Path, help="folder whose first eight videos are shown (scenes of the demo; noise without --model)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument(
@@ -296,27 +313,32 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     hf_logging.set_verbosity_error()
-    where = measure.machine(torch.device("cpu"))
+    device = torch.device(args.device)
+    where = measure.machine(device) | {"model": args.model or "random"}
     for key, value in where.items():
         print(f"{key:20} {value}")
-    lm = load(ModelConfig(path=args.model, device="cpu")) if args.model else small(96, 128, 3)
+    lm = load(ModelConfig(path=args.model, device=args.device)) if args.model else small(96, 128, 3, device)
     ends = lm.base.generation_config.eos_token_id
-    views = noise(8, 8, 96)
+    views = scenes(8) if args.model else noise(8, 8, 96)
     if args.videos:
         paths = [args.videos / name for name in list_videos(args.videos)[:8]]
         views = [read_frames(p, FrameSampling().times(0.0, probe(p).duration)) for p in paths]
     table: list[dict[str, Any]] = []
+
+    def note(rows: list[dict[str, Any]]) -> None:
+        table.extend(rows)
+        if args.json:
+            args.json.write_text(json.dumps({"machine": where, "rows": table}, indent=1))
+
     for rows in args.rows:
-        table += stream_table(lm, views, rows, args.tokens, args.seconds)
+        note(stream_table(lm, views, rows, args.tokens, args.seconds))
     lm.base.generation_config.eos_token_id = ends
     for answers in args.answers:
-        table += look_table("short", lm, views, answers, args.tokens, args.seconds)
+        note(look_table("short", lm, views, answers, args.tokens, args.seconds))
     if not args.skip_long:
-        long = small(336, 512, 3)  # 13 frames of 14 x 14 visual tokens
+        long = small(336, 512, 3, device)  # 13 frames of 14 x 14 visual tokens
         for answers in (2, 8):
-            table += look_table("long", long, noise(1, 13, 336), answers, 100, args.seconds)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": where, "rows": table}, indent=1))
+            note(look_table("long", long, noise(1, 13, 336), answers, 100, args.seconds))
 
 
 if __name__ == "__main__":

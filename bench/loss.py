@@ -25,6 +25,7 @@ import torch  # isort: skip
 from torch import Tensor  # isort: skip
 
 from bench import cases, floor, peers, report, truth
+from bench.report import reason_of
 
 WARM_UPS = {"cpu": 1, "cuda": 2}
 
@@ -66,12 +67,6 @@ def step(loss_of: peers.LossFunction, problem: cases.Problem) -> Tensor:
     loss = loss_of(problem.hidden, problem.weight, problem.labels.detach())
     loss.backward()
     return loss
-
-
-def reason_of(error: BaseException) -> str:
-    """An exception in one line."""
-    text = str(error).strip() or repr(error)
-    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
 def attempt(run: Callable[[], Row | None], row: Row, status: str) -> Row | None:

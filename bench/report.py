@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from bench.loss import Row
 
 
+def reason_of(error: BaseException) -> str:
+    """An exception in one line."""
+    text = str(error).strip() or repr(error)
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
 def print_table(rows: Sequence[Row], case: str, head: str) -> None:
     """The rows of one case and head; a provider that failed the gate shows why, and no speed."""
     print(f"\n{case}, {head} head, forward + backward")

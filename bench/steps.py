@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from synpo.data.collate import PairCollator
-from synpo.data.tokenize import EncodedPair
+from synpo.data.tokenize import EncodedPair, Lengths
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer
+from synpo.train.memory import Batch, MemoryModel
 from synpo.train.objective import PairObjective
 from synpo_kernels import OBJECTIVES, sequence_stats
 
@@ -110,6 +111,7 @@ class Step:
     loss: Callable[[], Tensor]
     parameters: dict[str, Tensor]
     optimizer: Any
+    planned: int | None = None  # bytes beyond weights and optimizer, as `synpo plan` estimates them; ours only
 
     def __call__(self) -> Tensor:
         """Forward, backward and optimizer step; the loss, detached."""
@@ -133,7 +135,19 @@ def _ours(loss_type: str, prefix_sharing: bool, size: Size, model: Any, device: 
     lm = CaptionModel(model, byte_tokenizer(), None)
     objective = PairObjective(lm, loss_type, {"beta": BETA} if loss_type == "dpo" else {})
     batch = _on(device, PairCollator(lm.pad_token_id, prefix_sharing)(pairs_of(size)))
-    return _step(lambda: objective(model, batch).loss, model)
+    step = _step(lambda: objective(model, batch).loss, model)
+    if loss_type == "synpo":
+        step.planned = planned(size, "shared" if prefix_sharing else "padded", device.type)
+    return step
+
+
+def planned(size: Size, layout: str, device: str) -> int:
+    """Bytes that `synpo plan` expects of one step beyond the weights and the optimizer's states: gradients and all else."""
+    with torch.device("meta"):
+        model = get_peft_model(base_model(size, torch.device("meta")), lora())
+    lengths = Lengths(visual=0, text=size.prompt, chosen=size.answer, rejected=size.answer)
+    memory = MemoryModel(model, optimizer="sgd", device=device).step(Batch(size.pairs, lengths, layout))
+    return memory.trained + memory.activations + memory.backward + memory.loss
 
 
 def _sequences(model: Any, ids: Tensor, prompt: int) -> Tensor:

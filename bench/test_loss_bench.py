@@ -14,7 +14,7 @@ from bench import measure  # before torch
 import pytest  # isort: skip
 import torch  # isort: skip
 
-from bench import cases, loss, peers, truth  # isort: skip
+from bench import cases, loss, peers, report, truth  # isort: skip
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASE = cases.Case(4096, 128256, 4096) if DEVICE.type == "cuda" else cases.Case(256, 8192, 256, "float32")
@@ -37,7 +37,7 @@ def test_forward_and_backward(benchmark: Any, provider: peers.Provider, problem:
     try:
         loss_of = provider.load(DEVICE)
     except (ImportError, RuntimeError) as error:
-        pytest.skip(loss.reason_of(error))
+        pytest.skip(report.reason_of(error))
     if ("trained" if problem.trained else "frozen") not in provider.heads:
         pytest.skip("not for this head")
     step = partial(loss.step, loss_of, problem)
