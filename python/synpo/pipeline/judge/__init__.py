@@ -1,7 +1,8 @@
 """Judges: who scores candidate captions.
 
 offline.py   counts over the pool; needs no language model
-openai.py    any OpenAI-compatible endpoint
+chat.py      what every language model is asked, and how its answer is read
+openai.py    any OpenAI-compatible endpoint, through client.py; what it said is kept in cache.py
 local.py     a Hugging Face chat model
 parallel.py  many questions at once
 audit.py     is a judge to be trusted: agreement with others and with itself
