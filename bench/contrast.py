@@ -12,7 +12,10 @@ Variants (all: alpha 0.5, temperature 0.5, top-k 32, top-p 0.9, one given unifor
     flashinfer mix and divide in torch, then top_k_top_p_sampling_from_logits; on a GPU, where it is installed
 and `+p`: with a plausibility cut-off of 0.1. A time is printed only after every variant drew the op's tokens from the same
 logits and random numbers (flashinfer takes none, so its tokens are only checked to be among those that were left).
-How times are taken: bench/measure.py. Milliseconds, median with 20th and 80th percentile.
+How times are taken: bench/measure.py. Milliseconds, median with 20th and 80th percentile. On a GPU a small batch takes longer
+to launch than to compute, so there each variant is timed once more as a CUDA graph (`graph`): what the GPU itself does. Beside
+it `/ floor`, over the bytes of both inputs at the rate of a large copy (bytes read and written) in the same run, and `/ read`,
+over the graph of `read`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench import measure  # before torch
 
@@ -152,9 +156,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     where = measure.machine(device)
+    rate = measure.copy_rate(device, seconds=0.5)
+    where["copy"] = f"{rate / 1e9:.1f} GB/s, bytes read and written"
     for key, value in where.items():
         print(f"{key:20} {value}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         batch, vocab = map(int, shape.split("x"))
         generator = torch.Generator().manual_seed(0)
@@ -169,14 +175,31 @@ def main() -> None:
         for run in runs.values():
             run()
         timings = measure.interleave(runs, device=device, seconds=args.seconds, least=5, most=10_000)
-        base = timings["op"].p50
-        print(f"\nB = {batch}, V = {vocab}, {args.dtype}")
-        print(f"{'variant':12} {'p50 ms':>10} {'p20':>9} {'p80':>9} {'/ op':>7} {'runs':>5}")
+        base, floor = timings["op"].p50, 1e3 * (expert.nbytes + amateur.nbytes) / rate
+        print(f"\nB = {batch}, V = {vocab}, {args.dtype}; floor {floor:.4f} ms")
+        print(
+            f"{'variant':12} {'p50 ms':>10} {'p20':>9} {'p80':>9} {'/ op':>7} {'runs':>5}"
+            + (f" {'graph':>9} {'/ floor':>8} {'/ read':>7}" if device.type == "cuda" else "")
+        )
+        read: float | None = None
         for name, took in timings.items():
-            rows.append({"batch": batch, "vocab": vocab, "dtype": args.dtype, "variant": name, **asdict(took)})
-            print(f"{name:12} {took.p50:10.3f} {took.p20:9.3f} {took.p80:9.3f} {took.p50 / base:7.1f} {took.runs:5d}")
-    if args.json:
-        args.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
+            row = {"batch": batch, "vocab": vocab, "dtype": args.dtype, "variant": name, **asdict(took)}
+            print(
+                f"{name:12} {took.p50:10.3f} {took.p20:9.3f} {took.p80:9.3f} {took.p50 / base:7.1f} {took.runs:5d}",
+                end="",
+            )
+            if name.startswith("flashinfer"):  # draws from torch's generator
+                graph = None
+            else:
+                graph = measure.replayed(runs[name], device, seconds=args.seconds / 50)
+            row |= {"floor_ms": floor, "graph": graph and asdict(graph)}
+            if graph:
+                read = graph.p50 if name == "read" else read
+                print(f" {graph.p50:9.4f} {graph.p50 / floor:8.2f} {graph.p50 / read:7.2f}" if read else "", end="")
+            print(flush=True)
+            rows.append(row)
+            if args.json:
+                args.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

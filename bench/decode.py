@@ -295,7 +295,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder of a video model (default: small, random)")
     parser.add_argument(
-        "--videos", type=Path, help="folder whose first eight videos are shown (scenes of the demo; noise without --model)"
+        "--videos",
+        type=Path,
+        help="folder whose first eight videos are shown (scenes of the demo; noise without --model)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])

@@ -20,10 +20,16 @@ def products(problem: Problem) -> dict[str, Callable[[], object]]:
     """Name → the products of one step over the rows that count."""
     kept = problem.labels != IGNORE_INDEX
     hidden, weight = problem.hidden.detach()[kept], problem.weight.detach()
-    return {
-        "products whole": _whole(hidden, weight, problem.trained),
-        "products": _chunked(hidden, weight, problem.trained),
-    }
+    return _both(hidden, weight, problem.trained)
+
+
+def frozen(hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The same for hidden states (N, D) that all count and a frozen head (V, D)."""
+    return _both(hidden, weight, trained=False)
+
+
+def _both(hidden: torch.Tensor, weight: torch.Tensor, trained: bool) -> dict[str, Callable[[], object]]:
+    return {"products whole": _whole(hidden, weight, trained), "products": _chunked(hidden, weight, trained)}
 
 
 def _whole(hidden: torch.Tensor, weight: torch.Tensor, trained: bool) -> Callable[[], object]:

@@ -1,22 +1,40 @@
 #!/usr/bin/env bash
-# Everything there is to know about this checkout on a GPU, in one command and within nine minutes:
+# Everything there is to know about this checkout on a GPU, in two commands of at most nine minutes each:
 #
 #     bench/gpu.sh OUTDIR [--cpu]
+#     bench/gpu.sh OUTDIR --pipeline [--cpu]
 #
-# builds the extension in place, then doctor, the kernel tests compiled, ahead-of-time compilation, compute-sanitizer, tiles of
-# the exponential kernel (bench/tune.py) and the loss benchmark. Needs no network and no installed synpo. A part that fails or
-# runs out of time is recorded, what it had found included, and the rest goes on; the exit code tells at the end. OUTDIR gets
-# seven files at most: status.json and logs.txt, written anew after every part, tune.json, loss.{json,png} and, where time is
-# left, sweep.{json,png} (ours.* instead where a peer brought the benchmark down).
+# The first builds the extension in place, then doctor, the kernel tests compiled, ahead-of-time compilation, compute-sanitizer,
+# tiles of the exponential kernel (bench/tune.py) and the loss benchmark. The second measures the rest: contrastive sampling, a
+# training step beside its peers and `synpo plan`, certified skipping under a trained head, decoding. Needs no network and no
+# installed synpo; the second needs PyAV, as synpo does. A part that fails or runs out of time is recorded, what it had found
+# included, and the rest goes on; the exit code tells at the end. OUTDIR gets seven files at most: status.json and logs.txt, written
+# anew after every part; tune.json, loss.{json,png} and, where time is left, sweep.{json,png} (ours.* instead where a peer brought
+# the benchmark down); or contrast.json, step.json, trained_head.json, decode.json. Give each command an OUTDIR of its own.
 #
 #   --cpu          rehearse the script on a machine without a GPU: same parts, a few tests and kernels, tiny shapes
+#   CAPTIONER      folder of the demo's captioner, for decoding (demo-out/captioner, else a random model)
+#   CAPTIONS       folder of captions beside a folder `tokenizers`, for the trained head (../shared/data/captions)
 #   PYTHON         interpreter with torch (.venv/bin/python, else python3)
 #   GPU_BUDGET     seconds in all (540)
-#   PARTS          run these alone, as "build loss sweep" (facts build doctor aot tests kernels memcheck racecheck tune loss sweep)
+#   PARTS          run these alone, as "build loss sweep" (facts build doctor aot tests kernels memcheck racecheck tune loss sweep;
+#                  with --pipeline: facts contrast step trained decode)
 #   SYNPO_COMMIT   what to record as the commit where the history is not at hand
 set -u
-OUT=${1:?usage: bench/gpu.sh OUTDIR [--cpu]}
-MODE=${2:-}
+USAGE="usage: bench/gpu.sh OUTDIR [--pipeline] [--cpu]"
+OUT=${1:?$USAGE}
+shift
+MODE=gpu PHASE=loss
+for option; do
+    case $option in
+        --cpu) MODE=cpu ;;
+        --pipeline) PHASE=pipeline ;;
+        *)
+            echo "$USAGE" >&2
+            exit 2
+            ;;
+    esac
+done
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 ROOT=$PWD
@@ -87,8 +105,47 @@ find_sanitizer() {
         ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1
 }
 
+finish() {
+    rm -f "$OUT"/*.part "$OUT"/*.part.png "$OUT"/{loss,sweep,ours,step}.csv # the JSON holds what the CSV does
+    echo
+    column -t -s $'\t' "$WORK/parts" 2>/dev/null || cat "$WORK/parts"
+    FAILED=$(awk -F'\t' '$2 != "0" && $2 != "skipped" { printf " %s", $1 }' "$WORK/parts")
+    if [ -n "$FAILED" ]; then
+        echo "failed:$FAILED (after $SECONDS s; see logs.txt)"
+        exit 1
+    fi
+    echo "all parts passed in $SECONDS s"
+    exit 0
+}
+
+if [ "$PHASE" = pipeline ]; then
+    CAPTIONER=${CAPTIONER:-demo-out/captioner}
+    MODEL=()
+    if [ -d "$CAPTIONER" ]; then MODEL=(--model "$CAPTIONER"); fi
+    DATA=()
+    if [ -n "${CAPTIONS:-}" ]; then DATA=(--data "$CAPTIONS"); fi
+    if [ "$MODE" = cpu ]; then
+        export CUDA_VISIBLE_DEVICES=
+        CONTRAST=(--device cpu --shapes 2x500 --seconds 1)
+        STEP=(--device cpu --hidden 64 --layers 1 --vocab 512 --prompt 24 --answer 5 --time-budget 2)
+        TRAINED=(--device cpu --hidden 48 --minutes 0.1 --rows 64 --seconds 1)
+        DECODE=(--device cpu --rows 2 --answers 2 --tokens 6 --seconds 0.1 --skip-long)
+    else
+        CONTRAST=(--device cuda --seconds 6)
+        STEP=(--device cuda --time-budget 45)
+        TRAINED=(--device cuda --hidden 1536 --minutes 0.4 --rows 8192 --seconds 5)
+        DECODE=(--device cuda --seconds 8)
+    fi
+    part facts 40 bash -c facts
+    SHOW=60 part contrast 110 "$PYTHON" -m bench.contrast "${CONTRAST[@]}" --json "$OUT/contrast.json"
+    SHOW=10 part step 160 "$PYTHON" -m bench.step "${STEP[@]}" --out "$OUT/step"
+    SHOW=30 part trained 110 "$PYTHON" -m bench.trained_head "${TRAINED[@]}" "${DATA[@]}" --work "$WORK" --out "$OUT/trained_head"
+    SHOW=60 part decode "$(($(left) - 5))" "$PYTHON" -m bench.decode "${DECODE[@]}" "${MODEL[@]}" --json "$OUT/decode.json"
+    finish
+fi
+
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
-if [ "$MODE" = --cpu ]; then
+if [ "$MODE" = cpu ]; then
     export CUDA_VISIBLE_DEVICES=
     TESTS=(tests/kernels/test_dispatch.py tests/kernels/test_losses.py)
     AOT=(--arch 90 --only "exp bf16")
@@ -120,7 +177,7 @@ part build 120 env SYNPO_REQUIRE_EXT=1 "$PYTHON" setup.py -q build_ext --inplace
 SHOW=40 part doctor 60 "$PYTHON" -c 'from synpo.doctor import report; report()' &
 part aot 120 "$PYTHON" -m synpo_kernels.aot "${AOT[@]}" &
 SHOW=12 part tests 200 env OMP_NUM_THREADS=1 SYNPO_TEST_SECONDS=150 "${PYTEST[@]}" "${TESTS[@]}" &
-if [ "$MODE" = --cpu ]; then
+if [ "$MODE" = cpu ]; then
     for name in kernels memcheck racecheck; do skip "$name" "no GPU in this rehearsal"; done
 else
     part kernels 80 "$PYTHON" -m bench.sanitize --jobs 4 # compiles what the sanitizer then watches
@@ -149,12 +206,4 @@ elif [ "$(left)" -gt 45 ]; then
     SHOW=90 part sweep "$SPARE" "$PYTHON" -m bench.loss "${REST[@]}" --time-budget $((SPARE - 15)) --out "$OUT/sweep"
 fi
 
-rm -f "$OUT"/*.part "$OUT"/*.part.png "$OUT"/{loss,sweep,ours}.csv # the JSON holds what the CSV does
-echo
-column -t -s $'\t' "$WORK/parts" 2>/dev/null || cat "$WORK/parts"
-FAILED=$(awk -F'\t' '$2 != "0" && $2 != "skipped" { printf " %s", $1 }' "$WORK/parts")
-if [ -n "$FAILED" ]; then
-    echo "failed:$FAILED (after $SECONDS s; see logs.txt)"
-    exit 1
-fi
-echo "all parts passed in $SECONDS s"
+finish

@@ -128,6 +128,24 @@ def interleave(
     return {name: Timing.of(values) for name, values in times.items()}
 
 
+def replayed(run: Callable[[], object], device: torch.device, *, seconds: float) -> Timing | None:
+    """Time `run` as a CUDA graph: the GPU's share alone, without what Python and launches take. None where it cannot be captured.
+
+    Call `run` once before. What draws from torch's own generator must not be tried: a capture that fails leaves it unusable.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = run()
+    except RuntimeError:
+        return None
+    timing = interleave({"graph": graph.replay}, device=device, seconds=seconds, least=5, most=1000)["graph"]
+    del kept
+    return timing
+
+
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Largest memory held during one call above what was held before it; None where the system does not say.
 

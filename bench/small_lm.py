@@ -83,16 +83,16 @@ class SmallLM(nn.Module):
 
 def sampled_loss(hidden: Tensor, head: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Mean -log p with the partition function estimated from the batch's own tokens and `NEGATIVES` others."""
-    vocab = len(head)
-    present = torch.zeros(vocab, dtype=torch.bool)
+    vocab, device = len(head), head.device
+    present = torch.zeros(vocab, dtype=torch.bool, device=device)
     present[labels] = True
     own, others = present.nonzero()[:, 0], (~present).nonzero()[:, 0]
-    drawn = others[torch.randperm(len(others), generator=generator)[:NEGATIVES]]
+    drawn = others[torch.randperm(len(others), generator=generator)[:NEGATIVES].to(device)]
     weight = math.log(len(others) / max(1, len(drawn))) if len(drawn) else 0.0
     logits = hidden @ head[torch.cat([own, drawn])].T
     logits[:, len(own) :] += weight
-    place = torch.empty(vocab, dtype=torch.int64)
-    place[own] = torch.arange(len(own))
+    place = torch.empty(vocab, dtype=torch.int64, device=device)
+    place[own] = torch.arange(len(own), device=device)
     return F.cross_entropy(logits, place[labels])
 
 
@@ -114,7 +114,9 @@ def load(path: Path) -> tuple[SmallLM, dict[str, str]]:
     return model, facts
 
 
-def train(tokens: Tensor, size: Size, path: Path, *, seconds: float, seed: int = 0) -> SmallLM:
+def train(
+    tokens: Tensor, size: Size, path: Path, *, seconds: float, device: torch.device | str = "cpu", seed: int = 0
+) -> SmallLM:
     """Train on a stream of token ids until `seconds` of training are spent in all; what `path` holds is gone on with.
 
     A continued training starts with fresh moments of its optimizer.
@@ -127,6 +129,7 @@ def train(tokens: Tensor, size: Size, path: Path, *, seconds: float, seed: int =
         if model.size != size:
             raise ValueError(f"{path} holds a model of {model.size}, asked for {size}; choose another output folder")
         spent, step = float(facts["seconds"]), int(facts["steps"])
+    model, tokens = model.to(device), tokens.to(device)
     generator = torch.Generator().manual_seed(seed + step)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05)
     began, last_saved, start = time.monotonic(), spent, step
@@ -135,7 +138,7 @@ def train(tokens: Tensor, size: Size, path: Path, *, seconds: float, seed: int =
         while spent < seconds:
             full = spent > (1 - FULL_SHARE) * seconds
             first = torch.randint(len(tokens) - CONTEXT, (BATCH, 1), generator=generator)
-            window = tokens[first + offset]
+            window = tokens[(first + offset).to(device)]
             hidden, labels = model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten()
             loss = (
                 F.cross_entropy(hidden @ model.head.T, labels)

@@ -4,7 +4,8 @@
 
 Trains a small language model on the captions of a folder (`small_lm`; once, its weights stay in --work and are used again for
 the same captions), takes its hidden states on captions it has not seen, and measures at three tolerances, in turns with the
-dense pass of the same backend and with that of the default one (on a CPU it is another, the compiled one):
+dense pass of the same backend, with that of the default one (on a CPU it is another, the compiled one) and with the two matrix
+products alone (`floor`), under which skipping is to come:
 
     kept        share of the gradient's product that is multiplied; beside it what whole tiles would keep
     time        forward pass with gradient, beside the dense one and the one without gradient (its floor)
@@ -33,7 +34,7 @@ from bench import measure  # before torch
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
 
-from bench import small_lm
+from bench import floor, small_lm
 from synpo_kernels import certified, chunked
 from synpo_kernels.dispatch import choose
 from synpo_kernels.head import Head
@@ -160,12 +161,14 @@ def problem(x: Tensor, head: Tensor, labels: Tensor, scale: float, seconds: floa
 
     runs = {"dense": partial(run, None), "no gradient": partial(run, None, want_direction=False)}
     runs["default"] = partial(run, None, by="auto")
+    runs |= floor.frozen(x, head)
     runs |= {f"{tolerance}": partial(run, tolerance) for tolerance in TOLERANCES}
     for warm_up in runs.values():
         warm_up()
     times = measure.interleave(runs, device=device, seconds=seconds, title=f"scale {scale:.2f}")
     found |= {"dense_ms": times["dense"].p50, "no_gradient_ms": times["no gradient"].p50}
     found["default_ms"] = times["default"].p50
+    found["floor_ms"] = min(times[name].p50 for name in floor.frozen(x, head))
     found["dense_error"] = ((run(None)[1].double() - truth).norm() / length).item()
     found["rounding_bf16"] = ((truth.bfloat16().double() - truth).norm() / length).item()
     for tolerance in TOLERANCES:
@@ -178,6 +181,7 @@ def problem(x: Tensor, head: Tensor, labels: Tensor, scale: float, seconds: floa
                 **{f"tiles_{n}x{w}": tile_share(residual, (n, w), tolerance=tolerance) for n, w in TILES},
                 "ms": times[f"{tolerance}"].p50,
                 "gain": times["dense"].p50 / times[f"{tolerance}"].p50,
+                "over_floor": times[f"{tolerance}"].p50 / found["floor_ms"],
                 "error": (error.norm() / length).item(),
                 "bound": (bound.double().norm() / length).item(),
                 "worst_row_over_bound": (error / (bound + 1e-5 * truth.norm(dim=1))).max().item(),
@@ -191,17 +195,18 @@ def show(found: dict[str, Any], entropy: float | None) -> None:
     print(
         f"\n{name}: scale {found['logit_scale']:.2f}, entropy {found['entropy']:.2f} nats, mass beyond 1000 tokens "
         f"{found['tail_beyond_1000_median']:.1e} (median) {found['tail_beyond_1000_p90']:.1e} (90 %)\n"
-        f"dense {found['dense_ms']:.0f} ms, without gradient {found['no_gradient_ms']:.0f} ms, dense on the default "
-        f"backend {found['default_ms']:.0f} ms\nerror of the dense gradient "
+        f"dense {found['dense_ms']:.1f} ms, without gradient {found['no_gradient_ms']:.1f} ms, dense on the default "
+        f"backend {found['default_ms']:.1f} ms, the products alone {found['floor_ms']:.1f} ms\nerror of the dense gradient "
         f"{found['dense_error']:.1e}, of rounding it to bf16 {found['rounding_bf16']:.1e}\n"
         f"tiles kept by the largest element: {found['tiles_128x128_by_element']:.0%} of 128x128, "
         f"{found['tiles_128x256_by_element']:.0%} of 128x256\n"
-        f"{'tolerance':>9} {'kept':>7} {'128x128':>8} {'128x256':>8} {'ms':>8} {'gain':>6} {'error':>9} {'bound':>9}"
+        f"{'tolerance':>9} {'kept':>7} {'128x128':>8} {'128x256':>8} {'ms':>8} {'gain':>6} {'/floor':>6} {'error':>9} "
+        f"{'bound':>9}"
     )
     for row in found["tolerances"]:
         print(
             f"{row['tolerance']:9.1e} {row['kept']:7.1%} {row['tiles_128x128']:8.1%} {row['tiles_128x256']:8.1%} "
-            f"{row['ms']:8.1f} {row['gain']:6.2f} {row['error']:9.1e} {row['bound']:9.1e}"
+            f"{row['ms']:8.1f} {row['gain']:6.2f} {row['over_floor']:6.2f} {row['error']:9.1e} {row['bound']:9.1e}"
         )
 
 
@@ -255,9 +260,10 @@ def main(arguments: list[str] | None = None) -> int:
         :8
     ]  # other captions, another model: what is held out stays unseen
     path = options.work / f"lm_{vocab}x{options.hidden}_{of}.safetensors"
-    model = small_lm.train(train, small_lm.Size(vocab, options.hidden), path, seconds=60 * options.minutes)
+    size = small_lm.Size(vocab, options.hidden)
+    model = small_lm.train(train, size, path, seconds=60 * options.minutes, device=device)
     taught = small_lm.load(path)[1]
-    x, labels = states(model, held_out, options.rows)
+    x, labels = states(model, held_out.to(device), options.rows)
     facts = measure.machine(device) | {
         "model": f"V {vocab}, D {options.hidden}, {float(taught['seconds']) / 60:.2g} min, {taught['steps']} steps of "
         f"{small_lm.BATCH * small_lm.CONTEXT} tokens from {len(train)}",
