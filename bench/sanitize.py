@@ -134,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         found: Iterable[float] = map(solve, names)
         if options.jobs > 1:
             pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
-            found = stack.enter_context(pool).map(solve, names, chunksize=2 * len(SHAPES))
+            stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun when time is up never does
+            found = pool.map(solve, names, chunksize=2 * len(SHAPES))
         for name, off in zip(names, found):
             done, bad = done + 1, bad + (not off < 1)
             print(f"{'ok   ' if off < 1 else 'WRONG'} {off:8.3f} tolerances  {name}", flush=True)

@@ -134,7 +134,10 @@ def _on(device: torch.device, batch: Any) -> Any:
 def _ours(loss_type: str, prefix_sharing: bool, size: Size, model: Any, device: torch.device) -> Step:
     lm = CaptionModel(model, byte_tokenizer(), None)
     objective = PairObjective(lm, loss_type, {"beta": BETA} if loss_type == "dpo" else {})
-    batch = _on(device, PairCollator(lm.pad_token_id, prefix_sharing)(pairs_of(size)))
+    collated = PairCollator(lm.pad_token_id, prefix_sharing)(pairs_of(size))
+    batch = _on(device, collated)
+    if prefix_sharing:  # the lengths stay on the host, as in the trainer
+        batch["lengths"] = collated["lengths"].pin_memory() if device.type == "cuda" else collated["lengths"]
     step = _step(lambda: objective(model, batch).loss, model)
     if loss_type == "synpo":
         step.planned = planned(size, "shared" if prefix_sharing else "padded", device.type)

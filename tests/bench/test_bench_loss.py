@@ -166,6 +166,22 @@ def test_what_does_not_fit_the_budget_is_left_out(monkeypatch, tmp_path) -> None
     assert len(left_out) == 2 and "time budget" in left_out[0]
 
 
+def test_a_case_that_would_outlast_the_budget_is_not_begun(monkeypatch, tmp_path) -> None:
+    """The first took 0.5 s, 0.2 s of them by plan for timing: 0.2 s are left, and 0.3 s are needed beside the timing."""
+    begun = []
+
+    def slow(bench: loss.Bench, problem: cases.Problem, head: str, seconds: float) -> None:
+        begun.append(head)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(measure, "copy_rate", lambda device, seconds: 1.0)
+    monkeypatch.setattr(loss.Bench, "measure", slow)
+    assert loss.main(["--shapes", TINY, "--device", "cpu", "--time-budget", "0.7", "--out", str(tmp_path / "out")]) == 0
+    assert begun == ["frozen"]
+    (left_out,) = json.loads((tmp_path / "out.json").read_text())["left_out"]
+    assert "trained head: the time budget of 1 s was spent" in left_out
+
+
 def test_turns_rotate_and_a_slow_run_does_not_starve_the_rest() -> None:
     order: list[str] = []
 
