@@ -1,0 +1,80 @@
+"""What tests/test_host_gpu.py runs on the device: python -m host_gpu runs.py FUNCTION [ARGUMENT...] prints JSON at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from host_gpu.patches import device
+from synpo.config import Config, build
+
+
+def checks() -> list[str]:
+    """What the device refuses, in its words."""
+    there, here = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    refused: list[Callable[[], Any]] = [
+        lambda: there + here,
+        lambda: there + there.to("cuda:1"),
+        lambda: torch.nn.functional.linear(there, here),
+        lambda: there.sum().item(),
+        lambda: there[there > 0],
+        lambda: here.to("cuda"),
+        lambda: there.cpu(),
+        lambda: torch.rand(2, device="cuda", generator=torch.Generator()),
+    ]
+    said = []
+    for attempt in refused:
+        try:
+            attempt()
+        except RuntimeError as error:
+            said.append(str(error).splitlines()[0])
+    assert (
+        bool(torch.empty(5, device="cuda").isnan().all().cpu)
+        and here.pin_memory().to("cuda", non_blocking=True).is_cuda
+    )
+    return said
+
+
+def train(values: str, videos: str, pairs: str, output: str) -> dict[str, Any]:
+    """A training run: waits of the host and bytes at the peak in every micro-batch, and what was logged."""
+    from synpo.train.run import train
+    from synpo.train.trainer import SynPOTrainer
+
+    step, waits, peaks = SynPOTrainer.training_step, [], []
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        before = device.waits()
+        torch.cuda.reset_peak_memory_stats()
+        result = step(self, *args, **options)
+        waits.append(device.waits() - before)
+        peaks.append(torch.cuda.max_memory_allocated())
+        return result
+
+    SynPOTrainer.training_step = watched  # type: ignore[method-assign]
+    config = build(Config, json.loads(values))
+    train(config, Path(videos) if videos else None, Path(pairs), Path(output))
+    log = [json.loads(line) for line in Path(output, "train_log.jsonl").read_text().splitlines()]
+    return {"waits": waits, "peaks": peaks, "losses": [row["loss"] for row in log if "loss" in row]}
+
+
+def plan_and_train(values: str, pairs: str, output: str) -> dict[str, Any]:
+    """As `train`; and `plan`: bytes that `synpo plan` expects of the configured layout, part by part."""
+    from synpo.train.memory import RESERVE
+    from synpo.train.plan import plan
+
+    found = plan(build(Config, json.loads(values)), None, Path(pairs))
+    (estimate,) = [e for e in found.estimates if e.configured]
+    expected = dataclasses.asdict(estimate.memory) | {"total": estimate.total - RESERVE}
+    return train(values, "", pairs, output) | {"plan": expected}
+
+
+if __name__ == "__main__":
+    result = globals()[sys.argv[1]](*sys.argv[2:])
+    print("\n" + json.dumps(result))
