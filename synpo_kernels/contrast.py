@@ -261,6 +261,8 @@ def _sample_torch(
         x = torch.where(_seen(history, x.size(1)), penalised, x)
     broken = x.isnan().any(-1)  # (B,)
     x = torch.where(x.isnan(), -math.inf, x) + 0.0  # + 0.0 makes -0 and 0 a tie
+    if temperature == 0 and top_p == 1 and not 0 < top_k < x.size(1):
+        return _greedy(x, broken, min_p)
     x, ids = _largest(x, top_k)  # (B, K), descending
 
     x = x.double()
@@ -285,6 +287,18 @@ def _sample_torch(
     empty = total == 0
     tokens = torch.where(empty, 0, ids.gather(1, drawn)[:, 0])
     return tokens, torch.where(broken | empty, math.nan, logps).float()
+
+
+def _greedy(x: Tensor, broken: Tensor, min_p: float) -> tuple[Tensor, Tensor]:
+    """`_sample_torch` where only the largest of x (B, V) has to be found: no sort, and nothing of x's size in float64."""
+    token = x.argmax(-1, keepdim=True)  # the first of those that tie
+    peak = x.gather(1, token)  # (B, 1)
+    weight = torch.where(x == peak, 1.0, (x - peak).exp())  # a largest logit of +inf takes all
+    if min_p > 0:
+        weight = torch.where(weight >= min_p, weight, 0.0)
+    broken = broken | (peak[:, 0] == -math.inf)  # no token is left
+    logps = -weight.sum(-1, dtype=torch.float64).log()
+    return token[:, 0], torch.where(broken, math.nan, logps).float()
 
 
 def _largest(x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from synpo.config import ContrastConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.model.tiny import byte_tokenizer
-from synpo.pipeline import lookahead, reader
+from synpo.pipeline import caption, lookahead, reader
 from synpo.pipeline.caption import describe
 from synpo.pipeline.decode import generate
 from synpo.pipeline.retrospect import INSTRUCTION, retrospective_prompt, second_looks, without_specials
@@ -79,6 +79,15 @@ def test_what_is_kept_of_videos_goes_with_the_batch(captioner: CaptionModel, mon
     describe(captioner, [frames(8, 1)], [["a", "b"]], "Describe.", SAMPLING, contrast=ContrastConfig())
     assert len(alive) == 4, "expert and amateur: the question, then the question with the instruction"
     assert all(ref() is None for ref in alive)
+    held: list[bool] = []
+    generate = caption.generate
+    monkeypatch.setattr(
+        caption,
+        "generate",
+        lambda *a, **k: (generate(*a, **k), held.append(k["readers"][0]._prefixes is not None))[0],
+    )
+    describe(captioner, [frames(8, 1)], [["a", "b"]], "Describe.", SAMPLING, refinements=2)
+    assert held == [True, True, False], "what no later look needs is let go while the last is written"
 
 
 @pytest.mark.parametrize("contrast", [None, ContrastConfig(plausibility=0.1)])

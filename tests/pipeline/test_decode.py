@@ -288,6 +288,8 @@ def test_candidates_hold_their_prompt_once_and_read_the_instruction_once(family:
     streams, _ = reader.read(firsts, room=7)
     assert streams.shared is not None and [x.shape[0] for x in streams.shared.keys] == [2, 2]
     assert streams.cache.get_seq_length() == 0 and streams.mask.shape == (8, 7), "no copy of the prompt in a row"
+    remembered = reader._prefixes.streams.cache.layers[0].keys  # type: ignore[union-attr]
+    assert streams.shared.keys[0].data_ptr() == remembered.data_ptr(), "nor beside what is remembered"
 
     rows, sizes, _ = forwards(lm, lambda: describe(lm, views, keys, "Describe.", SAMPLED, refinements=2))
     asked = [lm.prompt(retrospective_prompt("Describe.", draft), views[0]) for draft in ("a", "b")]

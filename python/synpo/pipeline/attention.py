@@ -54,13 +54,15 @@ class Shared:
     def __post_init__(self) -> None:
         # (R, 1, 1, 1, P)
         self.bias = None if bool(self.mask.all()) else additive(self.mask)[self.group, None, None, None]
-        count = torch.bincount(self.group, minlength=len(self.mask))
+        group = self.group.cpu()  # waits for the device once; the rest is arithmetic on a few integers
+        count = torch.bincount(group, minlength=len(self.mask))
         self.largest = int(count.max())
-        order = self.group.argsort(stable=True)
-        rank = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[self.group[order]]
+        order = group.argsort(stable=True)
+        rank = torch.arange(len(order)) - (count.cumsum(0) - count)[group[order]]
         # Where a row stands when every group has room for A: its place in (G, A).
-        self.slot = torch.empty_like(order).scatter_(0, order, self.group[order] * self.largest + rank)
-        self.even = len(order) == len(count) * self.largest and bool((self.slot.diff() == 1).all())
+        slot = torch.empty_like(order).scatter_(0, order, group[order] * self.largest + rank)
+        self.even = len(order) == len(count) * self.largest and bool((slot.diff() == 1).all())
+        self.slot = slot.to(self.group.device)
 
     def keep(self, rows: Tensor) -> Shared:
         """Of these rows, (K,) int64, an index as often as it is wanted; prompts that none of them has read are let go."""

@@ -69,6 +69,8 @@ def describe(
     answers = generate(lm, shown[:count], sampling, keys=seeds, amateurs=weak, contrast=contrast, readers=readers)
     drafts = [a.text for a in answers]
     for number in range(1, refinements + 1):
+        for reader in readers:
+            reader.remember = number < refinements
         looks = second_looks(lm, shown, frames, prompt, [a.text for a in answers] * sides, spread)
         answers = generate(
             lm,

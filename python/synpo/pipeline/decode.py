@@ -15,11 +15,13 @@ Shape legend: R rows, T tokens of an answer, S tokens read in one pass (the last
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from synpo.config import ContrastConfig, SamplingConfig
@@ -101,7 +103,9 @@ def generate(
     limit, count = sampling.max_new_tokens, len(prompts)
     check_every = check_every or (1 if device.type == "cpu" else 8)
     ends = torch.tensor(lm.eos_token_ids, device=device)
-    draws = uniforms(keys, limit).to(device) if sampling.temperature > 0 else None
+    draws: Tensor | None = None
+    if sampling.temperature > 0:  # with columns that nobody reads, beyond the end
+        draws = F.pad(uniforms(keys, limit).double(), (0, 1 + MOST)).to(device)
 
     both = 1 if amateurs is None else 2
     if sampling.repetition_penalty != 1 or guesses(count * both, device) == 0:
@@ -114,6 +118,7 @@ def generate(
     if amateurs is not None:
         weak, amateur = weak_reader.read(amateurs)
         streams = merge([streams, weak], room=room)
+        del weak
     ahead: Drafts | None = None
     if drafts is not None and not any(streams.cache.is_sliding):
         ahead = Drafts(drafts, lm.eos_token_ids[0], device, streams=both)
@@ -135,7 +140,7 @@ def generate(
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
             history=page.tokens[page.rows, :step] if sampling.repetition_penalty != 1 else None,
-            uniform=None if draws is None else draws[page.rows[:, None], places.clamp(max=limit - 1)].flatten(),
+            uniform=None if draws is None else draws[page.rows[:, None], places].flatten(),
         )
         token = token.view(-1, size)
         taken = page.write(token, logp.view(-1, size), places, guessed)
@@ -152,7 +157,7 @@ def generate(
             if left == 0:
                 break
             if (len(page.done) - left) * SHRINK >= len(page.done):
-                alive = (~page.done).nonzero()[:, 0]
+                alive = page.done.byte().argsort(stable=True)[:left]
                 streams.keep(alive if amateur is None else torch.cat([alive, alive + len(page.done)]))
                 page.keep(alive)
                 last = last[alive]
@@ -199,11 +204,11 @@ class Page:
         where = (self.rows[:, None], places)
         self.tokens[where] = token
         self.logps[where] = logp
-        ends = torch.isin(token, self.ends)
+        ends = (token[..., None] == self.ends).any(-1)
         if guessed is None:
             self.written = self.written + ~self.done
             self.done = self.done | ends[:, 0] | (self.written == self.limit)
-            return torch.ones_like(self.written)
+            return self.steps[1:2].expand_as(self.written)
         taken = 1 + (token[:, :-1] == guessed).long().cumprod(1).sum(1)
         ends &= self.steps[: token.shape[1]] < taken[:, None]
         ended = ends.any(1)
@@ -250,14 +255,14 @@ def _check(
 
 def _answers(lm: CaptionModel, page: Page) -> list[Generation]:
     written = torch.arange(page.tokens.shape[1], device=page.tokens.device) < page.lengths[:, None]
-    means = page.logps.where(written, 0.0).sum(1) / page.lengths
-    if bool(means.isnan().any()):
+    means = (page.logps.where(written, 0.0).sum(1) / page.lengths).tolist()
+    if broken := sum(map(math.isnan, means)):
         raise FloatingPointError(
-            f"{type(lm.base).__name__} gave NaN logits for {int(means.isnan().sum())} of {len(means)} rows; its weights are "
+            f"{type(lm.base).__name__} gave NaN logits for {broken} of {len(means)} rows; its weights are "
             "broken or its dtype is too narrow (try model.dtype float32)"
         )
     answers = []
-    for row, mean, length in zip(page.tokens.tolist(), means.tolist(), page.lengths.tolist()):
+    for row, mean, length in zip(page.tokens.tolist(), means, page.lengths.tolist()):
         finished = row[length - 1] in lm.eos_token_ids
         ids = row[: length - 1] if finished else row[:length]
         answers.append(Generation(lm.text(ids), tuple(ids), mean, finished))

@@ -74,7 +74,8 @@ class Reader:
 
     Prompts whose `vision` is the same object show the same video: their common beginning is read once. A reader that
     remembers keeps the keys and values of that beginning (one row a video) until it reads other videos or is let go; a later
-    question about the same videos that begins alike needs neither their pixels nor another pass over them.
+    question about the same videos that begins alike needs neither their pixels nor another pass over them. Told to remember
+    no more (`remember`), it lets go of them with the next reading.
 
     Models with sliding-window attention read every prompt whole: a window counts columns, padding too, so nothing may stand
     between a prefix and its rest.
@@ -111,6 +112,9 @@ class Reader:
             shared = [_shared_length(self.lm, [seen.tokens[p], *t], n) for p, t, n in zip(places, texts, last)]
             if min(shared) > 0:
                 known = self._further(_Known(seen, places, shared), groups, prompts, last)
+                if not self.remember:
+                    self._prefixes = None
+                del seen  # what `known` does not need is let go before more is read
                 return self._rest(known, groups, prompts, room)
 
         self._prefixes = seen = None
@@ -173,7 +177,8 @@ class Reader:
         positions = position + (new.cumsum(-1) - 1).clamp_(min=0)  # (R, S) or (3, R, S)
         past = None
         if len(groups) < len(prompts) and serves(lm, seen.cache):
-            past = share(seen.cache, rows, mask, group)
+            everything = list(known.places) == list(range(len(seen.mask)))
+            past = share(seen.cache, None if everything else rows, mask, group)
             width, mask = 0, mask[:, :0]
         cache = Cache(layers=[repeat(layer, rows[group], width, ids.shape[1] + room) for layer in seen.cache.layers])
         mask = F.pad(torch.cat([mask[group], new.bool()], dim=1), (0, room), value=True)
@@ -189,9 +194,10 @@ def _remember(streams: Streams, prompts: Sequence[Prompt], lengths: Sequence[int
 
 def _read_all(lm: CaptionModel, cache: Cache, rows: Sequence[Tensor], visions: Sequence[Any]) -> tuple[Streams, Tensor]:
     ids, mask = pad_rows(rows, lm.pad_token_id, side="left")
-    ids, mask = ids.to(lm.device), mask.to(lm.device)
-    # (R, L + 1) or (3, R, L + 1): where the next token stands, only the model can say
+    # (R, L + 1) or (3, R, L + 1): where the next token stands, only the model can say. It reads numbers one by one: on the CPU
     positions = lm.positions(F.pad(ids, (0, 1), value=lm.pad_token_id), F.pad(mask, (0, 1), value=1), visions)
-    inputs = {**lm.inputs(ids, visions), "attention_mask": mask, "position_ids": positions[..., :-1]}
-    logits = forward(lm, cache, **inputs)[:, -1]
+    padded = not bool(mask.all())
+    ids, mask, positions = (x.to(lm.device) for x in (ids, mask, positions))
+    inputs: dict[str, Tensor | None] = {**lm.inputs(ids, visions), "position_ids": positions[..., :-1]}
+    logits = forward(lm, cache, attention_mask=mask if padded else None, **inputs)[:, -1]  # type: ignore[arg-type]
     return Streams(lm, cache, mask.bool(), positions[..., -1:]), logits

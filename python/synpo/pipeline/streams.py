@@ -175,17 +175,20 @@ def spread(streams: Streams, rows: Tensor, room: int) -> Streams:
     if shared is not None:
         shared = shared.keep(rows)
     elif serves(lm, streams.cache):
-        shared = share(streams.cache, torch.arange(len(mask), device=rows.device), mask, rows)
+        shared = share(streams.cache, None, mask, rows)
         mask = mask[:, :0]
     cache = Cache(layers=[repeat(layer, rows, mask.shape[1], room) for layer in streams.cache.layers])
     return Streams(lm, cache, F.pad(mask[rows], (0, room), value=True), streams.position[..., rows, :], shared)
 
 
-def share(cache: Cache, places: Tensor, mask: Tensor, group: Tensor) -> Shared:
-    """These rows of a cache, (G,) int64, their first columns as `mask`, (G, P), for rows of these groups, (R,) int64."""
+def share(cache: Cache, places: Tensor | None, mask: Tensor, group: Tensor) -> Shared:
+    """These rows of a cache, (G,) int64, their first columns as `mask`, (G, P), for rows of these groups, (R,) int64.
+
+    All of its rows, None, are not copied but shown: nothing writes to what is shared.
+    """
     layers: list[Any] = cache.layers
     keys, values = (
-        [x[places, :, : mask.shape[1]].contiguous() for x in columns]
+        [x[:, :, : mask.shape[1]] if places is None else x[places, :, : mask.shape[1]].contiguous() for x in columns]
         for columns in zip(*((layer.keys, layer.values) for layer in layers))
     )
     return Shared(keys, values, mask, group)
@@ -212,7 +215,7 @@ def merge(streams: Sequence[Streams], room: int) -> Streams:
 
 def _share_nothing(streams: Streams) -> Shared:
     rows = torch.arange(len(streams.mask), device=streams.mask.device)
-    return share(streams.cache, rows, streams.mask[:, :0], rows)
+    return share(streams.cache, None, streams.mask[:, :0], rows)
 
 
 def _merge_layers(layers: Sequence[Any], room: int) -> Any:
