@@ -72,7 +72,9 @@ def base_model(size: Size, device: torch.device) -> Any:
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device, getattr(torch, size.dtype))
+    with device:  # drawn there: a host takes half a minute for the size a GPU is measured at
+        model = LlamaForCausalLM(config)
+    return model.to(getattr(torch, size.dtype))
 
 
 def moved(model: Any) -> Any:
@@ -146,8 +148,8 @@ def _ours(loss_type: str, prefix_sharing: bool, size: Size, model: Any, device: 
 
 def planned(size: Size, layout: str, device: str) -> int:
     """Bytes that `synpo plan` expects of one step beyond the weights and the optimizer's states: gradients and all else."""
-    with torch.device("meta"):
-        model = get_peft_model(base_model(size, torch.device("meta")), lora())
+    with torch.device("meta") as meta:
+        model = get_peft_model(base_model(size, meta), lora())
     lengths = Lengths(visual=0, text=size.prompt, chosen=size.answer, rejected=size.answer)
     memory = MemoryModel(model, optimizer="sgd", device=device).step(Batch(size.pairs, lengths, layout))
     return memory.trained + memory.activations + memory.backward + memory.loss

@@ -30,6 +30,8 @@ def test_everyone_is_checked_timed_and_weighed(tmp_path: Path, capsys: pytest.Ca
         assert row["runs"] >= 3
         assert row["pairs_per_second"] == pytest.approx(2000 / row["p50_ms"])
         assert row["peak_mib"] > 0
+        assert row["plan_mib"] is None or 0.6 < row["peak_mib"] / row["plan_mib"] < 1.2
+    assert all(rows[name]["plan_mib"] for name in ("synpo shared", "synpo padded"))
     printed = capsys.readouterr().out
     assert "synpo shared" in printed and "x trl" in printed
     assert (tmp_path / "step.csv").read_text().count("\n") == 7
@@ -48,6 +50,28 @@ def test_a_provider_with_another_loss_shows_no_speed(tmp_path: Path, monkeypatch
     assert row["status"] == "wrong"
     assert "loss off by 1.0e-02" in row["reason"]
     assert row["p50_ms"] is None
+
+
+def test_a_peer_that_fails_at_full_size_is_listed_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def greedy(size: Any, model: Any, device: torch.device) -> steps.Step:
+        if size.prompt == SIZE["prompt"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n28 GiB")
+        return steps._usual("synpo", size, model, device)
+
+    def odd(size: Any, model: Any, device: torch.device) -> steps.Step:
+        raise AssertionError  # without a word
+
+    ours = next(steps.providers())
+    peers = [steps.Provider("peer greedy", "synpo", greedy, ""), steps.Provider("peer odd", "synpo", odd, ""), ours]
+    monkeypatch.setattr(steps, "providers", lambda: iter(peers))
+    assert step.main([*TINY, "--out", str(tmp_path / "step")]) == 0
+    rows = rows_of(tmp_path / "step")
+    assert rows["peer greedy"]["status"] == "failed" and "out of memory" in rows["peer greedy"]["reason"]
+    assert rows["peer odd"]["status"] == "absent" and rows["peer odd"]["reason"].startswith("AssertionError")
+    assert rows[ours.name]["status"] == "ok" and rows[ours.name]["runs"] >= 3
+    assert "peer greedy    failed: OutOfMemoryError" in capsys.readouterr().out
 
 
 def test_tensors_alive_are_added_up() -> None:
