@@ -26,13 +26,13 @@ from .head import Head, compute_dtype
 from .passes import Forward, Tiles
 
 
-def _tiles(backend: str, x: Tensor, low: bool) -> tuple[Tiles, float]:
-    """The tiles of a backend, and by how much they hold a slice larger."""
+def _tiles(backend: str, x: Tensor, low: bool, count: Tensor | None = None) -> tuple[Tiles, float]:
+    """The tiles of a backend, and by how much they hold a slice larger. count: see `dispatch.Partition`."""
     if choose(backend, x).name != "triton":
         return TorchTiles(low), 1.0
     from . import fused  # imports triton
 
-    return fused.TritonTiles(None, low), fused.FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
+    return fused.TritonTiles(count, low), fused.FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
 
 
 def _wide(weight: Tensor, extra: Tensor | None) -> Tensor:
@@ -119,8 +119,10 @@ def kept_gradients(
         return d_weight, d_extra, d_bias
     first = 0 if want_weight else weight.shape[1]
     with inside_op(x):
-        tiles, magnify = _tiles(backend, x, low)
-        rows = slice(None) if ignored is None else _counted(labels, ignored)
+        rows, count = (slice(None), None) if ignored is None else choose(backend, x).partition(labels, ignored)
+        tiles, magnify = _tiles(backend, x, low, count)
+        if ignored is not None:
+            upstream = upstream.where(labels != ignored, 0)  # rows past the count have none
         result = passes.gradients(
             x[rows],
             Head(_wide(weight, extra), bias, softcap, logit_scale),

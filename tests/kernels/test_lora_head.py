@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from host_reads import HostReads
 from synpo_kernels import FusedLinearSynPOLoss, chunked, kept, linear_logprobs, lora_head, passes
 from synpo_kernels.reference import naive_logprobs, naive_synpo
 
@@ -164,6 +165,17 @@ def test_opcheck(ignore_index) -> None:
     labels = labels if ignore_index is not None else labels.clamp(min=0)
     options = (2.0, 1.0, ignore_index, "chunked", False, "", True)
     torch.library.opcheck(kept.kept, (x, given["weight"], given["b"], given["bias"], labels, *options))
+
+
+def test_no_host_read_on_the_triton_path(device) -> None:
+    given, (labels, upstream) = inputs(torch.float32, device, ()), labels_and_upstream(device)
+    u, b = lora_head(given["hidden"], given["a"], given["b"], S)
+    x, head = torch.cat([given["hidden"], u], 1), (given["weight"], b, given["bias"])
+    logps, normalizer, _, _ = kept.kept(x, *head, labels, None, 1.0, -100, "triton", False, "", True)
+    known = labels, logps, normalizer, upstream
+    with HostReads() as reads, torch.no_grad():
+        kept.kept_gradients._init_fn(x, *head, *known, None, 1.0, -100, "triton", False, True, True, True)
+    assert reads.found == []
 
 
 @pytest.mark.parametrize(
