@@ -24,6 +24,7 @@ from transformers import (
 
 from devices import DEVICE
 from synpo.config import ConfigError, ModelConfig
+from synpo.model import adapter
 from synpo.model.adapter import CaptionModel, load, pad_rows
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
@@ -358,3 +359,28 @@ def test_a_gpu_that_is_not_there(tiny_captioner_path: Path, device: str) -> None
 def test_a_folder_that_is_no_adapter(tiny_captioner_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no adapter_config\.json; --adapter takes"):
         load(ModelConfig(path=str(tiny_captioner_path), adapter=str(tmp_path), device="cpu"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flash_attention_serves_halves_on_a_gpu(
+    dtype: str, tiny_captioner_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` takes flash-attn where it is installed, but for float32 weights, which it refuses in the middle of a run."""
+    chosen: list[str] = []
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    lm = load(ModelConfig(path=str(tiny_captioner_path), dtype=dtype, device="cpu"))
+    monkeypatch.setattr(lm.model, "set_attn_implementation", chosen.append)
+    adapter._choose_attention(lm.model, "auto", torch.device("cpu"))
+    assert not chosen
+    adapter._choose_attention(lm.model, "auto", torch.device("cuda"))
+    assert chosen == (["flash_attention_2"] if dtype == "bfloat16" else [])
+    if dtype == "float32":
+        with pytest.raises(
+            ConfigError, match="flash_attention_2 computes in float16 and bfloat16, the weights are float32"
+        ):
+            adapter._choose_attention(lm.model, "flash_attention_2", torch.device("cuda"))
+
+
+def test_a_missing_flash_attention_is_named(tiny_captioner_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be loaded: FlashAttention2"):
+        load(ModelConfig(path=str(tiny_captioner_path), attention="flash_attention_2", device="cpu"))

@@ -1,6 +1,7 @@
 """Attention to prompts that rows share, against the same keys and values written out for every row."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from synpo.config import SamplingConfig
+from synpo.model.adapter import CaptionModel
 from synpo.pipeline import attention
 from synpo.pipeline.attention import Shared, additive, reading
+from synpo.pipeline.decode import generate
+from synpo.pipeline.reader import Reader
 
 GROUPS = {"even": [0, 0, 0, 1, 1, 1], "uneven": [1, 0, 1, 2, 1], "alone": [0, 1, 2], "one": [0, 0, 0, 0]}
 HEADS, QUERIES, SIZE = 2, 3, 8
@@ -93,3 +98,33 @@ def test_a_model_that_does_not_ask_for_its_attention_is_reported() -> None:
     )
     expected = F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(plain, expected, atol=1e-6, rtol=1e-6)  # outside of a pass all is as it was
+
+
+def test_flash_attention_is_stood_in_for_too(captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a model uses flash-attn, candidates still hold their prompt once, and say the same."""
+    calls = []
+
+    def flash(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        """What transformers' flash attention computes: causal, with a mask (R, L) of what is no padding."""
+        assert mask is None or mask.dim() == 2
+        calls.append(query.shape[2])
+        seen = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        seen = seen if mask is None else seen & mask[:, None, None].bool()
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
+        return out.nan_to_num(0.0).transpose(1, 2).contiguous(), None
+
+    sampling = SamplingConfig(temperature=0.8, top_k=16, max_new_tokens=12)
+    views = [torch.randint(0, 256, (n, 3, 48, 48), generator=torch.Generator().manual_seed(n)).byte() for n in (4, 6)]
+    prompts = [prompt for view in views for prompt in [captioner.prompt("Describe.", view)] * 3]
+    keys = [str(i) for i in range(6)]
+    expected = generate(captioner, prompts, sampling, keys=keys)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    monkeypatch.setattr(attention, "_installed", attention._installed - {"flash_attention_2"})
+    monkeypatch.setattr(captioner.base.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2")
+    held, _ = Reader(captioner).read(prompts, room=4)
+    assert held.shared is not None and len(held.shared.mask) == 2 and held.cache.get_seq_length() == 0
+    assert generate(captioner, prompts, sampling, keys=keys) == expected
+    assert calls and min(calls) > 1, "prompts by flash-attn, tokens by what shares them"

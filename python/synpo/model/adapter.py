@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -353,13 +353,24 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _attention(name: str, device: torch.device) -> str:
-    """What `auto` means: flash-attn where it is installed and the device is CUDA, else torch's own kernels."""
-    if name != "auto":
-        return name
+HALVES = (torch.float16, torch.bfloat16)  # what flash-attn computes in
+
+
+def _choose_attention(model: Any, name: str, device: torch.device) -> None:
+    """What `auto` means: flash-attn where it is installed, the device is CUDA and it can serve the model, else torch's kernels.
+
+    Raises ConfigError where flash-attn was asked for and cannot compute in the dtype of the weights.
+    """
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    if name.startswith("flash_attention") and model.dtype not in HALVES:
+        raise ConfigError(
+            f"model.attention: {name} computes in float16 and bfloat16, the weights are {str(model.dtype).split('.')[1]}; "
+            "set model.dtype = bfloat16, or model.attention = sdpa"
+        )
+    if name == "auto" and device.type == "cuda" and model.dtype in HALVES and is_flash_attn_2_available():
+        with suppress(ValueError, ImportError):  # a model that flash-attn does not know
+            model.set_attn_implementation("flash_attention_2")
 
 
 def check_paths(config: ModelConfig) -> None:
@@ -395,15 +406,16 @@ def load(config: ModelConfig) -> CaptionModel:
         model: Any = kind.from_pretrained(
             path,
             dtype=config.dtype,
-            attn_implementation=_attention(config.attention, device),
+            attn_implementation="sdpa" if config.attention == "auto" else config.attention,
             use_safetensors=True,
             **quantized,
             **shared,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **shared)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model {config.path} cannot be loaded: {error}") from error
     quantize.check(model)
+    _choose_attention(model, config.attention, device)
     vision = vision_for(model, tokenizer, path, config.revision, config.trust_remote_code)
     if config.adapter:
         from peft import PeftModel

@@ -131,6 +131,8 @@ class _Pass:
 
 
 _under_way: ContextVar[_Pass | None] = ContextVar("pass", default=None)
+# attention of transformers in whose place this may stand, by name; anything else stays as it is
+SERVED = ("sdpa", "flash_attention_2", "flash_attention_3")
 _installed: set[str] = set()
 
 
@@ -140,10 +142,10 @@ def additive(mask: Tensor) -> Tensor:
 
 
 def serves(lm: CaptionModel, cache: Cache) -> bool:
-    """Whether every layer of the model keeps its whole past and hands its attention to transformers' sdpa."""
+    """Whether every layer of the model keeps its whole past and leaves its attention to one that this stands in for."""
     decoder = lm.base.get_decoder()
     return (
-        decoder.config.get_text_config()._attn_implementation == "sdpa"
+        decoder.config.get_text_config()._attn_implementation in SERVED
         and getattr(decoder, "_supports_attention_backend", False)
         and all(isinstance(x, DynamicLayer) and not x.is_sliding and x.keys is not None for x in cache.layers)
     )
@@ -158,8 +160,9 @@ def by_row(x: Tensor) -> Tensor:
 @contextmanager
 def reading(bias: Tensor | None, shared: Shared | None, layers: int, ragged: Ragged | None = None) -> Iterator[None]:
     """For the time of one pass through `layers` layers, attention goes by `bias`, (R, 1, S, L), `shared` and `ragged`."""
-    if "sdpa" not in _installed:
-        _install("sdpa")
+    for name in SERVED:
+        if name not in _installed:
+            _install(name)
     token = _under_way.set(_Pass(bias, shared, ragged))
     try:
         yield

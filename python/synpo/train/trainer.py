@@ -234,7 +234,8 @@ class SynPOTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[PairBatch], device: torch.device) -> Tensor:
         """Pairs of one optimizer step, over all its micro-batches and all processes."""
-        count = torch.full((), sum(len(batch["pair_ids"]) for batch in batch_samples), device=device)  # a copy would wait
+        pairs = sum(len(batch["pair_ids"]) for batch in batch_samples)
+        count = torch.full((), pairs, device=device)  # to copy a number would be to wait
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(

@@ -50,6 +50,22 @@ Tensor mm(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
   return mm_out(a, b, dtype, out);
 }
 
+Tensor& bmm_out(const Tensor& a, const Tensor& b, at::ScalarType dtype, Tensor& out) {
+  count_operation();
+  TORCH_CHECK(a.is_cuda() && b.is_cuda() && out.is_cuda(), "Expected all tensors to be on the same device");
+  bool halves = a.scalar_type() == at::kHalf || a.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && (dtype == a.scalar_type() || (halves && dtype == at::kFloat)),
+              "out_dtype must be that of the factors, or fp32 for fp16 and bf16");
+  auto product = at::bmm(host(a).to(at::kFloat), host(b).to(at::kFloat));
+  host(out.resize_(product.sizes())).copy_(product);
+  return out;
+}
+
+Tensor bmm(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
+  auto out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options().dtype(dtype));
+  return bmm_out(a, b, dtype, out);
+}
+
 // Attention as the memory-efficient kernel does it, (B, heads, L, head size); grouped heads as the flash kernel takes
 // them.
 
@@ -123,6 +139,8 @@ REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &choice)
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("mm.dtype", mm);
   m.impl("mm.dtype_out", mm_out);
+  m.impl("bmm.dtype", bmm);
+  m.impl("bmm.dtype_out", bmm_out);
   m.impl("addmm.dtype", addmm);
   m.impl("addmm.dtype_out", addmm_out);
   m.impl("_scaled_dot_product_efficient_attention", attention);
