@@ -13,7 +13,7 @@ from judge_endpoint import GOOD, TASK
 from synpo.config import ConfigError, JudgeConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel
 from synpo.pipeline.decode import Generation
-from synpo.pipeline.judge import Failure, Task, Verdict
+from synpo.pipeline.judge import Failure, Task, Verdict, make_judge
 from synpo.pipeline.judge import local as local_module
 from synpo.pipeline.judge.chat import InvalidAnswer, orders_of, question
 from synpo.pipeline.judge.local import LocalJudge
@@ -117,3 +117,16 @@ def test_a_random_local_judge_fails_and_says_so(captioner: CaptionModel, tiny_ca
     outcome = judge.score(Task("a.mp4", ("clip",), ("x", "y"), (0.0, 0.0)))
     said = "it was cut off before its end, at 192 tokens (judge.max_tokens allows more)"
     assert outcome == [Failure(f"no valid answer in 3 attempts; the last: {said}")] * 2
+
+
+def test_a_local_judge_runs_on_the_device_of_the_captioner(
+    captioner: CaptionModel, tiny_captioner_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(local_module, "load", lambda model: loaded.append(model.device) or captioner)  # type: ignore[func-returns-value]
+    config = JudgeConfig(kind="local", model=str(tiny_captioner_path), orders=1)
+    judges = [make_judge(config, tmp_path, 0, device) for device in ("cuda:1", "cpu")]
+    for judge in judges:
+        judge.score(TASK)
+    assert loaded == ["cuda:1", "cpu"]
+    assert judges[0].identity == judges[1].identity, "where it runs is no part of what it is"

@@ -57,7 +57,7 @@ def build_pairs(
     names = list_videos(videos)
     make_folder(pairs.parent, "--pairs")
     with own_folder(work, "--work"):
-        judge = judge or make_judge(config.judge, work, config.seed)
+        judge = judge or make_judge(config.judge, work, config.seed, config.model.device)
         (work / "problems.jsonl").unlink(missing_ok=True)
 
         run = Run(config, videos, work, lm)

@@ -18,8 +18,8 @@ from synpo.pipeline.judge.base import Failure, Judge, JudgeError, Task, Verdict
 KINDS = ("offline", "openai", "local")
 
 
-def make_judge(config: JudgeConfig, work: Path, seed: int = 0) -> Judge:
-    """The judge a configuration names. `work` is where it may keep what it has been told.
+def make_judge(config: JudgeConfig, work: Path, seed: int = 0, device: str = "auto") -> Judge:
+    """The judge a configuration names. `work` is where it may keep what it has been told; a local one runs on `device`.
 
     Raises:
         ConfigError: an unknown kind, or a kind without what it needs; says what.
@@ -35,7 +35,7 @@ def make_judge(config: JudgeConfig, work: Path, seed: int = 0) -> Judge:
     if config.kind == "local":
         from synpo.pipeline.judge.local import LocalJudge
 
-        return LocalJudge(config, seed)
+        return LocalJudge(config, seed, device)
     raise ConfigError(f"judge.kind: unknown judge {config.kind!r}; {suggest(config.kind, KINDS)}")
 
 

@@ -34,13 +34,15 @@ class LocalJudge(ChatJudge):
         ConfigError: no model is named, a folder that is named is missing, or (at the first question) it has no chat template.
     """
 
-    def __init__(self, config: JudgeConfig, seed: int = 0, lm: CaptionModel | None = None) -> None:
+    def __init__(
+        self, config: JudgeConfig, seed: int = 0, device: str = "auto", lm: CaptionModel | None = None
+    ) -> None:
         if not config.model:
             raise ConfigError("judge.model: the local judge needs a checkpoint folder or hub id")
         if config.max_tokens is not None and config.max_tokens < 1:
             raise ConfigError(f"judge.max_tokens: expected at least 1, or null, got {config.max_tokens}")
         super().__init__(config.orders, seed)
-        self.model = ModelConfig(path=config.model)
+        self.model = ModelConfig(path=config.model, device=device)
         check_paths(self.model)
         self.name = config.model
         self.max_tokens = config.max_tokens
