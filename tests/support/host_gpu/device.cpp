@@ -14,6 +14,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/extension.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstring>
@@ -69,8 +70,13 @@ void release(void* context) {
   delete block;
 }
 
+const auto process = getpid();
+
 struct DeviceMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    TORCH_CHECK(getpid() == process,
+                "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing, ",
+                "you must use the 'spawn' start method");
     Device device(DeviceType::CUDA, current);
     if (!bytes) return {nullptr, nullptr, &release, device};
     size_t size = (bytes + 511) / 512 * 512;  // as the caching allocator rounds
