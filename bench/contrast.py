@@ -10,8 +10,9 @@ Variants (all: alpha 0.5, temperature 0.5, top-k 32, top-p 0.9, one given unifor
     lean       lerp, top-k on the raw logits, softmax over k
     warpers    Hugging Face logits processors, where transformers is installed
     flashinfer mix and divide in torch, then top_k_top_p_sampling_from_logits; on a GPU, where it is installed
-and `+p`: with a plausibility cut-off of 0.1. A time is printed only after every variant drew the op's tokens from the same
-logits and random numbers (flashinfer takes none, so its tokens are only checked to be among those that were left).
+and `+p`: with a plausibility cut-off of 0.1. A variant is timed only after it drew the op's tokens from the same logits and
+random numbers (flashinfer takes none, so its tokens are only checked to be among those that were left); else its reason is
+printed. Where `fallback` draws other tokens nothing is.
 How times are taken: bench/measure.py. Milliseconds, median with 20th and 80th percentile. On a GPU a small batch takes longer
 to launch than to compute, so there each variant is timed once more as a CUDA graph (`graph`): what the GPU itself does. Beside
 it `/ floor`, over the bytes of both inputs at the rate of a large copy (bytes read and written) in the same run, and `/ read`,
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import measure  # before torch
+from bench.report import reason_of
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
@@ -124,22 +126,36 @@ def variants(expert: Tensor, amateur: Tensor, uniform: Tensor) -> dict[str, Call
     return runs
 
 
-def check(runs: dict[str, Callable[[], Tensor]], expert: Tensor, amateur: Tensor) -> None:
-    """Every variant draws the op's tokens. One in 200 may differ: the peers round in fp32, where a boundary can move."""
+def check(runs: dict[str, Callable[[], Tensor]], expert: Tensor, amateur: Tensor) -> dict[str, str]:
+    """Why a peer is not timed, by name: it failed, or drew other tokens than the op. Exits where ours did either.
+
+    One token in 200 may differ: the peers round in fp32, where a boundary can move.
+    """
+    reasons: dict[str, str] = {}
     for name, run in runs.items():
         if name == "read":
             continue
         suffix = "+p" if name.endswith("+p") else ""
+        ours = name.startswith(("op", "fallback"))
+        try:
+            found = run()
+        except Exception as error:  # whatever a foreign package raises is its reason
+            if ours:
+                raise
+            reasons[name] = reason_of(error)
+            continue
         if name.startswith("flashinfer"):
             mixed = cut((1 + ALPHA) * expert - ALPHA * amateur, expert, PLAUSIBILITY if suffix else 0.0)
             kept, ids = mixed.topk(TOP_K, -1)
-            wrong, allowed = int((~((ids == run()[:, None]) & (kept > -math.inf)).any(1)).sum()), 0
+            wrong, allowed = int((~((ids == found[:, None]) & (kept > -math.inf)).any(1)).sum()), 0
         else:
-            expected = runs["op" + suffix]()
-            wrong = int((run() != expected).sum())
-            allowed = 0 if name.startswith(("op", "fallback")) else math.ceil(expected.numel() / 200)
+            wrong = int((found != runs["op" + suffix]()).sum())
+            allowed = 0 if ours else math.ceil(len(found) / 200)
         if wrong > allowed:
-            raise SystemExit(f"{name} drew {wrong} of {len(run())} tokens differently: no times are printed")
+            reasons[name] = f"drew {wrong} of {len(found)} tokens differently"
+        if ours and name in reasons:
+            raise SystemExit(f"{name} {reasons[name]}: no times are printed")
+    return reasons
 
 
 def main() -> None:
@@ -169,7 +185,11 @@ def main() -> None:
         expert, amateur = expert.to(device, amateur.dtype), amateur.to(device)
         uniform = torch.rand(batch, dtype=torch.float64, generator=generator).to(device)
         runs = variants(expert, amateur, uniform)
-        check(runs, expert, amateur)
+        reasons = check(runs, expert, amateur)
+        for name, reason in reasons.items():
+            print(f"not timed: {name}: {reason}")
+            rows.append({"batch": batch, "vocab": vocab, "dtype": args.dtype, "variant": name, "reason": reason})
+            del runs[name]
         if args.only:
             runs = {name: run for name, run in runs.items() if name in {"read", "op", *args.only}}
         for run in runs.values():

@@ -137,7 +137,7 @@ if [ "$PHASE" = pipeline ]; then
         DECODE=(--device cuda --seconds 8)
     fi
     part facts 40 bash -c facts
-    SHOW=60 part contrast 110 "$PYTHON" -m bench.contrast "${CONTRAST[@]}" --json "$OUT/contrast.json"
+    SHOW=60 part contrast 150 "$PYTHON" -m bench.contrast "${CONTRAST[@]}" --json "$OUT/contrast.json"
     SHOW=10 part step 160 "$PYTHON" -m bench.step "${STEP[@]}" --out "$OUT/step"
     SHOW=30 part trained 110 "$PYTHON" -m bench.trained_head "${TRAINED[@]}" "${DATA[@]}" --work "$WORK" --out "$OUT/trained_head"
     SHOW=60 part decode "$(($(left) - 5))" "$PYTHON" -m bench.decode "${DECODE[@]}" "${MODEL[@]}" --json "$OUT/decode.json"
