@@ -180,6 +180,13 @@ def test_qwen_vl_gets_its_three_dimensional_positions(kind: str) -> None:
             torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_check_of_the_head_reads_words_alone(kind: str) -> None:
+    lm = qwen_vl(kind)
+    assert lm.placeholder_ids & set(range(8)), "the first tokens of this tokenizer stand for images and videos"
+    lm.check_head()
+
+
 def test_processors_are_told_when_frames_were_taken() -> None:
     lm = qwen_vl("qwen2_5_vl")
     lm.prompt("Describe.", clip(4), seconds=10.0)

@@ -319,7 +319,9 @@ class CaptionModel:
 
         Raises ValueError when they differ: the model does something to its logits that `Head` does not know.
         """
-        ids = torch.arange(4, device=self.device)[None]
+        shown = self.placeholder_ids
+        plain = [token for token in range(4 + len(shown)) if token not in shown]
+        ids = torch.tensor([plain[:4]], device=self.device)
         inputs = self.forward_kwargs(ids, torch.ones_like(ids), [{}])
         with evaluating(self.model), gathering(self.model):
             seen: list[Tensor] = []
