@@ -24,10 +24,28 @@ def test_every_way_writes_the_same_and_is_timed(tmp_path: Path, monkeypatch: pyt
     assert looks["plain draft"]["ratio"] == 1
 
 
-def test_no_times_for_other_tokens() -> None:
+def test_no_times_for_other_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     same, other = torch.zeros(4, 8), torch.ones(4, 8)
     names = {name for pair in decode.AGREE for name in pair}
-    decode.check({name: lambda *_: same for name in names})
+    assert decode.check({name: lambda *_: same for name in names}) == {}
     runs = {name: lambda *_: same for name in names} | {"two loops": lambda *_: other}
-    with pytest.raises(SystemExit, match="two loops and contrastive disagree in 4 of 4 rows"):
+    with pytest.raises(decode.Disagreement, match="two loops and contrastive disagree in 4 of 4 rows"):
         decode.check(runs)
+    monkeypatch.setattr(decode, "streams", lambda *_: runs)
+    monkeypatch.setattr(decode, "look_table", lambda *_: [])
+    out = tmp_path / "decode.json"
+    monkeypatch.setattr(sys, "argv", ["bench.decode", "--rows", "2", "3", "--skip-long", "--json", str(out)])
+    assert decode.main() == 1
+    assert [row["rows"] for row in json.loads(out.read_text())["rows"]] == [2, 3], "the next table is made all the same"
+    assert "two loops and contrastive disagree" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_named() -> None:
+    def failing(*_: object) -> torch.Tensor:
+        raise AttributeError("no such processor")
+
+    names = {name for pair in decode.AGREE for name in pair}
+    runs = {name: lambda *_: torch.zeros(4, 8) for name in names} | {"text hf guidance": failing}
+    assert decode.check(runs) == {"text hf guidance": "AttributeError: no such processor"}
