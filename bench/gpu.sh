@@ -180,7 +180,7 @@ SHOW=12 part tests 200 env OMP_NUM_THREADS=1 SYNPO_TEST_SECONDS=150 "${PYTEST[@]
 if [ "$MODE" = cpu ]; then
     for name in kernels memcheck racecheck; do skip "$name" "no GPU in this rehearsal"; done
 else
-    part kernels 80 "$PYTHON" -m bench.sanitize --jobs 4 --seconds 60 # compiles what the sanitizer then watches
+    part kernels 80 "$PYTHON" -m bench.sanitize --jobs 4 --seconds 50 # compiles what the sanitizer then watches
     SANITIZER=$(find_sanitizer)
     if [ -n "$SANITIZER" ]; then
         WATCHED=(--error-exitcode 9 "$PYTHON" -m bench.sanitize --seconds 75)
