@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from synpo.config import SamplingConfig
 from synpo.model.adapter import CaptionModel
+from devices import DEVICE
 from synpo.pipeline import attention
 from synpo.pipeline.attention import Shared, additive, reading
 from synpo.pipeline.decode import generate
@@ -25,14 +26,14 @@ def problem(group: list[int], new: int, own: int, dtype: torch.dtype) -> tuple[S
     generator = torch.Generator().manual_seed(len(group) + new)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
     count, prompt = max(group) + 1, 11
-    there = torch.ones(count, prompt, dtype=torch.bool)
+    there = torch.ones(count, prompt, dtype=torch.bool, device=DEVICE)
     there[0, :4] = False
     keys, values = ([draw(count, HEADS, prompt, SIZE) for _ in range(2)] for _ in range(2))
-    shared = Shared(keys, values, there, torch.tensor(group))
-    mask = torch.ones(len(group), 1, new, own + new, dtype=torch.bool).tril(own)
+    shared = Shared(keys, values, there, torch.tensor(group, device=DEVICE))
+    mask = torch.ones(len(group), 1, new, own + new, dtype=torch.bool, device=DEVICE).tril(own)
     mask[1:, :, :, 0] = False
     query = draw(len(group), HEADS * QUERIES, new, SIZE)
     return shared, query, draw(len(group), HEADS, own + new, SIZE), draw(len(group), HEADS, own + new, SIZE), mask
@@ -55,9 +56,9 @@ def written_out(shared: Shared, layer: int, query: Tensor, key: Tensor, value: T
 def test_shared_prompts_are_attended_to_like_copies(
     group: str, new: int, own: int, dtype: torch.dtype, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(attention.SCORES, "cpu", at_a_time)
+    monkeypatch.setitem(attention.SCORES, DEVICE, at_a_time)
     shared, query, key, value, mask = problem(GROUPS[group], new, own, dtype)
-    mask[..., -new:] |= torch.eye(new, dtype=torch.bool)
+    mask[..., -new:] |= torch.eye(new, dtype=torch.bool, device=DEVICE)
     bias = additive(mask)
     with reading(bias, shared, 2):
         for layer in range(2):
@@ -72,7 +73,7 @@ def test_shared_prompts_are_attended_to_like_copies(
 def test_rows_leave_and_repeat_and_batches_merge() -> None:
     shared, query, key, value, mask = problem(GROUPS["uneven"], 1, 2, torch.float32)
     for rows in ([4, 0], [3], [2, 2, 1, 1, 0]):
-        kept = shared.keep(torch.tensor(rows))
+        kept = shared.keep(torch.tensor(rows, device=DEVICE))
         assert len(kept.mask) == len({GROUPS["uneven"][r] for r in rows}), "prompts nobody has read are let go"
         parts = [x[rows] for x in (query, key, value, mask)]
         together = Shared.merge([kept, shared])
