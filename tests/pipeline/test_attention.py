@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from devices import DEVICE
 from synpo.config import SamplingConfig
 from synpo.model.adapter import CaptionModel
-from devices import DEVICE
 from synpo.pipeline import attention
 from synpo.pipeline.attention import Shared, additive, reading
 from synpo.pipeline.decode import generate

@@ -161,6 +161,7 @@ def slow_endpoint() -> Iterator[tuple[str, threading.Event]]:
 
 
 CHILD = """
+import signal
 import sys
 from pathlib import Path
 from synpo import cli
@@ -169,6 +170,7 @@ from synpo.pipeline.judge import make_judge, parallel
 from synpo.pipeline.stages import Run, score_candidates
 from synpo.records import Caption
 parallel.GRACE = 0.5
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell began with &
 url, model, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 def score(args):
     config = JudgeConfig(kind="openai", model=model, base_url=url, orders=1, concurrency=3, requests_per_minute=1e6)
