@@ -134,8 +134,10 @@ def _keep_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 @once_differentiable
 def _frozen_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     (direction,) = ctx.saved_tensors
-    gradient = None if upstream is None else (direction * upstream[:, None]).to(direction.dtype)
-    return (gradient, *[None] * 7)
+    if upstream is None:
+        return (None,) * 8
+    # multiplied in the wider dtype and rounded once, without a copy of U in that dtype
+    return (torch.mul(direction, upstream[:, None], out=torch.empty_like(direction)), *[None] * 7)
 
 
 frozen.register_autograd(_frozen_backward, setup_context=_keep_direction)

@@ -201,8 +201,8 @@ def directions(head: Head, labels: Tensor, slope: Tensor | None, others: Tensor,
         others: (N,) the probability 1 - p_y of everything but the label. pull: (N, D) the sum over v ≠ y, overwritten.
     """
     coefficient = others if slope is None else others * slope
-    toward = head.weight.index_select(0, labels).to(pull.dtype).mul_(coefficient[:, None])
-    return toward.sub_(pull).mul_(head.logit_scale).to(head.weight.dtype)
+    pull.addcmul_(head.weight.index_select(0, labels), coefficient[:, None], value=-1)  # -U, before its scale
+    return torch.mul(pull, -head.logit_scale, out=torch.empty_like(pull, dtype=head.weight.dtype))
 
 
 def gradients(

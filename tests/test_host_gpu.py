@@ -144,3 +144,13 @@ def test_the_plan_against_the_peak(extra: dict[str, Any], tmp_path: Path) -> Non
     told = found("plan_and_train", values, tmp_path / "pairs.jsonl", tmp_path / "run")
     held = max(told["peaks"])
     assert held <= told["plan"]["total"] <= 1.15 * held, told
+
+
+def test_the_loss_at_full_size_holds_little() -> None:
+    """8192 x {152064, 32000} x 3584 in bfloat16, frozen head: U and its sums in fp32, or a block of rows; whatever V is."""
+    peaks = found("loss_peaks")
+    assert len(peaks) == 4
+    for name, (forward, backward) in peaks.items():
+        low, most = name.startswith("low"), max(forward, backward)
+        assert most <= (20 if low else 200) << 20, (name, forward, backward)
+        assert most == pytest.approx(max(peaks[f"{name.split()[0]} 152064"]), rel=0.01)

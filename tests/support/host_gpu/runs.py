@@ -75,6 +75,42 @@ def plan_and_train(values: str, pairs: str, output: str) -> dict[str, Any]:
     return train(values, "", pairs, output) | {"plan": expected}
 
 
+def loss_peaks() -> dict[str, list[int]]:
+    """Bytes at the peak of a forward and a backward pass at full size, beyond inputs and the gradient of the hidden states.
+
+    What is held follows from shapes: the kernels and the products with W write nothing here.
+    """
+    from triton.runtime import interpreter
+
+    from synpo_kernels import FusedLinearSynPOLoss
+
+    def product(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(len(a), b.shape[1], dtype=out_dtype, device=a.device)
+
+    interpreter.GridExecutor.__call__ = lambda self, *arguments, **options: None
+    torch.mm = product  # type: ignore[assignment]
+    torch.addmm = lambda total, a, b, *, out_dtype, out: out  # type: ignore[assignment]
+    peaks = {}
+    for vocabulary in (152_064, 32_000):
+        weight = torch.empty(vocabulary, 3584, dtype=torch.bfloat16, device="cuda")
+        hidden = torch.zeros(8192, 3584, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        labels = torch.zeros(8192, dtype=torch.long, device="cuda")
+        bounds = torch.arange(0, 8193, 1024, device="cuda")
+        for memory in ("default", "low"):
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            loss = FusedLinearSynPOLoss(memory=memory, ignore_index=None)(
+                hidden, weight, labels, cu_seqlens=bounds
+            ).loss
+            forward = torch.cuda.max_memory_allocated() - before
+            torch.cuda.reset_peak_memory_stats()
+            (gradient,) = torch.autograd.grad(loss, hidden)
+            backward = torch.cuda.max_memory_allocated() - before - gradient.nbytes
+            peaks[f"{memory} {vocabulary}"] = [forward, backward]
+            del loss, gradient
+    return peaks
+
+
 if __name__ == "__main__":
     result = globals()[sys.argv[1]](*sys.argv[2:])
     print("\n" + json.dumps(result))
