@@ -176,7 +176,7 @@ class Step:
         d_x = torch.zeros_like(x, dtype=logps.dtype) if self.found.hidden is not None else None
         operand = tiles.operand(x)
         weighted = (x * factor[:, None]).to(operand.dtype)
-        for columns, part, _ in vocabulary_chunks(x, head, tiles):
+        for columns, part, _ in vocabulary_chunks(x, head, tiles, sliced=False):
             residual = held[:, columns].to(operand.dtype)
             if d_x is not None:
                 tiles.add_product(d_x, residual, part.weight, 0)

@@ -122,20 +122,22 @@ def low_rows(x: Tensor) -> int:
     return max(1, rows - rows % 64, rows % 64)
 
 
-def vocabulary_chunks(x: Tensor, head: Head, tiles: Tiles) -> Iterator[tuple[slice, Head, Tensor]]:
-    """Yield (columns, the head's chunk as operand, scratch for one slice).
+def vocabulary_chunks(
+    x: Tensor, head: Head, tiles: Tiles, *, sliced: bool = True, summed: bool = False
+) -> Iterator[tuple[slice, Head, Tensor]]:
+    """Yield (columns, the head's chunk as operand, scratch for one slice, if it is to be `sliced`).
 
-    The slice of the logits, and the chunk of W where the operand is a widened copy, each stay within `SLICE_BYTES` (or
-    `LOW_SLICE_BYTES`).
+    The slice of the logits, and the chunk of W where the operand is a widened copy or its gradient is `summed`, each stay
+    within `SLICE_BYTES` (or `LOW_SLICE_BYTES`) in the format of a slice.
     """
     kept = tiles.slice_dtype(x.dtype)
     rows = min(x.shape[0], MAX_ROWS)
-    widest = rows if kept == head.weight.dtype else max(rows, head.weight.shape[1])
+    widest = rows if kept == head.weight.dtype and not summed else max(rows, head.weight.shape[1])
     allowed = LOW_SLICE_BYTES if tiles.low else SLICE_BYTES.get(x.device.type, SLICE_BYTES["cpu"])
     budget = allowed // kept.itemsize
     width = max(1, budget // max(1, widest))
     width = min(head.weight.shape[0], max(width - width % 256, width % 256))  # whole tiles, unless a tile is too wide
-    scratch = torch.empty(rows * width, dtype=kept, device=x.device)
+    scratch = torch.empty(rows * width if sliced else 0, dtype=kept, device=x.device)
     for columns in cut(head.weight.shape[0], width):
         part = head.columns(columns)
         yield columns, replace(part, weight=tiles.operand(part.weight)), scratch
@@ -189,7 +191,7 @@ def fill(x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, ou
     """Write c/logit_scale · exp(z - anchor) of all vocabulary into out (N, V), 0 at the label; return its row sums (N,)."""
     total = torch.zeros_like(anchor)
     operand = tiles.operand(x)
-    for columns, part, _ in vocabulary_chunks(x, head, tiles):
+    for columns, part, _ in vocabulary_chunks(x, head, tiles, sliced=False):
         total += tiles(operand, part, labels - columns.start, anchor, None, True, out[:, columns], 0)
     return total
 
@@ -244,7 +246,7 @@ def gradients(
     d_bias = torch.empty_like(head.weight[:, 0], memory_format=torch.contiguous_format) if want_bias else None
     operand = tiles.operand(x)
     weighted = (trained * unit[:, None]).to(operand.dtype) if want_weight else operand
-    for columns, part, scratch in vocabulary_chunks(x, head, tiles):
+    for columns, part, scratch in vocabulary_chunks(x, head, tiles, summed=want_weight):
         width = columns.stop - columns.start
         chunk_weight = torch.zeros(width, trained.shape[1], dtype=precise, device=x.device) if want_weight else None
         chunk_bias = torch.zeros(width, dtype=precise, device=x.device)

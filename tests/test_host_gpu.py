@@ -125,20 +125,28 @@ def test_captions_are_those_of_the_cpu(data: Path, tiny_captioner_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "extra", [{"prefix_sharing": False, "bf16": True}, {"activation_checkpointing": True}], ids=["padded", "shared"]
+    ("vocabulary", "layers", "lora", "extra"),
+    [
+        (1000, 6, True, {"prefix_sharing": False, "bf16": True}),
+        (1000, 6, True, {"activation_checkpointing": True}),
+        (20_000, 2, False, {"gradient_accumulation_steps": 2, "max_steps": 2}),
+    ],
+    ids=["padded", "shared", "whole"],
 )
-def test_the_plan_against_the_peak(extra: dict[str, Any], tmp_path: Path) -> None:
+def test_the_plan_against_the_peak(
+    vocabulary: int, layers: int, lora: bool, extra: dict[str, Any], tmp_path: Path
+) -> None:
     """All pairs as long as the longest. Never less than what tensors held, and no more than 15 % above."""
     tokenizer = byte_tokenizer(["a"])
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "num_key_value_heads": 2}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = Qwen2Config(vocab_size=1000, num_hidden_layers=6, max_position_embeddings=2048, **sizes, **ids)
+    config = Qwen2Config(vocab_size=vocabulary, num_hidden_layers=layers, max_position_embeddings=2048, **sizes, **ids)
     save(Qwen2ForCausalLM(config), tokenizer, tmp_path / "model")
-    rows = [{"prompt": "b" * 300, "chosen": f"{i}" + "c" * 80, "rejected": "d" * 60} for i in range(6)]
+    rows = [{"prompt": "b" * 50 * layers, "chosen": f"{i}" + "c" * 80, "rejected": "d" * 60} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
         "model": {"path": str(tmp_path / "model")},
-        "lora": {"r": 16, "alpha": 16, "dropout": 0.0},
+        "lora": {"r": 16, "alpha": 16, "dropout": 0.0} if lora else None,
         "train": TRAIN | {"loss_backend": "chunked"} | extra,  # the kernels are slow in the interpreter
     }
     told = found("plan_and_train", values, tmp_path / "pairs.jsonl", tmp_path / "run")

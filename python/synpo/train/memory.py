@@ -11,7 +11,8 @@ The model is built on torch's meta device, where tensors have shapes and dtypes 
     backward      gradients in flight in one layer, rows · length · (intermediate + 4 · hidden) · itemsize: what its backward
                   pass makes less what it lets go of on the way (0 to 8 % above the peaks measured on a CPU)
     loss          N completion rows of hidden states and their gradient U, 2 · N · D · itemsize + N · D · 4, and one slice of the
-                  logits with its scratch. Naive, for comparison: rows · length · V · (itemsize + 4 + 4), the logits, their
+                  logits with its scratch. A head that is trained: its gradient, for SynPO with its sums in fp32 and the
+                  probabilities of the pairs that are taken together. Naive, for comparison: rows · length · V · (itemsize + 4 + 4), the logits, their
                   log-softmax in fp32 and its gradient
     vision        the frozen tower's widest layer over the frames of the micro-batch, without gradients: gone when the decoder
                   starts, so the larger of it and of activations + backward + loss counts
@@ -41,6 +42,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from synpo.data.tokenize import Lengths
 from synpo.model.packing import install
 from synpo.model.quantize import weight_bytes
+from synpo_kernels.pairs_trained import PAIR_BYTES
 from synpo_kernels.passes import MAX_ROWS, SLICE_BYTES
 
 RESERVE = 1 << 30
@@ -245,6 +247,7 @@ class MemoryModel:
         model: the model under PEFT or not, requiring gradients where it will be trained.
         optimizer: name of the optimizer as TrainingArguments takes it. device, autocast: as `saved_by_decoder`.
         quantization: how its weights will be held, as in ModelConfig; they stand here unquantized.
+        loss_type: the objective; SynPO makes the gradient of a trained head in another way (synpo_kernels.pairs_trained).
     """
 
     def __init__(
@@ -254,7 +257,9 @@ class MemoryModel:
         device: str = "cuda",
         autocast: torch.dtype | None = None,
         quantization: str = "none",
+        loss_type: str = "synpo",
     ) -> None:
+        self.loss_type = loss_type
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device, self.autocast = device, autocast
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -283,16 +288,34 @@ class MemoryModel:
         size = (self.autocast or head.dtype).itemsize
         vocabulary, hidden = head.shape
         intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-        n, slice_bytes = batch.completion, SLICE_BYTES.get(self.device, SLICE_BYTES["cpu"])
+        n = batch.completion
         return Memory(
             weights=self.weights,
             trained=self.trained,
             activations=self.saved(batch, checkpointing),
             backward=batch.tokens * (intermediate + 4 * hidden) * size,
-            loss=n * hidden * (2 * size + 4) + min(slice_bytes, 4 * min(n, MAX_ROWS) * vocabulary),
+            loss=n * hidden * (2 * size + 4) + self._logits(n),
             vision=self._vision(batch.pairs * batch.lengths.visual),
             naive_loss=batch.tokens * vocabulary * (size + 4 + 4),
         )
+
+    def _logits(self, n: int) -> int:
+        """One slice of the logits of N completion rows; of a trained head also its gradient, on its way to where it is kept."""
+        head = self.base.get_output_embeddings().weight
+        dtype = self.autocast or head.dtype
+        slice_bytes = SLICE_BYTES.get(self.device, SLICE_BYTES["cpu"])
+        slice_ = min(slice_bytes, 4 * min(n, MAX_ROWS) * len(head))
+        if not head.requires_grad:
+            return slice_
+        whole = head.numel() * dtype.itemsize
+        # under autocast a copy of the head, and the gradient in the head's own dtype
+        copy, widened = (0, 0) if dtype == head.dtype else (whole, head.nbytes)
+        if self.loss_type != "synpo":
+            chunk = min(4 * head.numel(), 4 * slice_bytes // dtype.itemsize)
+            return slice_ + copy + whole + max(chunk, widened)
+        pairs = min(PAIR_BYTES.get(self.device, PAIR_BYTES["cpu"]), n * len(head) * dtype.itemsize)
+        rounded = whole if dtype.itemsize < 4 else 0
+        return copy + max(4 * head.numel() + max(pairs, rounded), 2 * whole + widened)
 
     def _vision(self, visual: int) -> int:
         """One layer of the tower over four patches a visual token (2 × 2 are merged), its pixels in fp32, the features."""

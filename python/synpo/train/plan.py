@@ -174,6 +174,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         device="cpu" if config.model.device == "cpu" else "cuda",
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         quantization=config.model.quantization,
+        loss_type=args.loss_type,
     )
     used = dataset.lengths
     checkpointed = bool(
