@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -22,12 +23,13 @@ def load() -> None:
 
 
 if __name__ == "__main__":
-    load()
-    from host_gpu import patches
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        load()
+        from host_gpu import patches
 
-    patches.torch_cuda()
-    patches.triton_interpreter()
-    patches.sampling()
+        patches.torch_cuda()
+        patches.triton_interpreter()
+        patches.sampling()
     sys.argv = sys.argv[1:]
     if sys.argv[0] == "-m":
         sys.argv = sys.argv[1:]
