@@ -12,8 +12,8 @@ The model is built on torch's meta device, where tensors have shapes and dtypes 
                   pass makes less what it lets go of on the way (0 to 8 % above the peaks measured on a CPU)
     loss          N completion rows of hidden states and their gradient U, 2 · N · D · itemsize + N · D · 4, and one slice of the
                   logits with its scratch. A head that is trained: its gradient, for SynPO with its sums in fp32 and the
-                  probabilities of the pairs that are taken together. Naive, for comparison: rows · length · V · (itemsize + 4 + 4), the logits, their
-                  log-softmax in fp32 and its gradient
+                  probabilities of the pairs that are taken together. Naive, for comparison: rows · length · V ·
+                  (itemsize + 4 + 4), the logits, their log-softmax in fp32 and its gradient
     vision        the frozen tower's widest layer over the frames of the micro-batch, without gradients: gone when the decoder
                   starts, so the larger of it and of activations + backward + loss counts
 
