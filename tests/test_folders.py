@@ -19,9 +19,8 @@ HOLDER = """
 import os, sys, time
 from synpo.folders import own_folder
 with own_folder(sys.argv[1], "--work"):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # when it has let go of what it was born with
     time.sleep(60)
 """
 
