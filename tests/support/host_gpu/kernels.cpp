@@ -19,14 +19,18 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Products of halves with sums in fp32.
 
-Tensor& addmm_out(const Tensor& c, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta,
-                  const at::Scalar& alpha, Tensor& out) {
+void check_product(const Tensor& a, const Tensor& b, at::ScalarType dtype, const Tensor& out) {
   count_operation();
-  TORCH_CHECK(a.is_cuda() && b.is_cuda() && c.is_cuda() && out.is_cuda(),
-              "Expected all tensors to be on the same device");
+  TORCH_CHECK(a.is_cuda() && b.is_cuda() && out.is_cuda(), "Expected all tensors to be on the same device");
   bool halves = a.scalar_type() == at::kHalf || a.scalar_type() == at::kBFloat16;
   TORCH_CHECK(a.scalar_type() == b.scalar_type() && (dtype == a.scalar_type() || (halves && dtype == at::kFloat)),
               "out_dtype must be that of the factors, or fp32 for fp16 and bf16");
+}
+
+Tensor& addmm_out(const Tensor& c, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta,
+                  const at::Scalar& alpha, Tensor& out) {
+  check_product(a, b, dtype, out);
+  TORCH_CHECK(c.is_cuda(), "Expected all tensors to be on the same device");
   TORCH_CHECK(out.scalar_type() == dtype && (c.scalar_type() == dtype || c.scalar_type() == a.scalar_type()),
               "the summand or out has the wrong dtype");
   auto sum = at::addmm(host(c).to(at::kFloat), host(a).to(at::kFloat), host(b).to(at::kFloat), beta, alpha);
@@ -51,11 +55,7 @@ Tensor mm(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
 }
 
 Tensor& bmm_out(const Tensor& a, const Tensor& b, at::ScalarType dtype, Tensor& out) {
-  count_operation();
-  TORCH_CHECK(a.is_cuda() && b.is_cuda() && out.is_cuda(), "Expected all tensors to be on the same device");
-  bool halves = a.scalar_type() == at::kHalf || a.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(a.scalar_type() == b.scalar_type() && (dtype == a.scalar_type() || (halves && dtype == at::kFloat)),
-              "out_dtype must be that of the factors, or fp32 for fp16 and bf16");
+  check_product(a, b, dtype, out);
   auto product = at::bmm(host(a).to(at::kFloat), host(b).to(at::kFloat));
   host(out.resize_(product.sizes())).copy_(product);
   return out;
