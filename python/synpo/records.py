@@ -79,13 +79,20 @@ class Score:
         return self.total is None
 
 
+Message = dict[str, str]
+"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+
+
 @dataclass(frozen=True)
 class Pair:
-    """One preference: for `prompt` (about `video`, or about nothing when it is None) `chosen` is better than `rejected`."""
+    """One preference: for `prompt` (about `video`, or about nothing when it is None) `chosen` is better than `rejected`.
+
+    A prompt is one user turn, or a conversation that ends with one.
+    """
 
     id: str
     video: str | None
-    prompt: str
+    prompt: str | list[Message]
     chosen: str
     rejected: str
     chosen_score: float | None = None
@@ -106,9 +113,16 @@ class RecordError(ValueError):
 
 
 def _accepts(annotation: Any, value: Any) -> bool:
-    """Whether a JSON value fits a field's annotation (str, int, float, and unions of them with None)."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_accepts(a, value) for a in typing.get_args(annotation))
+    """Whether a JSON value fits a field's annotation: str, int, float, lists, mappings and unions of them with None."""
+    kind, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):
+        return any(_accepts(a, value) for a in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_accepts(inner[0], v) for v in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            _accepts(inner[0], k) and _accepts(inner[1], v) for k, v in value.items()
+        )
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:

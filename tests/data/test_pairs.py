@@ -16,7 +16,7 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def turn(role: str, text: str) -> dict[str, str]:
+def turn(role: str, text: Any) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
@@ -76,6 +76,79 @@ def test_our_record_is_known_by_id_and_video(tmp_path: Path) -> None:
     assert (mine.id, second.id, second.margin) == ("mine", "scored", 7.5)
 
 
+SYSTEM, ASKED, ANSWERED = turn("system", "Be brief."), turn("user", "Why?"), turn("assistant", "What?")
+LONG = [SYSTEM, ASKED, ANSWERED, turn("user", "That.")]
+GOOD, BAD = [turn("assistant", "Because.")], [turn("assistant", "No.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": LONG, "chosen": GOOD, "rejected": BAD}, LONG),
+        ({"prompt": LONG, "chosen": "Because.", "rejected": "No."}, LONG),
+        ({"chosen": LONG + GOOD, "rejected": LONG + BAD}, LONG),
+        ({"prompt": LONG, "chosen": LONG + GOOD, "rejected": LONG + BAD}, LONG),
+        ({"prompt": "Why?", "chosen": [ASKED, *GOOD], "rejected": [ASKED, *BAD]}, "Why?"),  # ultrafeedback_binarized
+        ({"prompt": "Why?", "chosen": LONG + GOOD, "rejected": LONG + BAD}, LONG),
+        ({"prompt": [SYSTEM, ASKED], "chosen": GOOD, "rejected": BAD}, [SYSTEM, ASKED]),
+        ({"prompt": [turn("user", [{"type": "text", "text": "Why?"}])], "chosen": GOOD, "rejected": BAD}, "Why?"),
+        (
+            {
+                "prompt": [turn("user", [{"type": "video"}, {"type": "text", "text": "Why?"}])],
+                "chosen": [turn("assistant", [{"type": "text", "text": "Because."}])],
+                "rejected": BAD,
+                "video": "a.mp4",
+            },
+            "Why?",
+        ),
+    ],
+)
+def test_conversations_stay_conversations(row: dict[str, Any], prompt: Any, tmp_path: Path) -> None:
+    (pair,) = load_pairs(write(tmp_path / "pairs.jsonl", row))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "Because.", "No.")
+    write_records(tmp_path / "again.jsonl", [pair])
+    assert load_pairs(tmp_path / "again.jsonl") == [pair], "as a record of ours"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Who?", "chosen": [ASKED, *GOOD], "rejected": [ASKED, *BAD]}, "the prompt 'Who.' is no user turn"),
+        ({"prompt": [SYSTEM], "chosen": [ASKED, *GOOD], "rejected": [ASKED, *BAD]}, "is another conversation than"),
+        ({"prompt": [ASKED, SYSTEM], "chosen": GOOD, "rejected": BAD}, "got user, system"),
+        ({"prompt": [ASKED, ANSWERED], "chosen": GOOD, "rejected": BAD}, "ends with a user's .* got user, assistant"),
+        (
+            {"prompt": [turn("tool", "4")], "chosen": GOOD, "rejected": BAD},
+            "turns with a role .system, user, assistant.",
+        ),
+        (
+            {"prompt": [ASKED], "chosen": [GOOD[0] | {"tool_calls": [1]}], "rejected": BAD},
+            "tool_calls of a turn would not",
+        ),
+        (
+            {
+                "prompt": [turn("user", [{"type": "video"}, {"type": "text", "text": "Why?"}])],
+                "chosen": "a",
+                "rejected": "b",
+            },
+            "should hold text .and, before it, the row's one video",
+        ),
+        (
+            {
+                "prompt": [turn("user", [{"type": "text", "text": "Why?"}, {"type": "video"}])],
+                "chosen": "a",
+                "rejected": "b",
+                "video": "a.mp4",
+            },
+            "should hold text .and, before it, the row's one video",
+        ),
+    ],
+)
+def test_a_conversation_that_would_be_cut_is_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=message):
+        load_pairs(write(tmp_path / "pairs.jsonl", row))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -98,7 +171,7 @@ def test_our_record_is_known_by_id_and_video(tmp_path: Path) -> None:
             "found prompt, chosen, rejected, video_name; a row with video_name has .* call their video `video`",
         ),
         ({"prompt": "Why?", "chosen": "a", "rejected": 3}, "rejected should be a text or one assistant turn"),
-        ({"prompt": [turn("user", "a"), turn("user", "b")], "chosen": "a", "rejected": "b"}, "one user turn"),
+        ({"prompt": [turn("user", "a"), turn("user", "b")], "chosen": "a", "rejected": "b"}, "got user, user"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt should be a text"),
         (
             {"chosen": [turn("user", "x"), turn("assistant", "a")], "rejected": [turn("assistant", "a")]},

@@ -4,12 +4,14 @@
     {"prompt": "…", "chosen": "…", "rejected": "…"}                                                plain
     {"prompt": [{"role": "user", …}], "chosen": [{"role": "assistant", …}], "rejected": […]}       conversational
     {"chosen": [{user}, {assistant}], "rejected": [{user}, {assistant}]}                           implicit prompt
+    {"prompt": "…", "chosen": [{user}, {assistant}], "rejected": [{user}, {assistant}]}            said twice
     {"video_name": "a.mp4", "pos_pre": "…", "neg_pre": "…", "pos_score": 9.5, "neg_score": 4}      the authors' (video)
 
-A row is one of ours when it has an `id`, a `video` (which may be null) and three texts, and else nothing but scores. Any other
-row with chosen and rejected is TRL's: it may carry a `video`, and its other columns, an `id` among them, are left alone; columns
-that a model would have to see are refused. The authors' rows name no question: all get `prompt`, and their video names are
-paths below the videos folder, with their ending. Every prompt becomes one user turn of the model's chat template.
+A row is one of ours when it has an `id`, a `video` (which may be null), a prompt and two texts, and else nothing but scores.
+Any other row with chosen and rejected is TRL's: it may carry a `video`, and other columns, an `id` among them, are left alone;
+columns that a model would have to see are refused. The authors' rows name no question: all get `prompt`, and their video names
+are paths below the videos folder, with their ending. A prompt that is a plain text becomes one user turn of the model's chat
+template; a conversation (system, user and assistant turns, the last a user's) stays one.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from dataclasses import fields
 from typing import Any
 
 from synpo.config import ConfigError, PairsConfig
-from synpo.records import Pair, RecordError, parse_record, read_jsonl, record_id
+from synpo.records import Message, Pair, RecordError, parse_record, read_jsonl, record_id
 
 AUTHORS = {"video_name", "pos_pre", "neg_pre", "pos_score", "neg_score"}
 RECORD = {field.name for field in fields(Pair)}
 SEEN = {"image", "images", "videos"}
+ROLES = ("system", "user", "assistant")
+BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def load_pairs(path: str | os.PathLike[str], prompt: str = PairsConfig.prompt) -> list[Pair]:
@@ -82,9 +86,9 @@ def _parse(row: Any, where: str, default_prompt: str) -> Pair:
         raise RecordError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if "video_name" in row:
         return _authors(row, default_prompt, where)
-    plain = all(isinstance(row.get(name), str) for name in ("id", "prompt", "chosen", "rejected"))
-    if plain and "video" in row and row.keys() <= RECORD:
-        return parse_record(Pair, row, where)
+    plain = all(isinstance(row.get(name), str) for name in ("id", "chosen", "rejected"))
+    if plain and "video" in row and "prompt" in row and row.keys() <= RECORD:
+        return parse_record(Pair, {**row, "prompt": _question(row["prompt"], False, f"{where}: prompt")}, where)
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing and not (missing == ["prompt"] and isinstance(row["chosen"], list)):
         raise RecordError(
@@ -96,27 +100,82 @@ def _parse(row: Any, where: str, default_prompt: str) -> Pair:
             f"{where}: the column {', '.join(seen)} would not be seen by the model; a pair is about one video, named by its path "
             "in the column video, or about none"
         )
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
-        if chosen[:-1] != rejected[:-1]:
-            raise RecordError(f"{where}: chosen and rejected answer different prompts")
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-    turns = {
-        "prompt": _one_turn(prompt, "user", f"{where}: prompt"),
-        "chosen": _one_turn(chosen, "assistant", f"{where}: chosen"),
-        "rejected": _one_turn(rejected, "assistant", f"{where}: rejected"),
-    }
     video = row.get("video")
+    prompt, chosen, rejected = _conversations(row, where)
+    turns = {
+        "prompt": _question(prompt, bool(video), f"{where}: prompt"),
+        "chosen": _answer(chosen, f"{where}: chosen"),
+        "rejected": _answer(rejected, f"{where}: rejected"),
+    }
     return parse_record(Pair, {"id": record_id(video, turns), "video": video, **turns}, where)
 
 
-def _one_turn(value: Any, role: str, where: str) -> str:
-    """The text of a plain string, or of a conversation of exactly one turn by `role`."""
+def _conversations(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected of a row, the turns that both answers begin with counted to the prompt."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and (prompt is None or len(chosen) > 1)):
+        return prompt, chosen, rejected
+    asked = chosen[:-1]
+    if asked != rejected[:-1]:
+        raise RecordError(f"{where}: chosen and rejected answer different prompts")
+    users = [turn["content"] for turn in asked if isinstance(turn, Mapping) and turn.get("role") == "user"]
+    if isinstance(prompt, str) and prompt.strip() not in [u.strip() for u in users if isinstance(u, str)]:
+        raise RecordError(
+            f"{where}: the prompt {prompt[:80]!r} is no user turn of the conversations in chosen and rejected"
+        )
+    if isinstance(prompt, list) and prompt != asked:
+        raise RecordError(f"{where}: prompt is another conversation than the one chosen and rejected begin with")
+    return asked, chosen[-1:], rejected[-1:]
+
+
+def _question(value: Any, video: bool, where: str) -> str | list[Message]:
+    """A prompt: a plain string, a single user turn as its text, or a conversation that ends with a user turn."""
     if isinstance(value, str):
         return value
-    turns = value if isinstance(value, list) else []
-    if len(turns) == 1 and isinstance(turns[0], Mapping) and turns[0].get("role") == role:
-        content = turns[0].get("content")
-        if isinstance(content, str):
-            return content
-    raise RecordError(f"{where} should be a text or one {role} turn with text, got {str(value)[:80]!r}")
+    turns = [_turn(turn, video, where) for turn in value] if isinstance(value, list) else []
+    roles = [turn["role"] for turn in turns]
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2) + ["user"]:
+        raise RecordError(
+            f"{where} should be a text, or a conversation of user and assistant turns that ends with a user's (a system turn may "
+            f"come first), got {', '.join(roles) or repr(value)[:80]}"
+        )
+    return turns[0]["content"] if roles == ["user"] else turns
+
+
+def _answer(value: Any, where: str) -> str:
+    """An answer: a plain string, or a conversation of exactly one assistant turn."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and len(value) == 1:
+        turn = _turn(value[0], False, where)
+        if turn["role"] == "assistant":
+            return turn["content"]
+    raise RecordError(f"{where} should be a text or one assistant turn with text, got {str(value)[:80]!r}")
+
+
+def _turn(turn: Any, video: bool, where: str) -> Message:
+    """One turn as role and text. What a model would have to read beside the text (tool calls, images) is refused."""
+    if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
+        raise RecordError(
+            f"{where} should hold turns with a role ({', '.join(ROLES)}) and text, got {str(turn)[:80]!r}"
+        )
+    if read := sorted(name for name in BESIDE if turn.get(name)):
+        raise RecordError(
+            f"{where}: {', '.join(read)} of a turn would not be trained on; write it into its content, or leave it out"
+        )
+    content = turn.get("content")
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        shown = (
+            content[1:]
+            if video and turn["role"] == "user" and content[:1] and content[0].get("type") == "video"
+            else content
+        )
+        texts = [part.get("text") for part in shown if part.get("type") == "text"]
+        if len(texts) == len(shown) and all(isinstance(text, str) for text in texts):
+            content = "".join(texts)
+    if not isinstance(content, str):
+        raise RecordError(
+            f"{where}: a turn should hold text (and, before it, the row's one video), got {str(turn.get('content'))[:80]!r}"
+        )
+    return {"role": turn["role"], "content": content}
