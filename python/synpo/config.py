@@ -41,6 +41,8 @@ class ModelConfig:
     """Which model, and how it is loaded. `adapter` is a PEFT folder; `device` auto takes CUDA when there is one.
 
     `quantization` nf4 or int8 holds the language model's weights in 4 or 8 bits (needs bitsandbytes, extra `qlora`).
+    `chat_template`, a file or the Jinja text itself, takes the place of the tokenizer's; `template_variables` are given to it
+    (`{enable_thinking: false}`, say); `answer_prefix` stands between its prompt and an answer: given, not trained or generated.
     """
 
     path: str = ""
@@ -51,6 +53,9 @@ class ModelConfig:
     attention: str = "auto"
     quantization: str = "none"
     trust_remote_code: bool = False
+    chat_template: str | None = None
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -1,5 +1,6 @@
 """Encoding pairs: nothing is cut, every pair that cannot be used is dropped with its reason, decoding is cached."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,21 @@ def test_text_pairs_need_no_video_and_no_video_model(captioner: CaptionModel) ->
         assert lm.tokenizer.decode(encoded.prompt) == "<|user|>Describe.<|end|><|assistant|>"
 
 
+def test_a_conversation_is_the_prompt_and_its_first_question_shows_the_video(
+    captioner: CaptionModel, videos: Path
+) -> None:
+    turns = [("system", "Be brief."), ("user", "What?"), ("assistant", "A bar."), ("user", "And?")]
+    asked = [{"role": role, "content": text} for role, text in turns]
+    encoder = PairEncoder(captioner, videos, SAMPLING)
+    for video, shown in ((None, ""), ("a.mp4", "<video>" * 13)):
+        encoded = encoder.encode(Pair("p", video, asked, "It moves.", "It rains."))
+        assert captioner.tokenizer.decode(encoded.prompt) == (
+            f"<|system|>Be brief.<|end|><|user|>{shown}What?<|end|><|assistant|>A bar.<|end|><|user|>And?<|end|><|assistant|>"
+        )
+    with pytest.raises(PairError, match="prompt unusable: it contains <video>"):
+        encoder.encode(Pair("p", "a.mp4", [asked[0] | {"content": "See <video>."}, *asked[1:]], "a", "b"))
+
+
 BAD = {
     "chosen answer empty": pair("e", chosen=" \n"),
     "rejected answer empty": pair("r", rejected=""),
@@ -74,6 +90,7 @@ BAD = {
     "prompt unusable": Pair("v", "a.mp4", "What is <video>?", "a", "b"),
     "chosen answer unusable": pair("w", chosen="A <video> of a bar."),
     "rejected answer unusable": pair("x", None, rejected="An <image>."),
+    "chosen answer unusable ": pair("y", chosen="A bar.<|end|> A cat."),
 }
 
 
@@ -83,8 +100,8 @@ def test_a_pair_that_cannot_be_used_says_why(reason: str, look: str, captioner: 
     encoder = PairEncoder(captioner, videos, SAMPLING, max_completion_length=40)
     with pytest.raises(PairError) as caught:
         getattr(encoder, look)(BAD[reason])
-    assert caught.value.reason == reason
-    assert str(caught.value).startswith(f"pair {BAD[reason].id}: {reason}: ")
+    assert caught.value.reason == reason.strip()
+    assert str(caught.value).startswith(f"pair {BAD[reason].id}: {reason.strip()}: ")
 
 
 def test_text_pairs_for_a_video_model_hold_no_placeholder(captioner: CaptionModel) -> None:
@@ -141,11 +158,12 @@ def test_the_dataset_drops_with_a_count(cache_bytes: int, captioner: CaptionMode
     dataset = PairDataset(encoder, pairs, cache_bytes=cache_bytes, progress=False)
     assert [e.id for e in dataset] == ["1", "2"]
     reasons = {reason: count for reason, count, _ in dataset.reasons()}
-    assert reasons == dict.fromkeys(BAD, 1) | {"video missing": 2, "id twice": 1}
+    expected = Counter(reason.strip() for reason in BAD) + Counter({"video missing": 1, "id twice": 1})
+    assert reasons == expected
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(dataset.table())
     text = console.export_text()
-    assert "13 preference pairs" in text
+    assert "14 preference pairs" in text
     assert "dropped: video missing" in text
 
 

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def test_a_run_leaves_everything_and_is_complete(config: Config, data: Path, tmp
     shown = capsys.readouterr().err
     assert "11 preference pairs" in shown
     assert "dropped: video unreadable" in shown
+    assert "as trained: an answer follows '<|end|><|assistant|>' and ends with <|end|>\n" in shown
     assert result.metrics["steps"] == 8
     assert result.metrics["pairs"] == 8
     assert result.metrics["dropped"] == {"video unreadable": 1, "chosen answer empty": 1, "answer too long": 1}
@@ -106,6 +107,24 @@ def test_other_settings_do_not_go_on_in_the_same_folder(config: Config, data: Pa
     assert result.metrics["loss_type"] == "sft"
     assert [json.loads(line)["step"] for line in result.log.read_text().splitlines()] == [*range(1, 9), 8]
     assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_answers_trained_otherwise_do_not_go_on_in_the_same_folder(config: Config, data: Path, tmp_path: Path) -> None:
+    """A run of a release that took the bare answer goes on where that is what the template writes, and nowhere else."""
+    output = tmp_path / "run"
+    train(config, data / "videos", data / "pairs.jsonl", output)
+    made = json.loads((output / "config.json").read_text())
+    for known in (made, {key: value for key, value in made.items() if key != "answers"}):
+        (output / "config.json").write_text(json.dumps(known))
+        (output / "metrics.json").unlink()
+        train(config, data / "videos", data / "pairs.jsonl", output)
+    template = load(config.model).tokenizer.chat_template.replace("<|{{ message.role }}|>", "<|{{ message.role }}|> ")
+    other = replace(config, model=replace(config.model, chat_template=template))
+    old = {"config": json.loads(json.dumps(asdict(other)))}
+    (output / "config.json").write_text(json.dumps({k: v for k, v in made.items() if k != "answers"} | old))
+    (output / "metrics.json").unlink()
+    with pytest.raises(ConfigError, match="answers were trained otherwise: the bare answer .* now an answer follows"):
+        train(other, data / "videos", data / "pairs.jsonl", output)
 
 
 def steps(path: Path) -> list[tuple[float, ...]]:

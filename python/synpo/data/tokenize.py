@@ -24,8 +24,9 @@ from tqdm import tqdm
 from synpo.config import ConfigError
 from synpo.data.features import VisionCache
 from synpo.model.adapter import CaptionModel, Prompt
+from synpo.model.chat import conversation
 from synpo.model.vision import Vision
-from synpo.records import Pair
+from synpo.records import Pair, record_id
 from synpo.video import FrameSampling, VideoError, VideoInfo, probe, read_frames, resolve_video
 
 STAND_INS = 8  # pairs in a row that may fail to decode while training before that is an error
@@ -41,7 +42,7 @@ class PairError(ValueError):
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """One pair as ids: prompt (P,), chosen (C,), rejected (R,), all int64; the answers end with end-of-sequence.
+    """One pair as ids: prompt (P,), chosen (C,), rejected (R,), all int64; the answers end as the chat template ends a turn.
 
     `instead` says which pair it stands in for, and why.
     """
@@ -141,7 +142,7 @@ class PairEncoder:
         if self._tells_time is None:
             once, later = (self._prompt(pair, blank, s).input_ids for s in (seconds, 100 * seconds))
             self._tells_time = not torch.equal(once, later)
-        key = (pair.prompt, blank.shape, seconds if self._tells_time else None)
+        key = (record_id(pair.prompt), blank.shape, seconds if self._tells_time else None)
         if key not in self._checked:
             self._checked[key] = Prompt(self._prompt(pair, blank, seconds).input_ids, {})
         return self._checked[key]
@@ -157,14 +158,10 @@ class PairEncoder:
                 raise PairError(pair.id, f"{side} answer empty", "no text")
         if pair.chosen.strip() == pair.rejected.strip():
             raise PairError(pair.id, "chosen equals rejected", pair.chosen.strip()[:80])
-        for part, reason in (
-            ("prompt", "prompt unusable"),
-            ("chosen", "chosen answer unusable"),
-            ("rejected", "rejected answer unusable"),
-        ):
-            ids = (
-                self.lm.tokenizer(getattr(pair, part), add_special_tokens=False).input_ids if self._placeholders else []
-            )
+        texts = [(message["content"], "prompt unusable") for message in conversation(pair.prompt)]
+        texts += [(pair.chosen, "chosen answer unusable"), (pair.rejected, "rejected answer unusable")]
+        for text, reason in texts if self._placeholders else ():
+            ids = self.lm.tokenizer(text, add_special_tokens=False).input_ids
             if stray := set(ids).intersection(self._placeholders):
                 token = self.lm.tokenizer.convert_ids_to_tokens(min(stray))
                 raise PairError(pair.id, reason, f"it contains {token}, which stands for what the model sees")
@@ -193,8 +190,14 @@ class PairEncoder:
         except ValueError as error:
             raise PairError(pair.id, "prompt unusable", str(error)) from error
 
+    def _answer(self, pair: Pair, side: str) -> Tensor:
+        try:
+            return self.lm.completion(getattr(pair, side), pair.prompt)
+        except ValueError as error:
+            raise PairError(pair.id, f"{side} answer unusable", str(error)) from error
+
     def _build(self, pair: Pair, prompt: Prompt) -> EncodedPair:
-        chosen, rejected = self.lm.completion(pair.chosen), self.lm.completion(pair.rejected)
+        chosen, rejected = self._answer(pair, "chosen"), self._answer(pair, "rejected")
         answer = max(len(chosen), len(rejected))
         if self.max_completion_length is not None and answer > self.max_completion_length:
             raise PairError(

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from synpo.config import ConfigError, ModelConfig
 from synpo.model import quantize
+from synpo.model.chat import Chat, Message, conversation, read_template
 from synpo.model.gather import gathering
 from synpo.model.vision import OneVision, Processor, Vision, sequential_positions, vision_for
 from synpo_kernels import lora_head
@@ -90,20 +92,39 @@ class CaptionModel:
         model: the Hugging Face model (wrapped by PEFT or not).
         tokenizer: its tokenizer, with a chat template.
         vision: how it takes video, or None.
+        chat: what a conversation reads like to it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, vision: OneVision | Processor | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        vision: OneVision | Processor | None,
+        *,
+        template_variables: Mapping[str, Any] | None = None,
+        answer_prefix: str = "",
+    ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.vision = vision
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        if tokenizer.eos_token_id is not None:  # first: it is the one that closes a turn of this chat template
-            ends = [tokenizer.eos_token_id, *(e for e in ends if e != tokenizer.eos_token_id)]
-        if not ends:
-            raise ValueError("neither the tokenizer nor the generation config names an end-of-sequence token")
-        self.eos_token_ids: tuple[int, ...] = tuple(ends)
-        self.pad_token_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self.chat = Chat(
+            tokenizer,
+            [stops] if isinstance(stops, int) else list(stops or []),
+            parts=vision is not None,
+            variables=template_variables,
+            answer_prefix=answer_prefix,
+        )
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer; the first is the one that the chat template closes a turn with."""
+        return self.chat.ends
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.eos_token_ids[0]
 
     @property
     def device(self) -> torch.device:
@@ -121,50 +142,43 @@ class CaptionModel:
 
     def prompt(
         self,
-        text: str,
+        text: str | Sequence[Message],
         frames: Tensor | None = None,
         vision: Vision | None = None,
         *,
         seconds: float | None = None,
         **template: Any,
     ) -> Prompt:
-        """Encode one user turn through the chat template.
+        """Encode a question through the chat template, up to where the answer begins.
 
         Args:
-            frames: uint8 (F, 3, H, W), evenly spaced.
+            text: one user turn, or a conversation that ends with one.
+            frames: uint8 (F, 3, H, W), evenly spaced; the first user turn shows them.
             vision: of an earlier prompt about the same frames: the new one shares it, and pixels are not prepared again.
             seconds: how long the stretch of video is that the frames are spread over. Models that are told the time (Qwen-VL
                 from 2.5 on, SmolVLM) need it; None leaves them to their own assumption, 24 frames a second.
             template: variables of the chat template, `enable_thinking` say; one that it does not know is ignored.
 
         Raises:
-            ValueError: frames are given and the model cannot see.
+            ValueError: frames are given and the model cannot see, or the chat template refuses the conversation.
         """
-        content: list[dict[str, str]] = [{"type": "text", "text": text}]
-        if frames is not None:
-            if self.vision is None:
-                raise ValueError(
-                    f"{type(self.model).__name__} takes no video; use a video model or pairs without videos"
-                )
-            content.insert(0, {"type": "video"})
-        elif self.vision is None:
-            content = text  # type: ignore[assignment]  # templates of text models take a plain string
-        messages = [{"role": "user", "content": content}]
-        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
+        if frames is not None and self.vision is None:
+            raise ValueError(f"{type(self.model).__name__} takes no video; use a video model or pairs without videos")
+        rendered = self.chat.prompt(conversation(text), frames is not None, **template)
         if frames is not None and self.vision is not None:
             return Prompt(*self.vision.prepare(rendered, frames, vision, seconds))
         return Prompt(self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids[0].long(), {})
 
-    def completion(self, text: str) -> Tensor:
-        """Token ids (T,) of an answer with its end-of-sequence token. Raises ValueError for an empty answer."""
-        ids = self.tokenizer(text.strip(), add_special_tokens=False).input_ids
-        if not ids:
-            raise ValueError(f"the completion {text!r} has no token")
-        return torch.tensor([*ids, self.eos_token_ids[0]])
+    def completion(self, text: str, prompt: str | Sequence[Message] = "Say.") -> Tensor:
+        """Token ids (T,) of an answer to `prompt` as the chat template writes it, up to and with the token that ends the turn.
+
+        Raises ValueError for an answer that is empty, holds the end of a turn, or is not written as it stands.
+        """
+        return torch.tensor(self.chat.answer(conversation(prompt), text))
 
     def text(self, ids: Tensor | Sequence[int]) -> str:
-        """The words of generated ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """The words of an answer's ids, without special tokens and without what the template puts around them."""
+        return self.chat.text(ids)
 
     def encode_vision(self, visions: Sequence[Vision]) -> list[Vision]:
         """Run the vision tower, without gradients, over every video that has not been through it."""
@@ -381,6 +395,14 @@ def check_paths(config: ModelConfig) -> None:
         raise ConfigError("no model: give --model a checkpoint folder or hub id (model.path in the config)")
     if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
         raise ConfigError(f"model folder {config.path} does not exist")
+    if (
+        config.chat_template
+        and "{" not in config.chat_template
+        and not Path(config.chat_template).expanduser().is_file()
+    ):
+        raise ConfigError(
+            f"model.chat_template: {config.chat_template} is neither a file nor a Jinja template (there is no brace in it)"
+        )
     if config.adapter and not Path(config.adapter).is_dir():
         raise ConfigError(f"adapter folder {config.adapter} does not exist")
     if config.adapter and not (Path(config.adapter) / "adapter_config.json").is_file():
@@ -389,13 +411,37 @@ def check_paths(config: ModelConfig) -> None:
         )
 
 
+def tokenizer_of(config: ModelConfig) -> Any:
+    """The tokenizer of a checkpoint, with the chat template that the configuration sets. Raises OSError or ValueError."""
+    from transformers import AutoTokenizer
+
+    path = os.path.expanduser(config.path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
+    return tokenizer
+
+
+def wrap(config: ModelConfig, model: Any, tokenizer: Any, vision: OneVision | Processor | None) -> CaptionModel:
+    """A CaptionModel with what the configuration says about its chat template."""
+    return CaptionModel(
+        model,
+        tokenizer,
+        vision,
+        template_variables=config.template_variables,
+        answer_prefix=config.answer_prefix,
+    )
+
+
 def load(config: ModelConfig) -> CaptionModel:
     """Load a checkpoint folder or hub id for captioning or training.
 
     Raises:
         ConfigError: no model is named, the folder is missing, its files cannot be read, or it cannot be quantized; says which.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     check_paths(config)
     path = os.path.expanduser(config.path)
@@ -413,7 +459,7 @@ def load(config: ModelConfig) -> CaptionModel:
             **quantized,
             **shared,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+        tokenizer = tokenizer_of(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model {config.path} cannot be loaded: {error}") from error
     quantize.check(model)
@@ -425,8 +471,6 @@ def load(config: ModelConfig) -> CaptionModel:
         with warnings.catch_warnings():  # of a name that transformers renamed under PEFT
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             model = PeftModel.from_pretrained(model, config.adapter)
-    if quantized:
-        return CaptionModel(
-            model.eval(), tokenizer, vision
-        )  # is on its device already, and 8-bit weights refuse to move
-    return CaptionModel(model.to(device).eval(), tokenizer, vision)
+    if not quantized:  # else it is on its device already, and 8-bit weights refuse to move
+        model = model.to(device)
+    return wrap(config, model.eval(), tokenizer, vision)

@@ -1,7 +1,7 @@
 """What a model is, as a short hash, so that records made with one model are never taken for another's.
 
 A local folder is known by the content of its weights and settings, a hub id by its name and revision. The same weights in
-another format (`dtype`, `quantization`) say other things.
+another format (`dtype`, `quantization`), or asked through another chat template, say other things.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 
 from synpo.config import ModelConfig
+from synpo.model.chat import read_template
 from synpo.records import record_id
 
 EDGE = 1 << 20  # bytes read at each end of a large file
@@ -40,4 +41,6 @@ def _folder(path: str) -> object:
 def fingerprint(config: ModelConfig) -> str:
     """16 hexadecimal digits for the model and the adapter a configuration names, as they are loaded."""
     formats = [] if (config.dtype, config.quantization) == ("auto", "none") else [config.dtype, config.quantization]
-    return record_id(_folder(config.path), config.revision, config.adapter and _folder(config.adapter), *formats)
+    chat: list[object] = [] if config.chat_template is None else [read_template(config.chat_template)]
+    chat += [x for x in (config.template_variables, config.answer_prefix) if x]
+    return record_id(_folder(config.path), config.revision, config.adapter and _folder(config.adapter), *formats, *chat)

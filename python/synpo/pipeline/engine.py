@@ -22,6 +22,7 @@ from torch import Tensor
 
 from synpo.config import ConfigError, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel
+from synpo.model.chat import Chat, conversation, read_template
 from synpo.model.vision import timing_of
 from synpo.pipeline.caption import Description, describe
 from synpo.pipeline.retrospect import retrospective_prompt, without_specials
@@ -123,6 +124,11 @@ class VLLM:
         except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last: its worker process ended
             raise ConfigError(f"vllm cannot load {model.path}: {error}. Use --engine hf") from error
         self._tokenizer: Any = self._llm.get_tokenizer()
+        if model.chat_template is not None:
+            self._tokenizer.chat_template = read_template(model.chat_template)
+        self._chat = Chat(
+            self._tokenizer, parts=True, variables=model.template_variables, answer_prefix=model.answer_prefix
+        )
 
     def describe(
         self,
@@ -154,11 +160,7 @@ class VLLM:
         """One answer a text; its draft is itself."""
         requests = [
             {
-                "prompt": self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}],
-                    add_generation_prompt=True,
-                    tokenize=False,
-                ),
+                "prompt": self._chat.prompt(conversation(text), video=True),
                 "multi_modal_data": {"video": video},
                 "mm_processor_kwargs": {"do_sample_frames": False},  # the frames are sampled already
             }
@@ -171,6 +173,7 @@ class VLLM:
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
                 max_tokens=sampling.max_new_tokens,
+                stop_token_ids=list(self._chat.ends),
                 seed=int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little"),
                 logprobs=0,  # of the token drawn alone
             )
@@ -179,7 +182,7 @@ class VLLM:
         answers = []
         for result in self._llm.generate(requests, settings, use_tqdm=False):
             (out,) = result.outputs
-            text = out.text.strip()
+            text = self._chat.without_lead(out.text, out.token_ids)
             logp = out.cumulative_logprob / max(1, len(out.token_ids))
             answers.append(Description(text, text, logp, out.finish_reason == "stop"))
         return answers

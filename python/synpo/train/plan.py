@@ -19,6 +19,7 @@ import re
 import struct
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from rich.table import Table
 from synpo.config import Config, ConfigError, ModelConfig
 from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
-from synpo.model.adapter import CaptionModel, check_paths
+from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.vision import vision_for
 from synpo.train.lora import make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
@@ -69,6 +70,7 @@ class Plan:
     longest: dict[str, Any]
     steps: int
     reference: str
+    answers: str
     parameters: int
     trained: int
     modules: int
@@ -90,14 +92,14 @@ def skeleton(config: ModelConfig) -> CaptionModel:
     Raises ConfigError as `synpo.model.adapter.load`.
     """
     from peft import PeftConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
     check_paths(config)
     path = str(Path(config.path).expanduser()) if Path(config.path).expanduser().is_dir() else config.path
     shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         described = AutoConfig.from_pretrained(path, **shared)
-        tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+        tokenizer = tokenizer_of(config)
         kind = AutoModelForImageTextToText if getattr(described, "vision_config", None) else AutoModelForCausalLM
         with torch.device("meta"):
             model: Any = kind.from_config(
@@ -111,8 +113,10 @@ def skeleton(config: ModelConfig) -> CaptionModel:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"model {config.path} cannot be planned with: {error}") from error
     base = model.get_base_model() if config.adapter else model
+    with suppress(OSError):  # there may be none
+        base.generation_config = GenerationConfig.from_pretrained(path, revision=config.revision or "main")
     vision = vision_for(base, tokenizer, path, config.revision, config.trust_remote_code)
-    return CaptionModel(model, tokenizer, vision)
+    return wrap(config, model, tokenizer, vision)
 
 
 def stored_dtype(path: str, described: Any) -> torch.dtype:
@@ -207,6 +211,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         longest={"id": dataset.pairs[at].id, "video": dataset.pairs[at].video, **asdict(used[at])},
         steps=args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs),
         reference=_reference(args, config, len(loaded) - len(dataset.dropped)),
+        answers=lm.chat.describe(),
         parameters=sum(p.numel() for p in lm.model.parameters()),
         trained=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
         modules=len(wrapped),
@@ -248,6 +253,7 @@ def show(found: Plan, as_json: bool = False) -> None:
         f"LoRA on {found.modules} modules;" if found.modules else "the whole language model;",
         f"{found.steps} optimizer steps",
         *([f"\nreference: {found.reference}"] if found.reference else []),
+        f"\nas trained: {found.answers}",
         markup=False,
     )
     console.print(

@@ -34,6 +34,7 @@ def repetition(lm: CaptionModel, pairs: Sequence[EncodedPair], tokens: int) -> f
                 do_sample=False,
                 repetition_penalty=1.0,  # a checkpoint's own settings would hide what is looked for
                 no_repeat_ngram_size=0,
+                eos_token_id=list(lm.eos_token_ids),
                 pad_token_id=lm.pad_token_id,
                 use_cache=True,
             )[0]

@@ -52,6 +52,7 @@ ELSEWHERE = ("config.pairs.", "config.judge.", "config.eval.")
 FREE = {"config.model.device", *(f"config.train.{name}" for name in ("guard", "save_total_limit", "cache_gigabytes"))}
 FREE |= {f"config.train.{name}" for name in ("disable_tqdm", "report_to", "run_name")}
 FREE |= {f"config.train.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers")}
+FREE.add("answers")  # `_check_answers` looks at them when the model is there
 WORKERS = 4  # processes that decode videos beside a GPU
 
 
@@ -170,6 +171,10 @@ def _train(
     first = args.process_index == 0
     set_seed(config.seed)
     lm = load(config.model)
+    wanted = {**wanted, "answers": lm.chat.describe()}
+    if resume and (output / "config.json").exists():
+        _check_answers(json.loads((output / "config.json").read_text(encoding="utf-8")), wanted["answers"], lm, output)
+    console.print(f"as trained: {wanted['answers']}", markup=False)
     features = VisionCache(output / "vision", lm) if args.cache_vision else None
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)
     taught, held = hold_out(chosen, args.held_out)
@@ -328,6 +333,24 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) ->
         raise ConfigError(
             f"{output} holds a run with other settings: {'; '.join(differ)}. Take another --output, or --no-resume to "
             "start over"
+        )
+
+
+def _check_answers(old: Mapping[str, Any], now: str, lm: CaptionModel, output: Path) -> None:
+    """Raise ConfigError where the run that the folder holds was trained on other tokens of the same answers.
+
+    Runs of releases that did not say took the bare answer and the tokenizer's end of sequence.
+    """
+    words = "A cat sits."
+    bare = [*lm.tokenizer(words, add_special_tokens=False).input_ids, lm.tokenizer.eos_token_id]
+    before = old.get(
+        "answers",
+        now if lm.completion(words).tolist() == bare else "the bare answer and the tokenizer's end of sequence",
+    )
+    if before != now:
+        raise ConfigError(
+            f"{output} holds a run whose answers were trained otherwise: {before}; now {now}. Take another --output, "
+            "or --no-resume to start over"
         )
 
 
