@@ -1,6 +1,9 @@
 """The adapter against Hugging Face's own forward passes: prompts, padding, vision, positions and heads of many families."""
 
+import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +31,7 @@ from synpo.model import adapter
 from synpo.model.adapter import CaptionModel, load, pad_rows
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
+from synpo.train.plan import skeleton
 
 TEXTS = ["A small red circle moves.", "It stops."]
 
@@ -361,6 +365,31 @@ def test_dora_on_the_head_is_refused() -> None:
 def test_a_gpu_that_is_not_there(tiny_captioner_path: Path, device: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.device: {device} is not there, .* sees 0 CUDA devices"):
         load(ModelConfig(path=str(tiny_captioner_path), device=device))
+
+
+@pytest.mark.parametrize("where", ["processor", "configuration", "file"])
+def test_the_template_of_the_processor_comes_before_the_tokenizers(
+    where: str, tiny_captioner_path: Path, tmp_path: Path
+) -> None:
+    """That of a tokenizer is often its language model's, which knows no video; the configuration comes before both."""
+    folder = Path(shutil.copytree(tiny_captioner_path, tmp_path / "model"))
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    )
+    config = ModelConfig(path=str(folder), device="cpu")
+    if where == "processor":
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    elif where == "configuration":
+        config = replace(config, chat_template=template)
+    else:
+        (tmp_path / "mine.jinja").write_text(template)
+        config = replace(config, chat_template=str(tmp_path / "mine.jinja"))
+    for lm in (load(config), skeleton(config)):
+        ids = lm.prompt("Describe.", clip(2)).input_ids
+        assert lm.tokenizer.decode(ids) == f"<|user|>{'<video>' * 9}Describe.<|end|><|assistant|>"
+    with pytest.raises(ConfigError, match=r"model.chat_template: nowhere.jinja is neither a file nor a Jinja template"):
+        load(replace(config, chat_template="nowhere.jinja"))
 
 
 def test_a_folder_that_is_no_adapter(tiny_captioner_path: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from synpo.config import ConfigError, ModelConfig
 from synpo.model import quantize
 from synpo.model.chat import Chat, Message, conversation, read_template
 from synpo.model.gather import gathering
-from synpo.model.vision import OneVision, Processor, Vision, sequential_positions, vision_for
+from synpo.model.vision import OneVision, Processor, Vision, processor_template, sequential_positions, vision_for
 from synpo_kernels import lora_head
 from synpo_kernels.parallel import gathered, whole
 
@@ -411,16 +411,25 @@ def check_paths(config: ModelConfig) -> None:
         )
 
 
-def tokenizer_of(config: ModelConfig) -> Any:
-    """The tokenizer of a checkpoint, with the chat template that the configuration sets. Raises OSError or ValueError."""
+def tokenizer_of(config: ModelConfig, described: Any) -> Any:
+    """The tokenizer of a checkpoint with its chat template: the one that the configuration sets, a video model's processor has
+    (its tokenizer often has that of its language model, which knows no video), or its own. Raises OSError or ValueError.
+
+    described: the checkpoint's Hugging Face configuration.
+    """
     from transformers import AutoTokenizer
 
     path = os.path.expanduser(config.path)
     tokenizer: Any = AutoTokenizer.from_pretrained(
         path, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
+    template = None
     if config.chat_template is not None:
-        tokenizer.chat_template = read_template(config.chat_template)
+        template = read_template(config.chat_template)
+    elif getattr(described, "vision_config", None) is not None:
+        template = processor_template(path, config.revision)
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -459,7 +468,7 @@ def load(config: ModelConfig) -> CaptionModel:
             **quantized,
             **shared,
         )
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_of(config, settings)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model {config.path} cannot be loaded: {error}") from error
     quantize.check(model)

@@ -240,11 +240,24 @@ PREPROCESSING = ("video_preprocessor_config.json", "preprocessor_config.json", "
 """Files of a checkpoint that say how frames become pixels."""
 
 
+def processor_template(path: str, revision: str | None) -> str | None:
+    """The chat template that a checkpoint has for its processor alone, in files of releases before `chat_template.jinja`."""
+    from transformers.utils import cached_file
+
+    for name in ("chat_template.json", "processor_config.json"):
+        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            found = json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, str):
+                return found
+    return None
+
+
 def copy_preprocessing(path: str, revision: str | None, folder: Path) -> None:
     """Copy what a checkpoint says of preprocessing into another checkpoint's folder."""
     from transformers.utils import cached_file
 
-    for name in PREPROCESSING:
+    for name in (*PREPROCESSING, "chat_template.json"):
         file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             shutil.copyfile(file, folder / name)

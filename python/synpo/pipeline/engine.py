@@ -23,7 +23,7 @@ from torch import Tensor
 from synpo.config import ConfigError, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel
 from synpo.model.chat import Chat, conversation, read_template
-from synpo.model.vision import timing_of
+from synpo.model.vision import processor_template, timing_of
 from synpo.pipeline.caption import Description, describe
 from synpo.pipeline.retrospect import retrospective_prompt, without_specials
 
@@ -124,8 +124,12 @@ class VLLM:
         except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last: its worker process ended
             raise ConfigError(f"vllm cannot load {model.path}: {error}. Use --engine hf") from error
         self._tokenizer: Any = self._llm.get_tokenizer()
-        if model.chat_template is not None:
-            self._tokenizer.chat_template = read_template(model.chat_template)
+        path = os.path.expanduser(model.path)
+        template = (
+            read_template(model.chat_template) if model.chat_template else processor_template(path, model.revision)
+        )
+        if template is not None:
+            self._tokenizer.chat_template = template
         self._chat = Chat(
             self._tokenizer, parts=True, variables=model.template_variables, answer_prefix=model.answer_prefix
         )

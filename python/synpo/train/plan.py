@@ -99,7 +99,7 @@ def skeleton(config: ModelConfig) -> CaptionModel:
     shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         described = AutoConfig.from_pretrained(path, **shared)
-        tokenizer = tokenizer_of(config)
+        tokenizer = tokenizer_of(config, described)
         kind = AutoModelForImageTextToText if getattr(described, "vision_config", None) else AutoModelForCausalLM
         with torch.device("meta"):
             model: Any = kind.from_config(
