@@ -168,6 +168,13 @@ def test_what_cannot_be_told_is_refused(template: str, words: str, message: str)
         assert "model.template_variables (enable_thinking: false, say) or model.answer_prefix" in str(caught.value)
 
 
+def test_white_space_is_that_of_the_question() -> None:
+    """LLaVA-OneVision's template has a blank before a given answer; its model was taught, and is asked, without."""
+    chat = made(CHATML.replace("<|{{ m.role }}|>\n", "<|{{ m.role }}|> \n"))
+    assert chat.prompt(ASKED) == "<|user|> \nSay.<|end|>\n<|assistant|>\n" and trained(chat) == "A cat sits.<|end|>"
+    assert "the template writes ' \\n' before a given answer where it asks for one with '\\n'" in chat.describe()
+
+
 def test_a_thought_that_the_template_keeps_is_trained() -> None:
     chat = made(CLOSED.replace("<think>\n\n</think>\n\n{% endif %}", "{% endif %}"))
     thought = "<think>\nIt sits?\n</think>\n\nA cat sits."

@@ -11,7 +11,8 @@ that opens one, `<end_of_turn>` and not `<eos>`. Tokens are those of the whole t
 A base model without a template is given the prompt as it is, and goes on from there.
 
 Where a template writes something else before a given answer than where it asks for one, the prompt ends where the two part, if
-only white space or a mark (`<think>`) is left out; anything else is refused with the setting that helps.
+only white space or a mark (`<think>`) is left out; anything else is refused with the setting that helps. Where they differ in white
+space alone (LLaVA-OneVision writes "assistant" with a blank then), the prompt stays what the model is asked with.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Turn:
     Attributes:
         parts: whether a message's content is a list of parts, as video models have it, or a plain string.
         dropped: what ends the template's own prompt and is left out, since it does not stand before a given answer.
+        spaces: white space at the end of the prompt, and what stands there before a given answer.
         lead: what stands between the prompt and the words of an answer.
         tail: what stands behind them at the end of a conversation.
         end: the beginning of `tail` that closes the turn; "" where no token does, then `ids` are written behind the answer.
@@ -52,6 +54,7 @@ class Turn:
 
     parts: bool
     dropped: str
+    spaces: tuple[str, str]
     lead: str
     tail: str
     end: str
@@ -134,6 +137,9 @@ class Chat:
         said += f" and ends with {' '.join(self._names(turn.ids))}"
         if turn.dropped:
             said += f"; the template's own prompt goes on with {turn.dropped!r}, which it does not write before a given answer"
+        if any(turn.spaces):
+            asked, told = turn.spaces
+            said += f"; the template writes {told!r} before a given answer where it asks for one with {asked!r}"
         if turn.tail and not turn.end:
             said += f"; the template writes {turn.tail!r} there, in which no token ends a turn"
         return said
@@ -142,7 +148,7 @@ class Chat:
     def turn(self) -> Turn:
         """How the template writes an answer, found by asking it. Raises ValueError where that cannot be told."""
         if not self.tokenizer.chat_template:
-            return Turn(False, "", "", "", "", self._known[:1])
+            return Turn(False, "", ("", ""), "", "", "", self._known[:1])
         failed: ValueError | None = None
         for parts in (self._prefer_parts, not self._prefer_parts):
             try:
@@ -161,7 +167,7 @@ class Chat:
         if not once or re.search("""['"]type['"]""", whole):  # a list of parts, printed
             raise ValueError(f"the chat template makes {whole!r} of a question and an answer; {HELP}")
         before, _, tail = whole.partition(ANSWER)
-        prompt, dropped, lead = own, "", ""
+        dropped, spaces, lead = "", ("", ""), ""
         if self.answer_prefix:
             pass  # the prefix stands where the template's own lead would
         elif before.startswith(own):
@@ -173,10 +179,12 @@ class Chat:
                 raise ValueError(
                     f"the chat template asks for an answer with {own!r} and writes a given one behind {before!r}; {HELP}"
                 )
+            if not (dropped + lead).strip():
+                dropped, spaces, lead = "", (dropped, lead), ""
         end, ids = self._end(tail)
         if not end:
             ids = (self._end_by_next(told, parts),)
-        return Turn(parts, dropped, lead, tail, end, ids)
+        return Turn(parts, dropped, spaces, lead, tail, end, ids)
 
     def _end(self, tail: str) -> tuple[str, tuple[int, ...]]:
         """Of what follows an answer the part that closes the turn: the first run of tokens of the chat's own."""
@@ -215,7 +223,9 @@ class Chat:
 
     def _written(self, whole: str, before: str, words: str) -> str:
         """What the template writes for an answer in the whole conversation, behind the prompt and before the end of the turn."""
-        start = whole.rfind(words) if self.answer_prefix else len(before) if whole.startswith(before) else -1
+        asked, told = self.turn.spaces
+        written = before.removesuffix(asked) + told
+        start = whole.rfind(words) if self.answer_prefix else len(written) if whole.startswith(written) else -1
         body = whole[start : len(whole) - len(self.turn.tail)] if start >= 0 and whole.endswith(self.turn.tail) else ""
         if "".join(words.split()) not in "".join(body.split()):
             raise ValueError(
