@@ -11,8 +11,8 @@ that opens one, `<end_of_turn>` and not `<eos>`. Tokens are those of the whole t
 A base model without a template is given the prompt as it is, and goes on from there.
 
 Where a template writes something else before a given answer than where it asks for one, the prompt ends where the two part, if
-only white space or a mark (`<think>`) is left out; anything else is refused with the setting that helps. Where they differ in white
-space alone (LLaVA-OneVision writes "assistant" with a blank then), the prompt stays what the model is asked with.
+only white space or a mark (`<think>`) is left out; anything else is refused with the setting that helps. Where they differ in
+white space alone (LLaVA-OneVision writes "assistant" with a blank then), the prompt stays what the model is asked with.
 """
 
 from __future__ import annotations
