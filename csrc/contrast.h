@@ -92,7 +92,6 @@ constexpr int kFew = 16;  // candidates of a group that are written one by one
 
 // The loops over the logits and over long lists of candidates, one table per instruction set.
 struct Kernels {
-  const char* name;
   // Reads tokens [begin, end) once: sets group_max, max and nan. No branch depends on the data, so it runs at memory speed.
   void (*maxima)(const Row&, int64_t begin, int64_t end, Candidates&);
   // Appends the tokens with x >= threshold, by id, after `maxima` of the same slice. With k > 0 only the k largest are wanted
@@ -106,9 +105,8 @@ struct Kernels {
   double (*weigh)(const float* x, int64_t n, double scale, double* w, float& max);
 };
 
-// The table in use: the best this CPU has, or the one last asked for by name ("avx512", "avx2", "portable").
+// Those of the instruction set in use, see isa.h.
 const Kernels& kernels();
-void use_kernels(const char* name);  // throws std::invalid_argument for an unknown or unsupported name
 
 // Keep the k best of the candidates (larger value first, then lower id), in any order; the k-th value.
 float keep_best(Candidates& c, int64_t k);

@@ -1,6 +1,6 @@
 // Contrastive sampling on the CPU: from a row of logits to one token.
 //
-//   scan    (scan.h, all V logits, vectorised, threads over rows and over slices of a row)   -> candidates
+//   scan    (contrast_loops.h, all V logits, vectorised, threads over rows and over slices of a row)   -> candidates
 //   sample  (this file, candidates only, in double)                                          -> token, log-probability
 //
 // Candidates are ordered by value, descending, ties by token id: the order top-k, top-p and the inverse CDF are defined in.

@@ -24,7 +24,6 @@ namespace synpo {
 namespace {
 
 constexpr int64_t kMostRows = 2048;        // of a block of rows
-constexpr int64_t kRowBytes = 16 << 20;    // x and E of a block of rows
 constexpr int64_t kMostTokens = 2048;      // of a chunk of the vocabulary
 constexpr int64_t kWeightBytes = 4 << 20;  // a chunk of W, packed for one product
 constexpr int64_t kSliceBytes = 8 << 20;   // P of a chunk and a block of rows
@@ -257,16 +256,22 @@ class Block {
 
 }  // namespace
 
+// Half the workspace is for x and E of a block of rows; what is left then for a chunk of W, packed for each product, and its P.
 void head_pass(const HeadPass& pass) {
   if (pass.rows == 0) return;
   const HeadKernels& kernels = head_kernels(pass.type);
-  const int64_t row_bytes = pass.hidden * (4 / kernels.unit + (pass.direction == nullptr ? 0 : 4));
-  const int64_t allowed = std::clamp<int64_t>(kRowBytes / std::max<int64_t>(1, row_bytes), kernels.lanes, kMostRows);
+  const bool keep = pass.direction != nullptr;
+  const int64_t steps = round_up(ceil_div(pass.hidden, kernels.unit), kernels.depth);
+  const int64_t sums = keep ? round_up(pass.hidden, kernels.rows) : 0;  // of a row
+  const int64_t row_bytes = std::max<int64_t>(1, 4 * (steps + sums));
+  const int64_t allowed = std::clamp<int64_t>(pass.workspace / 2 / row_bytes, kernels.lanes, kMostRows);
   const int64_t rows = round_up(ceil_div(pass.rows, ceil_div(pass.rows, allowed)), kernels.lanes);
-  const int64_t number = 4 / kernels.unit;  // bytes
-  const int64_t fitting = std::min(kWeightBytes / std::max<int64_t>(1, pass.hidden * number), kSliceBytes / (rows * number));
-  const int64_t tokens = std::clamp<int64_t>(fitting, 1, std::min(pass.vocab, kMostTokens));
-  Block block(pass, rows, round_up(tokens, kernels.rows));
+  const int64_t packed = std::max<int64_t>(1, 4 * kernels.tile_step * steps);  // bytes of a tile
+  const int64_t slice = 4 / kernels.unit * rows * kernels.rows;
+  const int64_t tile_bytes = packed + (keep ? 4 * kernels.tile_step * sums / kernels.unit + slice : 0);
+  const int64_t fitting = std::min({(pass.workspace - rows * row_bytes) / tile_bytes, kWeightBytes / packed, kSliceBytes / slice});
+  const int64_t tiles = std::clamp<int64_t>(fitting, 1, ceil_div(std::min(pass.vocab, kMostTokens), kernels.rows));
+  Block block(pass, rows, tiles * kernels.rows);
   for (int64_t first = 0; first < pass.rows; first += rows) block.run(first, std::min(rows, pass.rows - first));
 }
 

@@ -17,6 +17,10 @@
 
 namespace synpo {
 
+// What of P is smaller is 0: no product then meets a denormal number or makes one, which costs Intel's CPUs a hundred cycles, as
+// long as what it is multiplied with is above 1.5e-8. 2^18 tokens left out change s by no more than 2^-82.
+constexpr float kLeast = 0x1p-100f, kLeastLog = -69.3147f;  // its logarithm, rounded up
+
 struct HeadPass {
   int64_t rows, vocab, hidden;
   Type type;
@@ -29,6 +33,7 @@ struct HeadPass {
   float* total;           // (rows,) s, out
   float* target;          // (rows,) z_y, out
   void* direction;        // (rows, hidden) U, out; null: not wanted
+  int64_t workspace;      // bytes to hold, of which a panel and a tile need some at least
 };
 
 // What one instruction set does for one format of x and W. Tasks of a phase are independent of each other.
@@ -94,14 +99,8 @@ struct DirectionsTask {
   void* out;            // (rows, hidden)
 };
 
-// The kernels in use for inputs of `type`.
+// The kernels for inputs of `type` on the instruction set in use, see isa.h.
 const HeadKernels& head_kernels(Type type);
-
-// Instruction sets by name, best first: "amx", "avx512_bf16", "avx512", "avx2", "portable"; and "amx-emulated", which is the
-// path of "amx" with the tile registers in memory, for tests.
-const char* head_isa();
-std::vector<const char*> head_isas();    // those that run here
-void use_head_isa(const char* name);  // throws std::invalid_argument for an unknown or unsupported name
 
 void head_pass(const HeadPass& pass);
 

@@ -222,7 +222,10 @@ void exponentials(const LogitsTask& task, float* z, int64_t first, int64_t rows,
       Vec p = exp(logit - target);
       p = p.where(Vec::equal(task.labels + lane, static_cast<int32_t>(first + i)), Vec::fill(0.0f));
       sum = sum + p;
-      if constexpr (kKeep && kCapped) p = p * slope;
+      if constexpr (kKeep && kCapped) {
+        p = p * slope;
+        p = p.where(p.less(Vec::fill(kLeast)), Vec::fill(0.0f));
+      }
       if constexpr (kKeep) p.store(z + i * E::kLanes + l);
     }
     sum.store(task.sums + lane);

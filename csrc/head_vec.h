@@ -1,5 +1,4 @@
-// A vector of fp32 numbers (or of units, see head_pass.h) for each instruction set: included by head_kernels.cpp with SYNPO_ISA
-// naming the namespace and SYNPO_LEVEL the set (3 AVX-512 with bf16, 2 AVX-512, 1 AVX2, 0 any). No include guard, no includes.
+// A vector of fp32 numbers (or of units, see head_pass.h) for each instruction set; see for_each_isa.h. No include guard.
 
 namespace synpo::head {
 namespace SYNPO_ISA {
@@ -211,9 +210,9 @@ inline void transpose(Vec (&rows)[Vec::kWidth]) {
 }
 #endif
 
-// e^x; 0 below -87.3, inf above 88.8, NaN at NaN. The polynomial is e^r's on |r| <= 0.3475, off by at most 4e-9.
+// e^x; 0 where that is below kLeast, inf above 88.8, NaN at NaN. The polynomial is e^r's on |r| <= 0.3475, off by at most 4e-9.
 inline Vec exp(Vec x) {
-  const Vec bounded = Vec::max(Vec::fill(-87.3f), Vec::min(Vec::fill(88.8f), x));
+  const Vec bounded = Vec::max(Vec::fill(kLeastLog), Vec::min(Vec::fill(88.8f), x));
   const Vec n = (bounded * Vec::fill(1.44269504f)).round();
   const Vec r = Vec::fma(n, Vec::fill(2.12194440e-4f), Vec::fma(n, Vec::fill(-0.693359375f), bounded));  // ln 2 in two parts
   Vec p = Vec::fill(1.38142181e-3f);
@@ -222,7 +221,7 @@ inline Vec exp(Vec x) {
   p = Vec::fma(p, r, Vec::fill(1.66665196e-1f));
   p = Vec::fma(p, r, Vec::fill(0.49999994f));
   p = Vec::fma(p * r, r, r) + Vec::fill(1.0f);
-  return (p * Vec::power_of_two(n)).where(x.less(Vec::fill(-87.3f)), Vec::fill(0.0f));
+  return (p * Vec::power_of_two(n)).where(x.less(Vec::fill(kLeastLog)), Vec::fill(0.0f));
 }
 
 // Hyperbolic tangent: an odd polynomial near 0, where the quotient of exponentials would cancel.

@@ -5,6 +5,7 @@
 
 #include "contrast.h"
 #include "head_pass.h"
+#include "isa.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -38,6 +39,7 @@ Type type_of(const Tensor& tensor) {
 }
 
 Batch batch_of(const Tensor& expert, const std::optional<Tensor>& amateur, double alpha) {
+  isa();  // what is wrong with $SYNPO_CPU_ISA is told here: a thread could not
   const auto row_major = [](const Tensor& t) { return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1); };
   STD_TORCH_CHECK(row_major(expert), "expert must be (B, V) with contiguous rows");
   STD_TORCH_CHECK(expert.size(1) > 0 && expert.size(1) <= INT32_MAX, "expert must have 1 to 2^31 - 1 tokens");
@@ -89,9 +91,9 @@ Tensor contrastive_mix(Tensor expert, std::optional<Tensor> amateur, double alph
 }
 
 // x (N, D) and labels (N,) contiguous, W (V, D) with contiguous rows, softcap 0: none → s (N,), z_y (N,) and U (N, D), empty
-// where it is not wanted; see head_pass.h.
+// where it is not wanted, holding `workspace` bytes beside them; see head_pass.h.
 std::tuple<Tensor, Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor labels,
-                                                double softcap, double logit_scale, bool want_direction) {
+                                                double softcap, double logit_scale, int64_t workspace, bool want_direction) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be (N, D), contiguous");
   const int64_t rows = x.size(0), hidden = x.size(1);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden && (weight.stride(1) == 1 || hidden == 1) &&
@@ -110,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::op
   head_pass({rows, weight.size(0), hidden, type_of(x), x.const_data_ptr(), weight.const_data_ptr(), weight.stride(0),
              bias.has_value() ? bias->const_data_ptr() : nullptr, label, static_cast<float>(softcap), static_cast<float>(logit_scale),
              static_cast<float*>(total.mutable_data_ptr()), static_cast<float*>(target.mutable_data_ptr()),
-             want_direction ? direction.mutable_data_ptr() : nullptr});
+             want_direction ? direction.mutable_data_ptr() : nullptr, workspace});
   return {total, target, direction};
 }
 
@@ -123,8 +125,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(synpo_kernels, m) {
       "int top_k, float top_p, float min_p, Tensor? history, float repetition_penalty) -> (Tensor, Tensor)");
   m.def("contrastive_mix(Tensor expert, Tensor? amateur, float alpha, float plausibility) -> Tensor");
   m.def(
-      "head_pass(Tensor x, Tensor weight, Tensor? bias, Tensor labels, float softcap, float logit_scale, bool want_direction) "
-      "-> (Tensor, Tensor, Tensor)");
+      "head_pass(Tensor x, Tensor weight, Tensor? bias, Tensor labels, float softcap, float logit_scale, int workspace, "
+      "bool want_direction) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(synpo_kernels, CPU, m) {
@@ -142,16 +144,14 @@ PYBIND11_MODULE(_C, m) {
         info["version"] = SYNPO_VERSION;
         info["torch"] = SYNPO_TORCH_VERSION;
         info["flags"] = SYNPO_COMPILE_FLAGS;
-        info["simd"] = synpo::kernels().name;
-        info["head"] = synpo::head_isa();
+        info["isa"] = synpo::isa_name();
         return info;
       },
       "What this binary was built from, and the instruction set in use.");
-  m.def("simd_level", [] { return synpo::kernels().name; }, "Instruction set in use: avx512, avx2 or portable.");
-  m.def("use_simd_level", &synpo::use_kernels, py::arg("name"),
-        "Use another instruction set, for tests and benchmarks; ValueError where this CPU lacks it.");
-  m.def("head_isa", &synpo::head_isa, "Instruction set of the frozen-head pass: amx, avx512_bf16, avx512, avx2 or portable.");
-  m.def("head_isas", &synpo::head_isas, "Those that run here, best first; amx-emulated is for tests.");
-  m.def("use_head_isa", &synpo::use_head_isa, py::arg("name"),
-        "Use another one; ValueError where it is unknown or this CPU lacks it.");
+  m.def("isa", &synpo::isa_name,
+        "Instruction set in use: amx, avx512_bf16, avx512, avx2 or portable; ValueError where $SYNPO_CPU_ISA cannot be.");
+  m.def("isas", &synpo::isa_names, "Those that run here, best first; amx-emulated is for tests.");
+  m.def(
+      "use_isa", [](const std::optional<std::string>& name) { synpo::use_isa(name.has_value() ? name->c_str() : nullptr); },
+      py::arg("name"), "Use another one, None: the choice made at the start; ValueError where this CPU lacks it.");
 }

@@ -40,8 +40,7 @@ def module() -> ModuleType:
 
 
 def build_info() -> dict[str, str]:
-    """Version, compile flags, torch the extension was built beside, and the instruction sets chosen for this CPU: `simd`
-    of the contrastive op, `head` of the frozen head's pass.
+    """Version, compile flags, torch the extension was built beside, and `isa`, the instruction set in use on this CPU.
 
     Raises RuntimeError where the extension is not loaded.
     """

@@ -20,9 +20,6 @@ Gradients of a trained head are the portable backend's, as are heads whose rows 
 
 from __future__ import annotations
 
-import os
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -31,17 +28,9 @@ from .chunked import gradients, partition
 from .head import Head
 from .passes import Forward
 
+WORKSPACE, LOW_WORKSPACE = 32 << 20, 16 << 20  # bytes
+
 __all__ = ["forward", "gradients", "instruction_set", "partition"]
-
-
-@cache
-def _settle() -> None:
-    wanted = os.environ.get("SYNPO_CPU_ISA")
-    if wanted:
-        try:
-            _ext.module().use_head_isa(wanted)
-        except ValueError as error:
-            raise ValueError(f"SYNPO_CPU_ISA: {error}") from None
 
 
 def instruction_set() -> str:
@@ -50,8 +39,7 @@ def instruction_set() -> str:
     Raises:
         ValueError: SYNPO_CPU_ISA names one that is unknown or that this CPU lacks. RuntimeError: no extension.
     """
-    _settle()
-    return _ext.module().head_isa()
+    return _ext.module().isa()
 
 
 def forward(
@@ -81,6 +69,7 @@ def forward(
         labels.contiguous(),
         head.softcap or 0.0,
         head.logit_scale,
+        LOW_WORKSPACE if low else WORKSPACE,
         want_direction,
     )
     logps = (target - target) - torch.log1p(total)  # NaN where the row is not finite, which must stay visible

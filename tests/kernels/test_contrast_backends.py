@@ -24,13 +24,13 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(_ext.reason)
     from synpo_kernels import _C
 
-    before = _C.simd_level()
+    before = _C.isa()
     try:
-        _C.use_simd_level(request.param)
+        _C.use_isa(request.param)
     except ValueError as error:
         pytest.skip(str(error))
     yield request.param
-    _C.use_simd_level(before)
+    _C.use_isa(before)
 
 
 @needs_extension

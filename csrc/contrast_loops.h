@@ -1,6 +1,5 @@
-// The loops over all V logits, written once on a small vector type and compiled once per instruction set:
-// contrast_cpu.cpp includes this file with SYNPO_ISA naming the namespace and SYNPO_LEVEL the set (2 AVX-512, 1 AVX2, 0 any).
-// No include guard, and no header may be included here: the code below is compiled for the chosen instruction set.
+// The loops over all V logits, written once on a small vector type and compiled once per instruction set by for_each_isa.h.
+// No include guard, and no header may be included here.
 
 namespace synpo {
 namespace SYNPO_ISA {
@@ -367,6 +366,8 @@ void mix_any(const Row& row, int64_t begin, int64_t end, float threshold, float*
   SYNPO_DISPATCH(mix, row, begin, end, threshold, out)
 }
 #undef SYNPO_DISPATCH
+
+constexpr Kernels kKernels{maxima_any, collect_any, mix_any, count, weigh};
 
 }  // namespace SYNPO_ISA
 }  // namespace synpo
