@@ -28,18 +28,15 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+from synpo.machine import cpu_name, instruction_sets
+
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
 
 
-def _cpu_facts() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
-
-
 def settle_onednn() -> None:
     """Keep oneDNN off AMX where a virtual machine advertises it and a bf16 product then dies; leave it alone elsewhere."""
-    if "ONEDNN_MAX_CPU_ISA" in os.environ or "amx_tile" not in _cpu_facts():
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or "amx_tile" not in instruction_sets():
         return
     if subprocess.run([sys.executable, "-c", PROBE], capture_output=True).returncode:
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
@@ -208,11 +205,6 @@ def copy_rate(device: torch.device, *, seconds: float = 1.0) -> float:
     return 2 * source.nbytes / (1e-3 * timing.p50)
 
 
-def _cpu_name() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _cpu_facts().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -240,11 +232,10 @@ def machine(device: torch.device) -> dict[str, str]:
     """Facts that every figure carries, in reading order."""
     from synpo_kernels import _ext
 
-    flags = next((line for line in _cpu_facts().splitlines() if line.startswith("flags")), "").split()
     facts = {
         "date": date.today().isoformat(),
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "simd": " ".join(flag for flag in flags if flag.startswith(("avx512f", "avx512_bf16", "avx512_fp16", "amx"))),
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
+        "simd": " ".join(instruction_sets()),
         "threads": str(torch.get_num_threads()),
         "load": "unknown" if load() is None else f"{load():.1f}",
         "python": platform.python_version(),
@@ -263,6 +254,6 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def chip_slug(device: torch.device) -> str:
     """The chip's name as part of a file name: 'nvidia-h200', 'amd-epyc'."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
     return "-".join(word for word in words if word not in ("r", "tm", "cpu", "processor"))[:40]
