@@ -1,12 +1,9 @@
-"""Real captions, and a PNG, for the tests of evaluation."""
+"""Real captions for the tests of evaluation."""
 
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +15,3 @@ def real_captions(real_data: Path) -> list[str]:
     dream = [json.loads(line) for line in (folder / "DREAM-1k.jsonl").read_text().splitlines()]
     long = [row["messages"][1]["content"][0]["reference"] for row in dream]
     return vatex + coco + long + [event for row in dream[:500] for event in row["extra_info"]["events"]]
-
-
-@pytest.fixture(scope="session")
-def png() -> bytes:
-    figure = Figure(figsize=(1, 1))
-    figure.subplots().imshow(np.eye(4))
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()

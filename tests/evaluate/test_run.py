@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from synpo.evaluate.run import EvalResult, FactSheet, evaluate, read_captions
-from synpo.evaluate.table import Table, print_table
+from synpo.report.table import Table, print_table
 
 COLOURS = ["red", "blue", "green", "yellow"]
 REFERENCES = {f"v{i}": [f"a {COLOURS[i % 4]} ball rolls past {i} dogs"] for i in range(24)}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from synpo.evaluate.bootstrap import Interval
-from synpo.evaluate.report import Highlight, Plot, Report, Sample, plain, write_report
-from synpo.evaluate.report_parts import chart_html, duration, stages_html
-from synpo.evaluate.table import Chart, Table
+from synpo.report.page import Highlight, Plot, Report, Sample, plain, write_report
+from synpo.report.parts import chart_html, duration, stages_html
+from synpo.report.table import Chart, Table
 
 EVIL = '<script>alert("x")</script> & <img src=http://a.b/c.png>'
 

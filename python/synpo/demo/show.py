@@ -16,9 +16,10 @@ from rich.console import Console
 
 from synpo.demo.render import frames_of
 from synpo.demo.world import Scene
-from synpo.evaluate.report import Highlight, Plot, Report, Sample, write_report
 from synpo.evaluate.run import EvalResult
-from synpo.evaluate.table import Table, print_table
+from synpo.machine import cpu
+from synpo.report.page import Highlight, Plot, Report, Sample, write_report
+from synpo.report.table import Table, print_table
 from synpo.train.diagnostics import ends, read_log
 from synpo.train.plots import plot_gradient_balance, plot_rewards
 from synpo.train.run import TrainResult
@@ -82,6 +83,7 @@ def _machine() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "device": device,
+        "CPU": f"{cpu()}; torch uses {torch.backends.cpu.get_cpu_capability()}",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
     }

@@ -22,12 +22,12 @@ from synpo.config import Config, ConfigError
 from synpo.evaluate.benchmarks import match_videos, read_references
 from synpo.evaluate.run import EvalResult, evaluate, read_captions
 from synpo.evaluate.scores import count
-from synpo.evaluate.table import print_table
 from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
 from synpo.records import RecordStore, record_id, write_json, write_jsonl
+from synpo.report.table import print_table
 from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video
 
 SELF = "this model"  # its name in the tables

@@ -20,8 +20,8 @@ from synpo.evaluate.bootstrap import Difference, Interval
 from synpo.evaluate.facts import fact_scores
 from synpo.evaluate.metrics import caption_metrics
 from synpo.evaluate.scores import Scores, count, some
-from synpo.evaluate.table import Chart, Table
 from synpo.records import read_jsonl
+from synpo.report.table import Chart, Table
 
 SHOWN = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "fact precision", "fact recall", "fact F1")
 

@@ -1,6 +1,6 @@
 """One self-contained report.html (no scripts, no external addresses) and, beside it, every figure of the run as report.json.
 
-    tables and charts (run.py) + diagnostic plots (train/plots.py) + samples + run info → Report → write_report
+    tables and charts (evaluate/run.py) + diagnostic plots (train/plots.py) + samples + run info → Report → write_report
 
 Both files appear complete or not at all. The same JSON is embedded in the page under the id "figures", so the page alone
 is enough to compute with.
@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from synpo.evaluate import report_parts as parts
-from synpo.evaluate.report_style import CSS
-from synpo.evaluate.table import Chart, Table
 from synpo.records import atomic_path, write_json
+from synpo.report import parts
+from synpo.report.style import CSS
+from synpo.report.table import Chart, Table
 
 
 @dataclass(frozen=True)

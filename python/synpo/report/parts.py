@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from synpo.evaluate.ptb import tokenize
-from synpo.evaluate.table import Chart, Table
+from synpo.report.table import Chart, Table
 
 COLOURS = 6
 # fmt: off
