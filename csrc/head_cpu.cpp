@@ -10,15 +10,10 @@
 // threads or on which of them was faster.
 
 #include "head_pass.h"
-
-#include <torch/csrc/stable/ops.h>
+#include "parallel.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 namespace synpo {
 namespace {
@@ -28,44 +23,6 @@ constexpr int64_t kMostTokens = 2048;      // of a chunk of the vocabulary
 constexpr int64_t kWeightBytes = 4 << 20;  // a chunk of W, packed for one product
 constexpr int64_t kSliceBytes = 8 << 20;   // P of a chunk and a block of rows
 constexpr int64_t kBlock = 8;              // tiles of a task
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> buffer(int64_t size) {
-  void* p = std::aligned_alloc(64, round_up(std::max<int64_t>(size, 1) * sizeof(T), 64));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(p));
-}
-
-// Tasks for one thread to begin with; whoever is done takes from the others', for cores are seldom equally free.
-struct alignas(64) Share {
-  std::atomic<int64_t> next;
-  int64_t end;
-};
-
-template <class F>
-void parallel(int64_t tasks, const F& task) {
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  const std::unique_ptr<Share[]> shares(new Share[threads]);
-  for (int64_t t = 0; t < threads; ++t) {
-    shares[t].next = t * tasks / threads;
-    shares[t].end = (t + 1) * tasks / threads;
-  }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    for (int64_t k = 0; k < threads; ++k) {
-      Share& share = shares[(begin + k) % threads];
-      for (int64_t i = share.next++; i < share.end; i = share.next++) task(i);
-    }
-  });
-}
 
 int64_t number_size(Type type) { return type == Type::f32 ? 4 : 2; }
 
@@ -114,7 +71,7 @@ class Block {
     }
     parallel(panels_, [&](int64_t panel) {
       const int64_t row = panel * kernels_.lanes;
-      kernels_.pack_panel(x(row), std::min(kernels_.lanes, rows_ - row), pass_.hidden, logit_steps_,
+      kernels_.pack_panel(x(row), pass_.hidden, std::min(kernels_.lanes, rows_ - row), pass_.hidden, logit_steps_,
                           x_.get() + panel * logit_steps_ * kernels_.lanes);
       for (int64_t i = row; i < row + kernels_.lanes; ++i) set_target(i);
     });

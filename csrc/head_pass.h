@@ -46,8 +46,10 @@ struct HeadKernels {
 
   // x · w over `hidden` numbers of each.
   float (*dot)(const void* x, const void* weight, int64_t hidden);
-  // Rows [0, rows) of x, (rows, hidden) contiguous, into one panel.
-  void (*pack_panel)(const void* x, int64_t rows, int64_t hidden, int64_t steps, uint32_t* panel);
+  // Rows [0, rows) of x into one panel: the sum runs over the hidden size. Rows lie `stride` numbers apart, here and below.
+  void (*pack_panel)(const void* x, int64_t stride, int64_t rows, int64_t hidden, int64_t steps, uint32_t* panel);
+  // Columns [0, columns) of rows [0, rows) into one panel: the sum runs over the rows.
+  void (*pack_sum_panel)(const void* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, uint32_t* panel);
   // Rows [0, rows) of W into one tile of the product with x: the sum runs over the hidden size.
   void (*pack_logits_tile)(const void* weight, int64_t stride, int64_t rows, int64_t hidden, int64_t steps, uint32_t* tile);
   // Columns [first, hidden) of W's rows [0, rows) into `tiles` tiles of the product with P: the sum runs over the rows.

@@ -131,7 +131,7 @@ float dot(const void* x, const void* weight, int64_t hidden) {
 }
 
 template <class E>
-void pack_panel(const void* x, int64_t rows, int64_t hidden, int64_t steps, uint32_t* panel) {
+void pack_panel(const void* x, int64_t stride, int64_t rows, int64_t hidden, int64_t steps, uint32_t* panel) {
   using F = typename E::Format;
   const auto* from = static_cast<const typename F::Number*>(x);
   for (int64_t l0 = 0; l0 < E::kLanes; l0 += Vec::kWidth) {
@@ -140,10 +140,22 @@ void pack_panel(const void* x, int64_t rows, int64_t hidden, int64_t steps, uint
       Vec lines[Vec::kWidth];
       for (int64_t j = 0; j < Vec::kWidth; ++j) {
         const int64_t row = l0 + j;
-        lines[j] = row < rows ? along<F>(from + row * hidden + d, hidden - d) : Vec::fill(0.0f);
+        lines[j] = row < rows ? along<F>(from + row * stride + d, hidden - d) : Vec::fill(0.0f);
       }
       transpose(lines);
       for (int64_t j = 0; j < Vec::kWidth && s0 + j < steps; ++j) lines[j].store(panel + (s0 + j) * E::kLanes + l0);
+    }
+  }
+}
+
+template <class E>
+void pack_sum_panel(const void* x, int64_t stride, int64_t rows, int64_t columns, int64_t steps, uint32_t* panel) {
+  using F = typename E::Format;
+  const auto* from = static_cast<const typename F::Number*>(x);
+  for (int64_t s = 0; s < steps; ++s) {
+    const int64_t row = s * F::kUnit;
+    for (int64_t l0 = 0; l0 < E::kLanes; l0 += Vec::kWidth) {
+      across<F>(from + row * stride + l0, stride, rows - row, columns - l0).store(panel + s * E::kLanes + l0);
     }
   }
 }
@@ -306,8 +318,9 @@ void directions(const DirectionsTask& task) {
 
 template <class E>
 constexpr HeadKernels table() {
-  return {E::kRows,      E::kLanes,           E::Format::kUnit,  E::kDepth, E::at(1, 0), E::kPanels,   dot<E>,
-          pack_panel<E>, pack_logits_tile<E>, pack_sum_tiles<E>, logits<E>, sum<E>,      directions<E>};
+  return {E::kRows,  E::kLanes,     E::Format::kUnit,  E::kDepth,           E::at(1, 0),       E::kPanels,
+          dot<E>,    pack_panel<E>, pack_sum_panel<E>, pack_logits_tile<E>, pack_sum_tiles<E>, logits<E>,
+          sum<E>,    directions<E>};
 }
 
 }  // namespace SYNPO_ISA

@@ -6,6 +6,7 @@
 #include "contrast.h"
 #include "head_pass.h"
 #include "isa.h"
+#include "product.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -116,6 +117,23 @@ std::tuple<Tensor, Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::op
   return {total, target, direction};
 }
 
+Matrix matrix_of(const Tensor& t) {
+  const bool by_rows = t.stride(1) == 1 || t.size(1) == 1;
+  STD_TORCH_CHECK(by_rows || t.stride(0) == 1 || t.size(0) == 1, "the rows or the columns of a factor must be contiguous");
+  return {t.const_data_ptr(), by_rows ? t.stride(0) : t.stride(1), by_rows};
+}
+
+// total (N, M) fp32 with contiguous rows += a (N, K) @ b (K, M), of one dtype.
+void add_product_op(Tensor total, Tensor a, Tensor b) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && total.dim() == 2 && a.size(1) == b.size(0) && total.size(0) == a.size(0) &&
+                      total.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
+                  "expected total (N, M), and a (N, K), b (K, M) of one dtype");
+  STD_TORCH_CHECK(total.scalar_type() == ScalarType::Float && (total.stride(1) == 1 || total.size(1) == 1),
+                  "total must be float32 with contiguous rows");
+  add_product({total.size(0), total.size(1), a.size(1), type_of(a), matrix_of(a), matrix_of(b),
+               static_cast<float*>(total.mutable_data_ptr()), total.stride(0)});
+}
+
 }  // namespace
 }  // namespace synpo
 
@@ -127,12 +145,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(synpo_kernels, m) {
   m.def(
       "head_pass(Tensor x, Tensor weight, Tensor? bias, Tensor labels, float softcap, float logit_scale, int workspace, "
       "bool want_direction) -> (Tensor, Tensor, Tensor)");
+  m.def("add_product(Tensor(a!) total, Tensor a, Tensor b) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(synpo_kernels, CPU, m) {
   m.impl("contrastive_sample", TORCH_BOX(&synpo::contrastive_sample));
   m.impl("contrastive_mix", TORCH_BOX(&synpo::contrastive_mix));
   m.impl("head_pass", TORCH_BOX(&synpo::head_pass_op));
+  m.impl("add_product", TORCH_BOX(&synpo::add_product_op));
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -39,6 +39,11 @@ def module() -> ModuleType:
     return _C
 
 
+def multiplies() -> bool:
+    """Whether the extension multiplies matrices faster than plain torch does after widening them: with vector instructions."""
+    return available() and module().isa() != "portable"
+
+
 def build_info() -> dict[str, str]:
     """Version, compile flags, torch the extension was built beside, and `isa`, the instruction set in use on this CPU.
 

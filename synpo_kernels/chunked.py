@@ -1,8 +1,8 @@
 """The portable backend: tiles in plain torch, for any device torch runs on.
 
-Half-precision inputs are widened chunk by chunk so that products are accumulated in fp32 (CPUs would round each product
-to half precision); bf16 on CUDA stays bf16 for the tensor cores. A row whose exponential sum overflowed is found and
-done again around its largest logit, which reads one number back from a CUDA device.
+bf16 stays bf16 where its products are summed in fp32: by tensor cores, and on a CPU by the extension. Other half-precision
+inputs are widened chunk by chunk (CPUs would round each product to half precision). A row whose exponential sum overflowed
+is found and done again around its largest logit, which reads one number back from a CUDA device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import passes
-from .head import Head, add_matmul, compute_dtype, matmul
+from .head import Head, add_matmul, compute_dtype, matmul, taken_whole
 from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
 from .skipping import GROUP, Skipping
 
@@ -25,7 +25,7 @@ class TorchTiles:
     low: bool
 
     def operand(self, matrix: Tensor) -> Tensor:
-        if matrix.dtype == torch.bfloat16 and matrix.is_cuda:
+        if matrix.dtype == torch.bfloat16 and taken_whole(matrix):
             return matrix
         return matrix.to(compute_dtype(matrix.dtype))
 
@@ -37,7 +37,7 @@ class TorchTiles:
         if x.dtype == out.dtype:
             torch.mm(x, part.weight.T, out=out)
         else:
-            out.copy_(matmul(x, part.weight.T))
+            add_matmul(out.zero_(), x, part.weight.T)
         if part.bias is not None:
             out.add_(part.bias)
         return part.cap(out)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import _ext
+
 
 @dataclass(frozen=True)
 class Head:
@@ -46,13 +48,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def taken_whole(matrix: Tensor) -> bool:
+    """Whether products of half-precision matrices such as this one are taken in their own format, summed in fp32.
+
+    So tensor cores do it for bf16 and fp16, and on a CPU the extension for bf16; torch itself rounds the sums there.
+    """
+    return matrix.is_cuda or (matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and _ext.multiplies())
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of equal dtypes, accumulated and returned in fp32 (float64 for float64)."""
     if a.dtype == compute_dtype(a.dtype):
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    total = a.new_zeros(len(a), b.shape[1], dtype=torch.float32)
+    add_matmul(total, a, b)
+    return total
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -61,5 +73,7 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif taken_whole(a):
+        torch.ops.synpo_kernels.add_product(total, a, b)
     else:
         total.addmm_(a.float(), b.float())
