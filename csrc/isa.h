@@ -16,5 +16,6 @@ Isa isa();
 const char* isa_name();
 std::vector<const char*> isa_names();  // those that run here, best first
 void use_isa(const char* name);        // null: choose anew; throws std::invalid_argument as above
+bool on_intel();
 
 }  // namespace synpo

@@ -170,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
       "What this binary was built from, and the instruction set in use.");
   m.def("isa", &synpo::isa_name,
         "Instruction set in use: amx, avx512_bf16, avx512, avx2 or portable; ValueError where $SYNPO_CPU_ISA cannot be.");
+  m.def("on_intel", &synpo::on_intel, "Whether this is a CPU of Intel's, for whose fp32 products torch's library is made.");
   m.def("isas", &synpo::isa_names, "Those that run here, best first; amx-emulated is for tests.");
   m.def(
       "use_isa", [](const std::optional<std::string>& name) { synpo::use_isa(name.has_value() ? name->c_str() : nullptr); },

@@ -11,7 +11,7 @@ import logging
 from functools import cache
 from types import ModuleType
 
-import torch  # noqa: F401  (the extension resolves its symbols in the libraries torch loads)
+import torch  # before _C, which resolves its symbols in the libraries torch loads
 
 logger = logging.getLogger("synpo_kernels")
 
@@ -42,6 +42,15 @@ def module() -> ModuleType:
 def multiplies() -> bool:
     """Whether the extension multiplies matrices faster than plain torch does after widening them: with vector instructions."""
     return available() and module().isa() != "portable"
+
+
+def outdoes_library(dtype: torch.dtype) -> bool:
+    """Whether the extension's pass over `dtype` is faster than one on torch's own products.
+
+    It is with vector instructions, but for fp32 on CPUs of Intel's, whose own library torch calls there: 867 against 806 ms
+    on a Xeon, 1257 against 1518 on an AMD Epyc (1024 x 32000 x 2048, forward and backward, two cores).
+    """
+    return multiplies() and not (dtype == torch.float32 and module().on_intel())
 
 
 def build_info() -> dict[str, str]:

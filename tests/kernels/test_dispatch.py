@@ -11,23 +11,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from synpo_kernels import _ext, cpu, dispatch, linear_logprobs
+from synpo_kernels import _ext, dispatch, linear_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_auto_on_a_cpu_even_with_the_interpreter(monkeypatch) -> None:
-    """The compiled kernel where it is built, serves the dtype and has vector instructions; plain torch elsewhere."""
-    monkeypatch.setattr(cpu, "instruction_set", lambda: "avx2")
-    monkeypatch.setattr(_ext, "_C", object())
+    """The compiled kernel where it is built, serves the dtype and is faster; plain torch elsewhere."""
+    half = torch.zeros(1, dtype=torch.bfloat16)
+    extension = SimpleNamespace(isa=lambda: "avx2", on_intel=lambda: False)
+    monkeypatch.setattr(_ext, "_C", extension)
     assert dispatch.choose("auto", torch.zeros(1)).name == "cpu"
     assert dispatch.choose("auto", torch.zeros(1, dtype=torch.float64)).name == "chunked"
     assert dispatch.choose("auto", torch.zeros(1, device="meta")).name == "chunked"
-    monkeypatch.setattr(cpu, "instruction_set", lambda: "portable")
+    extension.on_intel = lambda: True  # whose library is the faster one for fp32
     assert dispatch.choose("auto", torch.zeros(1)).name == "chunked"
-    assert dispatch.choose("cpu", torch.zeros(1)).name == "cpu"
+    assert dispatch.choose("auto", half).name == dispatch.choose("cpu", torch.zeros(1)).name == "cpu"
+    extension.isa = lambda: "portable"
+    assert dispatch.choose("auto", half).name == "chunked"
+    assert dispatch.choose("cpu", half).name == "cpu"
     monkeypatch.setattr(_ext, "_C", None)
-    assert dispatch.choose("auto", torch.zeros(1)).name == "chunked"
+    assert dispatch.choose("auto", half).name == "chunked"
 
 
 def test_the_compiled_kernel_says_why_it_cannot_serve(monkeypatch) -> None:
