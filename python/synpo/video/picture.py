@@ -10,7 +10,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 MAX_PIXELS = 1 << 26  # of one frame, 8192²; a file that claims more is damaged, or made to fill memory
-ASPECTS = (Fraction(1, 4), Fraction(4))  # pixels that are longer than this are a damaged header
+STRETCHED = (1.02, 4.0)  # pixels less oblong than this are square to the eye, and more oblong in a damaged header alone
 
 
 def to_picture(frame: VideoFrame, aspect: Fraction | None, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -23,8 +23,8 @@ def to_picture(frame: VideoFrame, aspect: Fraction | None, size: tuple[int, int]
     Raises ValueError for a frame too large to be meant.
     """
     width, height = frame.width, frame.height
-    if aspect and ASPECTS[0] <= aspect <= ASPECTS[1]:
-        width, height = round(width * max(aspect, Fraction(1))), round(height / min(aspect, Fraction(1)))
+    if aspect and STRETCHED[0] < max(aspect, 1 / aspect) < STRETCHED[1]:
+        width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
     if width * height > MAX_PIXELS:
         raise ValueError(f"its frames are {width}×{height}, more than {MAX_PIXELS} pixels")
     a, b, c, d = _matrix(frame)

@@ -150,7 +150,9 @@ def _demux(
         stream.codec_context.options = OPTIONS
     try:
         for packet in container.demux(streams):
-            if not packet.size:  # the sign of the end, or nothing
+            if not packet.size:
+                if packet.dts is None:  # the sign of the end. After it PyAV may stumble over streams that came up on the way
+                    break
                 continue
             index = packet.stream.index
             pts, dts = (NEVER if t is None else t for t in (packet.pts, packet.dts))
@@ -173,9 +175,10 @@ def _track(
 ) -> Track:
     tick = stream.time_base or Fraction(1, av.time_base)
     flags, names = container.format.flags, container.format.name.split(",")
-    steady = _is_steady(packets.dts, JUMP / tick if flags & CLOCK_MAY_JUMP else math.inf)
+    jump = JUMP / tick if flags & CLOCK_MAY_JUMP else math.inf
+    steady = _is_steady(packets.dts, jump)  # those in the order of decoding never go back
     guessed = flags & NO_TIMES or ("avi" in names and stream.codec_context.name in UNORDERED)
-    counted = bool(guessed or not steady or (packets.pts == NEVER).all())
+    counted = bool(guessed or not steady or not _is_steady(np.sort(packets.pts), jump) or (packets.pts == NEVER).all())
     shown = packets.hidden == 0
     if not counted:
         shown &= packets.pts >= (first.pts if first.pts in packets.pts else NEVER + 1)
@@ -205,9 +208,9 @@ def _track(
     )
 
 
-def _is_steady(dts: np.ndarray, jump: float) -> bool:
-    """Whether decoding times, where packets have them, go on without a step back or one of more than `jump`."""
-    steps = np.diff(dts[dts != NEVER])
+def _is_steady(times: np.ndarray, jump: float) -> bool:
+    """Whether the times that are there go on without a step back, or one of more than `jump`."""
+    steps = np.diff(times[times != NEVER])
     return bool(((steps >= 0) & (steps <= jump)).all())
 
 
