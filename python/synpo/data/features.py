@@ -2,9 +2,9 @@
 
     folder/<key>.safetensors     what `encode_vision` made of the frames of one video, as tensors
 
-The key is a hash of the video's content and size, the seconds its frames were taken at, and the tower: its weights, their
-dtype, and the settings of its preprocessing. So nothing stale is ever read, whatever was changed in between. A file appears
-whole or not at all; one that cannot be read, or whose checksum is not its own, is made again.
+The key is a hash of the video's content and size, the seconds its frames were taken at, how frames are read, and the tower:
+its weights, their dtype, and the settings of its preprocessing. So nothing stale is ever read, whatever was changed in between.
+A file appears whole or not at all; one that cannot be read, or whose checksum is not its own, is made again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from synpo.model.adapter import CaptionModel
 from synpo.model.gather import is_partitioned
 from synpo.model.vision import Vision
 from synpo.records import atomic_path, record_id
+from synpo.video.frames import READING
 
 CHUNK = 1 << 20
 
@@ -59,7 +60,7 @@ class VisionCache:
         """Name of the features of a video's frames at `times` in seconds."""
         stat = path.stat()
         content = _content(path, stat.st_size, stat.st_mtime_ns)
-        return record_id(content, stat.st_size, [round(t, 6) for t in times], self.tower)
+        return record_id(content, stat.st_size, [round(t, 6) for t in times], READING, self.tower)
 
     def read(self, key: str) -> Vision | None:
         """What was stored under `key`; None when there is nothing, or nothing that can be read."""

@@ -111,7 +111,10 @@ class PairEncoder:
         path, info = self._locate(pair)
         if self.features is None:
             return self._build(pair, self._look(pair, path, info.duration))
-        key = self.features.key(path, self.sampling.times(0.0, info.duration))
+        try:
+            key = self.features.key(path, self.sampling.times(0.0, info.duration))
+        except OSError as error:
+            raise PairError(pair.id, "video unreadable", f"{path}: {error.strerror}") from error
         if (vision := self.features.read(key)) is not None:
             return self._build(pair, Prompt(self._blank(pair, info).input_ids, vision))
         prompt = self._look(pair, path, info.duration)
@@ -119,7 +122,7 @@ class PairEncoder:
         return self._build(pair, Prompt(prompt.input_ids, self.features.write(key, vision)))
 
     def check(self, pair: Pair) -> EncodedPair:
-        """As `encode` without pixels: of the video only what its file says of itself is read.
+        """As `encode` without pixels: of the video only its packets are read.
 
         Where features are kept, they are made now.
         """
@@ -167,7 +170,7 @@ class PairEncoder:
                 raise PairError(pair.id, reason, f"it contains {token}, which stands for what the model sees")
 
     def _locate(self, pair: Pair) -> tuple[Path, VideoInfo]:
-        """The pair's video file, and what the file says of itself."""
+        """The pair's video file, and what it holds."""
         assert pair.video is not None
         if not self.lm.sees_video:
             raise ConfigError(

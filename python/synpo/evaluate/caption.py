@@ -28,7 +28,7 @@ from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
 from synpo.records import RecordStore, record_id, write_json, write_jsonl
 from synpo.report.table import print_table
-from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video
+from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video, video_size
 
 SELF = "this model"  # its name in the tables
 COUNTED_BY = (
@@ -68,7 +68,7 @@ def caption_videos(
     waiting: list[tuple[str, str]] = []
     for video in videos:
         try:
-            key = record_id(made_with, video, resolve_video(root, video).stat().st_size)
+            key = record_id(made_with, video, video_size(root, video))
         except VideoError as error:
             problems[video] = str(error)
             continue

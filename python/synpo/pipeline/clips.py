@@ -11,7 +11,7 @@ import os
 from torch import Tensor
 
 from synpo.records import Clip, record_id
-from synpo.video import FrameSampling, amateur_frames, probe, read_frames, resolve_video
+from synpo.video import FrameSampling, amateur_frames, probe, read_frames, resolve_video, video_size
 
 
 def clip_count(duration: float, clip_seconds: float = 10.0, max_clips: int = 16) -> int:
@@ -33,10 +33,8 @@ def split_video(
     Raises:
         VideoError: the file is missing, corrupt, or holds no frame.
     """
-    path = resolve_video(root, video)
-    duration = probe(path).duration
+    size, duration = video_size(root, video), probe(resolve_video(root, video)).duration
     count = clip_count(duration, clip_seconds, max_clips)
-    size = path.stat().st_size
     edges = [duration * i / count for i in range(count + 1)]
     return [
         Clip(record_id("clip", video, size, start, end), video, index, start, end)

@@ -30,7 +30,7 @@ from synpo.pipeline.engine import Engine, free_memory, make_engine
 from synpo.pipeline.judge.base import Failure, Judge, JudgeError, Task, Verdict
 from synpo.pipeline.judge.parallel import judged
 from synpo.records import Caption, Clip, RecordStore, Score, record_id, write_jsonl
-from synpo.video import VideoError, resolve_video
+from synpo.video import VideoError, video_size
 
 HOPELESS = 20  # videos whose judging may fail, one after the other and none before, until no more are asked about
 
@@ -169,8 +169,12 @@ def sample_candidates(run: Run, clips: Mapping[str, Sequence[Clip]]) -> dict[str
     )  # fmt: skip
     ids: dict[str, list[str]] = {}
     for video in (v for v in clips if v not in run.problems):
-        size = resolve_video(run.root, video).stat().st_size
-        ids[video] = [record_id(made_with, video, size, i) for i in range(settings.candidates)]
+        try:
+            size = video_size(run.root, video)
+        except VideoError as error:  # gone since it was cut into clips
+            run.leave_out(video, "candidates", error)
+        else:
+            ids[video] = [record_id(made_with, video, size, i) for i in range(settings.candidates)]
     everything = list(ids)
     step = max(1, settings.batch_size // settings.candidates)
     with run.progress("candidates", len(everything), "video") as bar, run.engine() as engine:

@@ -11,7 +11,7 @@ were made up. None of it is believed. What counts is which packets are there, an
 the only error it raises is `VideoError`, with its name.
 """
 
-from synpo.video.files import VIDEO_SUFFIXES, VideoError, list_videos, resolve_video
+from synpo.video.files import VIDEO_SUFFIXES, VideoError, list_videos, resolve_video, video_size
 from synpo.video.frames import VideoInfo, probe, read_frames
 from synpo.video.sampling import FrameSampling, amateur_frames
 
@@ -25,4 +25,5 @@ __all__ = [
     "probe",
     "read_frames",
     "resolve_video",
+    "video_size",
 ]

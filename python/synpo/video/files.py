@@ -85,3 +85,12 @@ def resolve_video(root: str | os.PathLike[str], relative: str) -> Path:
             f"video {relative!r} is not in {folder}; --videos should name the folder its path is relative to"
         )
     return path
+
+
+def video_size(root: str | os.PathLike[str], relative: str) -> int:
+    """Bytes of the file that a record's `video` names. Raises VideoError as `resolve_video` does."""
+    path = resolve_video(root, relative)
+    try:
+        return path.stat().st_size
+    except OSError as error:  # it was there a moment ago
+        raise VideoError(f"{path} cannot be read: {error.strerror}") from error

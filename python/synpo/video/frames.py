@@ -23,8 +23,11 @@ from synpo.video.picture import to_picture
 from synpo.video.track import NEVER, OPTIONS, Packets, Track, naming, open_video, track_of
 
 SEEK_PAYS = 16  # packets that need not be decoded, from which a seek is the cheaper way
-FEW = 2  # wanted moments that may lie past the last frame
+FEW = (
+    2  # wanted moments that may lie past the end; of those whose frames are there and do not decode, a quarter at most
+)
 END = np.iinfo(np.int64).max  # mark of no frame, after the last
+READING = 2  # goes up when `read_frames` gives other pictures of a file than before; what is kept of them is made again
 
 
 class _Astray(Exception):
@@ -61,7 +64,7 @@ def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor:
         uint8 RGB, (len(times), 3, H, W).
 
     Raises:
-        VideoError: the file is damaged, holds no frame, or more than two of `times` lie past the last frame that decodes.
+        VideoError: the file is damaged, holds no frame, or more than a few of `times` lie past the last frame that decodes.
     """
     if not times or any(b < a for a, b in zip(times, times[1:])):
         raise ValueError(f"times should be a non-empty ascending sequence of seconds, got {list(times)}")
@@ -72,8 +75,9 @@ def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor:
             pictures, last, reason = _decode(path, track, wanted, seeks=not track.counted)
         except _Astray:
             pictures, last, reason = _decode(path, track, wanted, seeks=False)
+        lost = sum(mark > last for mark in wanted)
         late = sum(mark > last or time >= track.duration for mark, time in zip(wanted, times))
-        if late > FEW:
+        if late > (min(FEW, len(times) // 4) if lost else FEW):
             end = np.append(track.starts, track.duration)[np.searchsorted(track.marks, last, side="right")]
             raise VideoError(
                 f"{path} can be decoded up to {end:.2f} s, and {late} of the {len(times)} wanted frames lie past that{reason}; "

@@ -10,6 +10,9 @@ import numpy as np
 from av.video.frame import VideoFrame
 
 MAX_PIXELS = 1 << 26  # of one frame, 8192²; a file that claims more is damaged, or made to fill memory
+MAX_RATIO = (
+    200  # of the longer side to the shorter; processors of models refuse more, and not every caller names the video
+)
 STRETCHED = (1.02, 4.0)  # pixels less oblong than this are square to the eye, and more oblong in a damaged header alone
 
 
@@ -20,13 +23,15 @@ def to_picture(frame: VideoFrame, aspect: Fraction | None, size: tuple[int, int]
         aspect: width of a pixel over its height. Where it is not 1, the shorter side of the pixel is stretched.
         size: (H, W) of the picture; None takes the frame's own.
 
-    Raises ValueError for a frame too large to be meant.
+    Raises ValueError for a frame too large or too oblong to be meant.
     """
     width, height = frame.width, frame.height
     if aspect and STRETCHED[0] < max(aspect, 1 / aspect) < STRETCHED[1]:
         width, height = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"its frames are {width}×{height}, more than {MAX_PIXELS} pixels")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(
+            f"its frames are {width}×{height}; expected at most {MAX_PIXELS} pixels, and sides up to {MAX_RATIO} to 1"
+        )
     a, b, c, d = _matrix(frame)
     lies = abs(b) + abs(c) > abs(a) + abs(d)  # on its side: rows are shown as columns
     if size is not None:

@@ -151,7 +151,9 @@ def _demux(
     try:
         for packet in container.demux(streams):
             if not packet.size:
-                if packet.dts is None:  # the sign of the end. After it PyAV may stumble over streams that came up on the way
+                if (
+                    packet.dts is None
+                ):  # the sign of the end. After it PyAV may stumble over streams that came up on the way
                     break
                 continue
             index = packet.stream.index
