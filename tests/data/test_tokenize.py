@@ -9,8 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from made_videos import write_latin, write_unfinished
 from synpo.config import ConfigError
 from synpo.data import tokenize
+from synpo.data.features import VisionCache
 from synpo.data.tokenize import PairDataset, PairEncoder, PairError
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
@@ -102,6 +104,33 @@ def test_a_pair_that_cannot_be_used_says_why(reason: str, look: str, captioner: 
         getattr(encoder, look)(BAD[reason])
     assert caught.value.reason == reason.strip()
     assert str(caught.value).startswith(f"pair {BAD[reason].id}: {reason.strip()}: ")
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 30], ids=["as plan looks", "as train looks"])
+def test_one_file_ends_nothing(cache: int, captioner: CaptionModel, tmp_path: Path) -> None:
+    write_latin(tmp_path / "latin.mp4")
+    write_unfinished(tmp_path / "unfinished.mp4")
+    (tmp_path / "noise.mp4").write_bytes(b"not a video")
+    pairs = [pair(name, f"{name}.mp4") for name in ("unfinished", "latin", "noise")]
+    found = PairDataset(PairEncoder(captioner, tmp_path, SAMPLING), pairs, cache_bytes=cache, progress=False)
+    left = [error for error in found.dropped if error.reason == "video unreadable"]
+    assert [error.pair for error in left] == (["unfinished", "noise"] if cache else ["noise"])
+    assert all(f"{error.pair}.mp4" in str(error) for error in left)
+    first = found[0]
+    assert first.id == "latin" and (cache > 0 or "unfinished.mp4 can be decoded up to" in first.instead)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), OSError(5, "Input/output error")])
+def test_a_file_that_goes_away_while_features_are_looked_up(
+    error: OSError, captioner: CaptionModel, videos: Path, tmp_path: Path
+) -> None:
+    def key(*args: Any) -> str:
+        raise error
+
+    cache = VisionCache(tmp_path, captioner)
+    cache.key = key  # type: ignore[method-assign]
+    with pytest.raises(PairError, match=rf"video unreadable: .*a\.mp4: {error.strerror}"):
+        PairEncoder(captioner, videos, SAMPLING, features=cache).encode(pair("p"))
 
 
 def test_text_pairs_for_a_video_model_hold_no_placeholder(captioner: CaptionModel) -> None:

@@ -1,6 +1,7 @@
 """`synpo eval` from video files to scores, on a random captioner."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from made_videos import write_latin, write_unfinished
 from synpo.config import Config, ConfigError, EvalConfig, ModelConfig, SamplingConfig
 from synpo.demo.render import render
 from synpo.demo.world import make_split
@@ -53,6 +55,16 @@ def test_captions_scores_and_what_was_left_out(config: Config, videos: Path, tmp
     assert set(json.loads((output / "scores.json").read_text())["systems"]) == {"earlier", "this model"}
     shown = capsys.readouterr().out  # type: ignore[attr-defined]
     assert "left out noise.mp4" in shown and "1 of 5 referenced videos are not in" in shown
+
+
+def test_a_video_that_breaks_off_is_named_and_the_others_go_on(config: Config, tmp_path: Path, capsys: Any) -> None:
+    root = tmp_path / "videos"
+    root.mkdir()
+    write_unfinished(root / "unfinished.mp4")
+    write_latin(root / "latin.mp4")
+    evaluate_model(config, root, None, tmp_path / "out")
+    assert [row["video"] for _, row in read_jsonl(tmp_path / "out" / "captions.jsonl")] == ["latin.mp4"]
+    assert re.search(r"left out unfinished\.mp4: .* can be decoded up to", capsys.readouterr().out)
 
 
 def test_a_model_is_told_how_long_a_video_lasts(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from made_videos import write_latin, write_unfinished
 from synpo.config import Config, ConfigError, ModelConfig, PairsConfig, SamplingConfig
 from synpo.model.vision import OneVision
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict
@@ -202,10 +203,13 @@ def test_bad_videos_are_left_out_and_named(
     (root / "empty.mp4").write_bytes(b"")
     whole = write_video(tmp_path / "long.mp4", seconds=30.0, seed=9).read_bytes()
     (root / "torn.mp4").write_bytes(whole[: len(whole) // 3])
+    write_unfinished(root / "unfinished.mp4")
+    write_latin(root / "latin.mp4")
     out = tmp_path / "pairs.jsonl"
     result = build_pairs(settings(tiny_captioner_path), root, out)
-    assert result.videos == 7 and result.candidates == 12
-    assert set(result.problems) == {"noise.mp4", "empty.mp4", "torn.mp4"}
+    assert result.videos == 9 and result.candidates == 15
+    assert set(result.problems) == {"noise.mp4", "empty.mp4", "torn.mp4", "unfinished.mp4"}
+    assert "unfinished.mp4 can be decoded up to" in result.problems["unfinished.mp4"]
     rows = [row for _, row in read_jsonl(tmp_path / "pairs.jsonl.work" / "problems.jsonl")]
     assert {r["video"] for r in rows} == set(result.problems) and all(r["reason"] for r in rows)
     assert not {p.video for p in read_records(Pair, out)} & set(result.problems)
@@ -249,6 +253,25 @@ def test_a_video_that_breaks_off_later_leaves_the_others_alone(
     assert (result.clips, result.candidates, result.scored) == (6, 9, 9)
     again = build_pairs(settings(tiny_captioner_path, batch_size=3), videos, tmp_path / "pairs.jsonl")
     assert again.problems == result.problems and again.pairs == result.pairs
+
+
+def test_a_video_that_vanishes_costs_itself(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from synpo.pipeline import run
+
+    def captioned(*args: Any) -> Any:
+        found = original(*args)
+        (root / "b.mp4").unlink()
+        return found
+
+    root = tmp_path / "videos"
+    shutil.copytree(videos, root)
+    original = run.caption_clips
+    monkeypatch.setattr(run, "caption_clips", captioned)
+    result = build_pairs(settings(tiny_captioner_path), root, tmp_path / "pairs.jsonl")
+    assert set(result.problems) == {"b.mp4"} and "is not in" in result.problems["b.mp4"]
+    assert result.candidates == 9
 
 
 class MoodyJudge:
@@ -360,7 +383,7 @@ def test_real_clips(real_data: Path, tiny_captioner_path: Path, tmp_path: Path) 
     short = replace(SHORT, max_new_tokens=4)
     config = settings(tiny_captioner_path, candidates=2, candidate_sampling=short, clip_sampling=short, margin=0.0)
     result = build_pairs(config, real_data / "video", tmp_path / "pairs.jsonl")
-    assert (result.videos, result.problems, result.clips, result.candidates) == (4, {}, 10, 8)
+    assert (result.videos, result.problems, result.clips, result.candidates) == (4, {}, 9, 8)
     assert {c.video for c in read_records(Clip, tmp_path / "pairs.jsonl.work" / "clips.jsonl")} == {
         "nasa_13013.mp4", "nasa_13013_hdr.mp4", "chaplin.mp4", "big_buck_bunny_0_30.webm",
     }  # fmt: skip
