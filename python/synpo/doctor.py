@@ -50,8 +50,14 @@ def facts() -> dict[str, str]:
             found[f"cuda:{i}"] = (
                 f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
             )
+        half = torch.cuda.is_bf16_supported(including_emulation=False)
+        found["precision of training"] = (
+            f"bfloat16 weights {'under' if half else 'without (this GPU has no such products)'} bfloat16 autocast, "
+            "float32 weights with TF32 products; train.bf16, train.tf32 and train.fp16 say otherwise"
+        )
     else:
         found["cuda"] = "no device"
+        found["precision of training"] = "that of the weights; train.bf16 says otherwise"
     found["C++ extension"] = describe()
     here = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
     for name, (supports, _) in BACKENDS.items():

@@ -3,8 +3,9 @@
     folder/<key>.safetensors     what `encode_vision` made of the frames of one video, as tensors
 
 The key is a hash of the video's content and size, the seconds its frames were taken at, how frames are read, and the tower:
-its weights, their dtype, and the settings of its preprocessing. So nothing stale is ever read, whatever was changed in between.
-A file appears whole or not at all; one that cannot be read, or whose checksum is not its own, is made again.
+its weights, their dtype, that of mixed precision, and the settings of its preprocessing. So nothing stale is ever read,
+whatever was changed in between. A file appears whole or not at all; one that cannot be read, or whose checksum is not its own,
+is made again.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ class VisionCache:
 
     Args:
         folder: made when something is written. lm: the model; its tower is not to be trained afterwards.
+        autocast: dtype of mixed precision that the tower runs in; None without.
 
     Raises ConfigError when the model's forward does not accept features.
     """
 
-    def __init__(self, folder: Path, lm: CaptionModel) -> None:
-        self.folder, self.lm = folder, lm
+    def __init__(self, folder: Path, lm: CaptionModel, autocast: torch.dtype | None = None) -> None:
+        self.folder, self.lm, self.autocast = folder, lm, autocast
         if is_partitioned(lm.model):
             raise ConfigError(
                 "train.cache_vision: the tower of a model that ZeRO-3 has partitioned runs in training alone; set "
@@ -54,7 +56,7 @@ class VisionCache:
                 f"train.cache_vision: {type(lm.base).__name__} of this release of transformers takes pixels only; install a "
                 "newer transformers, or set train.cache_vision = false"
             )
-        self.tower = "" if lm.vision is None else _tower(lm)
+        self.tower = "" if lm.vision is None else _tower(lm) + (str(autocast) if autocast else "")
 
     def key(self, path: Path, times: Sequence[float]) -> str:
         """Name of the features of a video's frames at `times` in seconds."""
@@ -70,6 +72,12 @@ class VisionCache:
                 return found if checksum(found) == (file.metadata() or {}).get("crc32") else None
         except (FileNotFoundError, SafetensorError):
             return None
+
+    def make(self, key: str, vision: Vision) -> Vision:
+        """Run the tower over the pixels of `vision` and `write` what it gives."""
+        with torch.autocast(self.lm.device.type, self.autocast, enabled=self.autocast is not None):
+            (features,) = self.lm.encode_vision([vision])
+        return self.write(key, features)
 
     def write(self, key: str, vision: Vision) -> Vision:
         """Store the tensors of `vision` under `key`; returns them on the CPU, as `read` will.

@@ -118,8 +118,7 @@ class PairEncoder:
         if (vision := self.features.read(key)) is not None:
             return self._build(pair, Prompt(self._blank(pair, info).input_ids, vision))
         prompt = self._look(pair, path, info.duration)
-        (vision,) = self.lm.encode_vision([prompt.vision])
-        return self._build(pair, Prompt(prompt.input_ids, self.features.write(key, vision)))
+        return self._build(pair, Prompt(prompt.input_ids, self.features.make(key, prompt.vision)))
 
     def check(self, pair: Pair) -> EncodedPair:
         """As `encode` without pixels: of the video only its packets are read.

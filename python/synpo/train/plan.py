@@ -33,6 +33,7 @@ from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.vision import vision_for
+from synpo.train.choices import in_words, settle
 from synpo.train.lora import make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
 from synpo.train.reference import kind_of
@@ -75,6 +76,7 @@ class Plan:
     trained: int
     modules: int
     dtype: str
+    precision: str
     estimates: list[Estimate]
 
 
@@ -172,18 +174,17 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     dataset = PairDataset(encoder, hold_out(loaded, args.held_out)[0], cache_bytes=0)
     with torch.device("meta"):
         wrapped = make_trainable(lm, config)
+    device = "cpu" if config.model.device == "cpu" else "cuda"
+    settle(args, lm, device)
     model = MemoryModel(
         lm.model,
         optimizer=str(getattr(args.optim, "value", args.optim)),
-        device="cpu" if config.model.device == "cpu" else "cuda",
+        device=device,
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         quantization=config.model.quantization,
         loss_type=args.loss_type,
     )
     used = dataset.lengths
-    checkpointed = bool(
-        getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
-    )
     chosen_layout = "shared" if getattr(args, "prefix_sharing", False) else "padded"
     micro = args.per_device_train_batch_size
     estimates = []
@@ -192,7 +193,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         for checkpointing in (False, True):
             memory = model.step(Batch(micro, worst, layout), checkpointing)
             largest = {n: largest_batch(model, worst, layout, checkpointing, size) for n, size in sizes.items()}
-            configured = (layout, checkpointing) == (chosen_layout, checkpointed)
+            configured = (layout, checkpointing) == (chosen_layout, args.activation_checkpointing)
             estimates.append(Estimate(layout, checkpointing, configured, micro, memory, memory.total, largest))
     at = max(range(len(used)), key=lambda i: Batch(1, used[i], chosen_layout).tokens)
     batches = len(used) // micro if args.dataloader_drop_last else -(-len(used) // micro)
@@ -216,6 +217,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         trained=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
         modules=len(wrapped),
         dtype=str(lm.base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        precision=in_words(args, lm),
         estimates=estimates,
     )
 
@@ -249,7 +251,7 @@ def show(found: Plan, as_json: bool = False) -> None:
     longest = found.longest
     console.print(
         f"longest pair: {longest['id']}" + (f" ({longest['video']})" if longest["video"] else ""),
-        f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.dtype}),",
+        f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.precision}),",
         f"LoRA on {found.modules} modules;" if found.modules else "the whole language model;",
         f"{found.steps} optimizer steps",
         *([f"\nreference: {found.reference}"] if found.reference else []),

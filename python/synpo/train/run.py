@@ -39,6 +39,7 @@ from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.train.checkpoint import last_checkpoint, owes_evaluation, set_broken_aside, writing
+from synpo.train.choices import OPEN, in_words, settle
 from synpo.train.diagnostics import ends, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import make_trainable
@@ -48,7 +49,7 @@ from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
 OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
 
 # May be others when a run goes on: what other commands read, and what does not change what is learnt.
-ELSEWHERE = ("config.pairs.", "config.judge.", "config.eval.")
+ELSEWHERE = ("config.pairs.", "config.judge.", "config.eval.", "chosen.")
 FREE = {"config.model.device", *(f"config.train.{name}" for name in ("guard", "save_total_limit", "cache_gigabytes"))}
 FREE |= {f"config.train.{name}" for name in ("disable_tqdm", "report_to", "run_name")}
 FREE |= {f"config.train.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers")}
@@ -73,8 +74,6 @@ def settings(config: Config, output: Path) -> SynPOConfig:
     known = {f.name: f for f in dataclasses.fields(SynPOConfig) if f.init}
     values: dict[str, Any] = {}
     for name, value in config.train.items():
-        if name == "activation_checkpointing" and name not in known:  # its name in earlier releases
-            name = "gradient_checkpointing"
         if name in OWN:
             raise ConfigError(f"train.{name} is set by the run itself (--output, --seed, --device, --resume)")
         if name not in known:
@@ -148,13 +147,15 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         "processes": args.world_size,
         "lora is null": config.lora is None,
     }
+    before: dict[str, Any] | None = None
     if resume and (output / "config.json").exists():
-        _check_same(json.loads((output / "config.json").read_text(encoding="utf-8")), wanted, output)
+        before = json.loads((output / "config.json").read_text(encoding="utf-8"))
+        _check_same(before, wanted, output)
     if resume and (output / "metrics.json").exists():
         console.print(f"{output} is complete; use --no-resume to train again")
         return _result(output)
     with own_folder(output, "--output") if first else contextlib.nullcontext():
-        return _train(config, args, videos, chosen, output, resume, wanted, console)
+        return _train(config, args, videos, chosen, output, resume, wanted, before, console)
 
 
 def _train(
@@ -165,17 +166,21 @@ def _train(
     output: Path,
     resume: bool,
     wanted: Mapping[str, Any],
+    before: Mapping[str, Any] | None,
     console: Console,
 ) -> TrainResult:
-    """`train` in a folder that is this run's alone. `wanted` is what config.json holds."""
+    """`train` in a folder that is this run's alone. config.json will hold `wanted` and more; it held `before`."""
     first = args.process_index == 0
     set_seed(config.seed)
     lm = load(config.model)
     wanted = {**wanted, "answers": lm.chat.describe()}
-    if resume and (output / "config.json").exists():
-        _check_answers(json.loads((output / "config.json").read_text(encoding="utf-8")), wanted["answers"], lm, output)
+    if before is not None:
+        _check_answers(before, wanted["answers"], lm, output)
     console.print(f"as trained: {wanted['answers']}", markup=False)
-    features = VisionCache(output / "vision", lm) if args.cache_vision else None
+    earlier = None if before is None else before.get("chosen", {})
+    wanted = {**wanted, "chosen": {**(earlier or {}), **settle(args, lm, lm.device.type, earlier)}}
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+    features = VisionCache(output / "vision", lm, half) if args.cache_vision else None
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)
     taught, held = hold_out(chosen, args.held_out)
     room = int(args.cache_gigabytes * 2**30)
@@ -188,7 +193,10 @@ def _train(
         args.dataloader_num_workers = workers(dataset, args.world_size)
     trainer = SynPOTrainer(lm, args, dataset, unseen)
     trained = f"LoRA on {len(wrapped)} modules" if wrapped else "the whole language model"
-    console.print(f"{args.loss_type} on {len(dataset)} pairs, {trained}, {trainable_parameters(lm):,} parameters")
+    console.print(
+        f"{args.loss_type} on {len(dataset)} pairs, {trained}, {trainable_parameters(lm):,} parameters, "
+        f"{in_words(args, lm)}"
+    )
     if config.lora is None and lm.head().weight.dtype == torch.bfloat16:
         console.print(
             "[yellow]warning:[/yellow] bfloat16 weights lose updates below a 256th of their size: better model.dtype = "
@@ -313,7 +321,8 @@ def _result(output: Path) -> TrainResult:
 def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:
     """Raise ConfigError naming the settings of a run that the folder already holds and that are not those asked for.
 
-    A key that is not there (the run was made before there was one) counts as its default.
+    A key that is not there (the run was made before there was one) counts as its default; what was left open, as what the run
+    chose, or where it wrote down no choice, as off.
     """
 
     def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -324,6 +333,10 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) ->
     trained = {f.name: f.default for f in dataclasses.fields(SynPOConfig) if f.default is not dataclasses.MISSING}
     defaults = flat({"config": asdict(Config()) | {"train": trained}, "processes": 1, "lora is null": False})
     before, now = (defaults | flat(json.loads(json.dumps(given))) for given in (old, new))
+    for name in OPEN:
+        for values in (before, now):
+            if values.get(key := f"config.train.{name}") is None:
+                values[key] = old.get("chosen", {}).get(name, False)
     differ = [
         f"{name.removeprefix('config.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

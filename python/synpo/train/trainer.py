@@ -36,6 +36,7 @@ from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
 from synpo.train.checkpoint import last_checkpoint, writing
+from synpo.train.choices import OPEN, multiply_with_tf32, settle
 from synpo.train.guard import MODES
 from synpo.train.objective import Outcome, PairObjective, parameters_of
 from synpo.train.reference import kind_of, precompute
@@ -99,6 +100,20 @@ class SynPOConfig(TrainingArguments):
         default=True, metadata={"help": "Compute the prompt of a pair once; models that cannot say why."}
     )
 
+    # left open (None), choices.py sees to them
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Products in bfloat16 under autocast. Left open: on a GPU, where the weights are bfloat16."},
+    )
+    tf32: bool | None = field(
+        default=None,
+        metadata={"help": "TF32 for products that stay float32. Left open: on a GPU that has it; false: all 24 bits."},
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Run layers again in the backward pass. Left open: on a GPU, from a billion parameters on."},
+    )
+
     guard: str = field(
         default="warn", metadata={"help": "off, warn, or stop when negatives dominate or language breaks."}
     )
@@ -123,7 +138,12 @@ class SynPOConfig(TrainingArguments):
         check_reporters(self.report_to)
         if self.held_out > 0 and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy, self.eval_on_start = "epoch", True
+        if self.gradient_checkpointing and self.activation_checkpointing is None:  # its name in earlier releases
+            self.activation_checkpointing = True
+        self.left_open = tuple(name for name in OPEN if getattr(self, name) is None)
+        self.bf16 = bool(self.bf16)
         super().__post_init__()
+        self.activation_checkpointing = self.gradient_checkpointing = bool(self.activation_checkpointing)
 
     @property
     def loss_parameters(self) -> dict[str, float | None]:
@@ -160,6 +180,9 @@ class SynPOTrainer(Trainer):
         **options: Any,
     ) -> None:
         lm.check_head()
+        settle(args, lm, args.device.type)
+        if args.tf32:
+            multiply_with_tf32(lm.model)
         if lm.head().weight.dtype == torch.float16 and not args.fp16:
             raise ConfigError(
                 "float16 weights without loss scaling lose most gradients: set train.fp16 = true, or load the model with "
@@ -279,7 +302,7 @@ class SynPOTrainer(Trainer):
         if not self.args.fp16 and norm is not None and not math.isfinite(norm):
             raise DivergenceError(
                 f"step {self.state.global_step}: the loss is finite, but its gradient is not; lower train.learning_rate, or use "
-                f"float32 (model.dtype, without train.bf16) to see whether it is the precision. {self._kept()}"
+                f"float32 (model.dtype = float32, train.bf16 = false) to see whether it is the precision. {self._kept()}"
             )
         return norm
 
@@ -369,7 +392,8 @@ class SynPOTrainer(Trainer):
             known = [name.removeprefix("eval_") for name in metrics]
             raise ConfigError(f"train.metric_for_best_model: evaluation gives no {best!r}; {suggest(best, known)}")
         if prefix.startswith("eval") and settings.sample_tokens > 0 and (pairs := self._sampled(settings.samples)):
-            metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
+            with self.accelerator.autocast():
+                metrics[prefix + "synpo/repetition"] = repetition(self.lm, pairs, settings.sample_tokens)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
