@@ -133,9 +133,10 @@ def test_captions_are_those_of_the_cpu(data: Path, tiny_captioner_path: Path) ->
     [
         (1000, 6, True, {"prefix_sharing": False, "bf16": True}),
         (1000, 6, True, {"activation_checkpointing": True}),
+        (1000, 6, True, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}),
         (20_000, 2, False, {"gradient_accumulation_steps": 2, "max_steps": 2}),
     ],
-    ids=["padded", "shared", "whole"],
+    ids=["padded", "shared", "offloaded", "whole"],
 )
 def test_the_plan_against_the_peak(
     vocabulary: int, layers: int, lora: bool, extra: dict[str, Any], tmp_path: Path

@@ -162,7 +162,9 @@ def test_weights_gradients_and_optimizer_are_what_they_are(folders: dict[str, Pa
     assert MemoryModel(planned.model).trained == gradients + states
     weights = sum(t.nbytes for t in [*real.model.parameters(), *real.model.buffers()])
     assert MemoryModel(planned.model).weights == pytest.approx(weights, rel=1e-3)
-    assert MemoryModel(planned.model, optimizer="adamw_8bit").trained < gradients + states
+    assert (
+        MemoryModel(planned.model, optimizer="adamw_8bit").trained == gradients + states
+    )  # so small ones stay in 32 bits
     assert MemoryModel(planned.model, optimizer="sgd").trained == gradients
 
 

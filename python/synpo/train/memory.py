@@ -3,11 +3,12 @@
 The model is built on torch's meta device, where tensors have shapes and dtypes but no storage, with its LoRA adapter. Then
 
     weights       Σ numel · itemsize over all parameters and buffers
-    gradients     Σ numel · itemsize over the trained ones;   optimizer: its states in the same dtype (AdamW: two)
+    gradients     Σ numel · itemsize over the trained ones;   optimizer: its states (optimizers.py)
     activations   what autograd keeps from the forward pass for the backward pass. The decoder's own code runs on meta tensors
                   and every distinct storage that it saves, parameters apart, is added up, layer by layer: S_i. With
                   activation checkpointing only the input X_i of each layer is kept and one layer at a time is run again:
                       plain  Σ_i S_i + rest            checkpointed  Σ_i X_i + max_i S_i + rest
+                  Of every n-th layer alone (every_n_layers), the others keep S_i; offloaded, the X_i are on the host but for one.
     backward      gradients in flight in one layer, rows · length · (intermediate + 4 · hidden) · itemsize: what its backward
                   pass makes less what it lets go of on the way (0 to 8 % above the peaks measured on a CPU)
     loss          N completion rows of hidden states and their gradient U, 2 · N · D · itemsize + N · D · 4, and one slice of the
@@ -42,11 +43,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from synpo.data.tokenize import Lengths
 from synpo.model.packing import install
 from synpo.model.quantize import weight_bytes
+from synpo.train.optimizers import state_bytes
 from synpo_kernels.pairs_trained import PAIR_BYTES
 from synpo_kernels.passes import MAX_ROWS, SLICE_BYTES
 
 RESERVE = 1 << 30
-STATES = {"sgd": 0, "adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1}  # numbers a trained one, by optimizer
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,13 @@ class Saved:
     inputs: tuple[int, ...]
     outside: int
 
-    def total(self, checkpointing: bool) -> int:
-        if checkpointing:
-            return sum(self.inputs) + max(self.layers) + self.outside
-        return sum(self.layers) + self.outside
+    def total(self, checkpointing: bool, every_n_layers: int = 1, offload: bool = False) -> int:
+        if not checkpointing:
+            return sum(self.layers) + self.outside
+        again = range(0, len(self.layers), every_n_layers)
+        inputs = [self.inputs[i] for i in again]
+        whole = sum(size for i, size in enumerate(self.layers) if i not in again)
+        return whole + (max(inputs) if offload else sum(inputs)) + max(self.layers[i] for i in again) + self.outside
 
 
 class SavedBytes:
@@ -247,6 +251,7 @@ class MemoryModel:
         model: the model under PEFT or not, requiring gradients where it will be trained.
         optimizer: name of the optimizer as TrainingArguments takes it. device, autocast: as `saved_by_decoder`.
         quantization: how its weights will be held, as in ModelConfig; they stand here unquantized.
+        checkpointing: how layers are run again, as TrainingArguments.activation_checkpointing_kwargs: every_n_layers, offload.
         loss_type: the objective; SynPO makes the gradient of a trained head in another way (synpo_kernels.pairs_trained).
     """
 
@@ -258,15 +263,17 @@ class MemoryModel:
         autocast: torch.dtype | None = None,
         quantization: str = "none",
         loss_type: str = "synpo",
+        checkpointing: Mapping[str, Any] | None = None,
     ) -> None:
-        self.loss_type = loss_type
+        self.loss_type, self.optimizer = loss_type, optimizer
+        self.how = {
+            name: value for name, value in (checkpointing or {}).items() if name in ("every_n_layers", "offload")
+        }
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device, self.autocast = device, autocast
         trained = [p for p in model.parameters() if p.requires_grad]
         self.weights = weight_bytes(model, quantization)
-        states = next((count for name, count in STATES.items() if name in optimizer), 2)
-        numbers = sum(p.numel() for p in trained)
-        self.trained = _nbytes(trained) + states * (numbers if "8bit" in optimizer else _nbytes(trained))
+        self.trained = _nbytes(trained) + state_bytes(optimizer, trained)
         self._saved: dict[tuple[Lengths, str], tuple[Saved, Saved]] = {}
 
     def saved(self, batch: Batch, checkpointing: bool) -> int:
@@ -278,7 +285,7 @@ class MemoryModel:
                 for n in (1, 2)
             )
             self._saved[key] = one, two
-        first, second = (saved.total(checkpointing) for saved in self._saved[key])
+        first, second = (saved.total(checkpointing, **self.how) for saved in self._saved[key])
         return first + (batch.pairs - 1) * (second - first)
 
     def step(self, batch: Batch, checkpointing: bool = False) -> Memory:

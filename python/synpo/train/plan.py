@@ -77,6 +77,7 @@ class Plan:
     modules: int
     dtype: str
     precision: str
+    optimizer: str
     estimates: list[Estimate]
 
 
@@ -176,6 +177,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         wrapped = make_trainable(lm, config)
     device = "cpu" if config.model.device == "cpu" else "cuda"
     settle(args, lm, device)
+    how: Any = args.activation_checkpointing_kwargs
     model = MemoryModel(
         lm.model,
         optimizer=str(getattr(args.optim, "value", args.optim)),
@@ -183,6 +185,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         quantization=config.model.quantization,
         loss_type=args.loss_type,
+        checkpointing=how,
     )
     used = dataset.lengths
     chosen_layout = "shared" if getattr(args, "prefix_sharing", False) else "padded"
@@ -218,6 +221,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         modules=len(wrapped),
         dtype=str(lm.base.get_input_embeddings().weight.dtype).removeprefix("torch."),
         precision=in_words(args, lm),
+        optimizer=model.optimizer,
         estimates=estimates,
     )
 
@@ -253,7 +257,8 @@ def show(found: Plan, as_json: bool = False) -> None:
         f"longest pair: {longest['id']}" + (f" ({longest['video']})" if longest["video"] else ""),
         f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.precision}),",
         f"LoRA on {found.modules} modules;" if found.modules else "the whole language model;",
-        f"{found.steps} optimizer steps",
+        f"{found.steps} steps of {found.optimizer}"
+        + (" (its states stay on the host where the GPU is full)" if found.optimizer.startswith("paged") else ""),
         *([f"\nreference: {found.reference}"] if found.reference else []),
         f"\nas trained: {found.answers}",
         markup=False,

@@ -39,6 +39,7 @@ from synpo.train.checkpoint import last_checkpoint, writing
 from synpo.train.choices import OPEN, multiply_with_tf32, settle
 from synpo.train.guard import MODES
 from synpo.train.objective import Outcome, PairObjective, parameters_of
+from synpo.train.optimizers import check_optimizer
 from synpo.train.reference import kind_of, precompute
 from synpo.train.repetition import repetition
 from synpo.train.sharing import collator_for
@@ -113,6 +114,12 @@ class SynPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Run layers again in the backward pass. Left open: on a GPU, from a billion parameters on."},
     )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "every_n_layers: one of so many layers only; offload: true: what is kept stays in the host's memory."
+        },
+    )
 
     guard: str = field(
         default="warn", metadata={"help": "off, warn, or stop when negatives dominate or language breaks."}
@@ -136,10 +143,15 @@ class SynPOConfig(TrainingArguments):
             raise ConfigError(f"train.guard: expected {', '.join(MODES)}, got {self.guard!r}")
         kind_of(self.reference, adapter=True)
         check_reporters(self.report_to)
+        check_optimizer(str(getattr(self.optim, "value", self.optim)))
         if self.held_out > 0 and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy, self.eval_on_start = "epoch", True
         if self.gradient_checkpointing and self.activation_checkpointing is None:  # its name in earlier releases
             self.activation_checkpointing = True
+        self.activation_checkpointing_kwargs = (
+            self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
+        )
+        self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         self.left_open = tuple(name for name in OPEN if getattr(self, name) is None)
         self.bf16 = bool(self.bf16)
         super().__post_init__()
