@@ -209,7 +209,7 @@ def test_bad_videos_are_left_out_and_named(
     result = build_pairs(settings(tiny_captioner_path), root, out)
     assert result.videos == 9 and result.candidates == 15
     assert set(result.problems) == {"noise.mp4", "empty.mp4", "torn.mp4", "unfinished.mp4"}
-    assert "unfinished.mp4 can be decoded up to" in result.problems["unfinished.mp4"]
+    assert "of the 8 wanted frames do not decode" in result.problems["unfinished.mp4"]
     rows = [row for _, row in read_jsonl(tmp_path / "pairs.jsonl.work" / "problems.jsonl")]
     assert {r["video"] for r in rows} == set(result.problems) and all(r["reason"] for r in rows)
     assert not {p.video for p in read_records(Pair, out)} & set(result.problems)

@@ -29,6 +29,7 @@ def write_steps(
     rate: int = 8,
     codec: str = "libx264",
     *,
+    size: tuple[int, int] = (64, 48),
     offset: int = 0,
     noise: int = 0,
     gop: int | None = None,
@@ -41,19 +42,19 @@ def write_steps(
     sound: float = 0.0,
     title: str = "",
 ) -> Path:
-    """Grey video, 64 × 48, whose shade grows by 10 a frame, from 0 again after 25.
+    """Grey video, `size` pixels wide and high, whose shade grows by 10 a frame, from 0 again after 25.
 
     Args:
         offset: frames by which it starts late. noise: how far single pixels lie off, so that pictures take up bytes.
         gop: frames from one key frame to the next. options, container: of the encoder and of the muxer.
         milliseconds: when the i-th frame is shown, instead of evenly. sound: seconds of silence beside it.
     """
-    grain = np.random.default_rng(0).integers(0, noise + 1, (48, 64, 3))
+    grain = np.random.default_rng(0).integers(0, noise + 1, (*size[::-1], 3))
     with av.open(str(path), "w", format=format, options=dict(container or {})) as box:
         if title:
             box.metadata["title"] = title
         stream = box.add_stream(codec, rate=rate, options=dict(options or {}))
-        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
         if gop:
             stream.codec_context.gop_size = gop
         if aspect:

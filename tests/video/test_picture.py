@@ -136,6 +136,16 @@ def test_a_size_that_changes_is_scaled_to_the_first(suffix: str, tmp_path: Path)
     assert shades(frames) == pytest.approx([1, 4, 7, 10, 13, 16, 19, 22], abs=0.6)
 
 
+def test_recordings_of_two_sizes_joined_into_one(tmp_path: Path) -> None:
+    sizes = ((64, 48), (112, 64))
+    parts = [write_steps(tmp_path / f"{w}.ts", 12, size=(w, h)).read_bytes() for w, h in sizes]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(parts))
+    frames = read_frames(path, [(i + 0.5) / 8 for i in range(24)])
+    assert frames.shape == (24, 3, 48, 64)
+    assert shades(frames) == pytest.approx([*range(12), *range(12)], abs=0.6)
+
+
 @pytest.mark.parametrize("size", [(402, 2), (1 << 14, 1 << 13)])
 def test_frames_that_no_model_can_take_are_refused_by_name(size: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "odd.gif" if size[1] > 2 else tmp_path / "odd.mp4"

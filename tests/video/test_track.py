@@ -117,7 +117,7 @@ def write_streams(path: Path, *streams: tuple[str, tuple[int, int], int, Disposi
             stream.width, stream.height = width, height
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             if disposition is not None:
-                stream.disposition = disposition
+                stream.disposition = disposition.value
         for i in range(24):
             for k, (stream, (_, _, count, _)) in enumerate(zip(made, streams)):
                 if i < count:

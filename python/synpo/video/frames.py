@@ -23,11 +23,11 @@ from synpo.video.picture import to_picture
 from synpo.video.track import NEVER, OPTIONS, Packets, Track, naming, open_video, track_of
 
 SEEK_PAYS = 16  # packets that need not be decoded, from which a seek is the cheaper way
-FEW = (
-    2  # wanted moments that may lie past the end; of those whose frames are there and do not decode, a quarter at most
-)
+FEW = 2  # wanted moments that may lie past the end, or miss their frame if they are a quarter at most
+NEAR = 2  # frames by which a moment may miss its own: a field or a hidden frame has a packet, and is no picture
 END = np.iinfo(np.int64).max  # mark of no frame, after the last
 READING = 2  # goes up when `read_frames` gives other pictures of a file than before; what is kept of them is made again
+Marked = tuple[int, VideoFrame | None]  # a frame and what it is known by
 
 
 class _Astray(Exception):
@@ -64,64 +64,69 @@ def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor:
         uint8 RGB, (len(times), 3, H, W).
 
     Raises:
-        VideoError: the file is damaged, holds no frame, or more than a few of `times` lie past the last frame that decodes.
+        VideoError: the file is damaged, holds no frame, or more than a few of `times` lie past its end, or in
+            what does not decode.
     """
     if not times or any(b < a for a, b in zip(times, times[1:])):
         raise ValueError(f"times should be a non-empty ascending sequence of seconds, got {list(times)}")
     track = track_of(path)
-    wanted = track.marks[np.maximum(np.searchsorted(track.starts, times, side="right") - 1, 0)].tolist()
+    places = np.maximum(np.searchsorted(track.starts, times, side="right") - 1, 0)
+    wanted = track.marks[places].tolist()
     with naming(path):
         try:
-            pictures, last, reason = _decode(path, track, wanted, seeks=not track.counted)
+            pictures, reason = _decode(path, track, wanted, seeks=not track.counted)
         except _Astray:
-            pictures, last, reason = _decode(path, track, wanted, seeks=False)
-        lost = sum(mark > last for mark in wanted)
-        late = sum(mark > last or time >= track.duration for mark, time in zip(wanted, times))
-        if late > (min(FEW, len(times) // 4) if lost else FEW):
-            end = np.append(track.starts, track.duration)[np.searchsorted(track.marks, last, side="right")]
+            pictures, reason = _decode(path, track, wanted, seeks=False)
+        shown = np.searchsorted(track.marks, [pictures[mark][0] for mark in wanted])
+        missed = places - shown > NEAR
+        late = missed | (np.asarray(times) >= track.duration)
+        if late.sum() > FEW or 4 * missed.sum() > len(times):
+            first = times[int(late.argmax())]
             raise VideoError(
-                f"{path} can be decoded up to {end:.2f} s, and {late} of the {len(times)} wanted frames lie past that{reason}; "
-                "the file is cut off or damaged"
+                f"{path}: {late.sum()} of the {len(times)} wanted frames do not decode, the first of them at {first:.2f} s of "
+                f"{track.duration:.2f} s{reason}; the file is cut off or damaged"
             )
-        return torch.from_numpy(np.stack([pictures[mark] for mark in wanted])).permute(0, 3, 1, 2).contiguous()
+        images = np.stack([pictures[mark][1] for mark in wanted])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def _decode(
     path: str | os.PathLike[str], track: Track, wanted: Sequence[int], seeks: bool
-) -> tuple[dict[int, np.ndarray], int, str]:
-    """The picture of each frame in `wanted`, an ascending sequence of marks, or of the last one before it.
+) -> tuple[dict[int, tuple[int, np.ndarray]], str]:
+    """For each mark in `wanted`, which ascend, the picture of that frame or of the last before it, and its own mark.
 
-    Beside them the last mark that decodes, END where nobody needed to know, and why no more do.
+    Beside them why no more frames decode, where the end was reached.
     """
-    pictures: dict[int, np.ndarray] = {}
-    last, reason = END, ""
+    pictures: dict[int, tuple[int, np.ndarray]] = {}
+    reason = ""
     with open_video(path) as container:
         stream = container.streams[track.stream]
         stream.thread_type = "AUTO"
         stream.codec_context.options = OPTIONS
         frames, sought, place = _decoded(container, stream, track), False, 0
-        at, frame, before = NEVER, None, None  # the newest frame, its mark, and the frame before it
+        newest: Marked = (NEVER, None)
+        before: Marked = (NEVER, None)
         for mark in wanted:
             if seeks:
                 key, there = _entry(track, mark)
                 if key - place > SEEK_PAYS:
                     frames, sought = _decoded(container, stream, track, key), True
-                    at, frame, before = NEVER, None, None
+                    newest = before = (NEVER, None)
                 place = there
-            while at < mark:
-                last, before = at, frame
+            while newest[0] < mark:
+                before = newest
                 try:
-                    at, frame = next(frames)
+                    newest = next(frames)
                 except StopIteration as end:
-                    at, frame, reason = END, None, end.value
-            if at != mark and sought:
+                    newest, reason = (END, None), end.value
+            if newest[0] != mark and sought:
                 raise _Astray
-            chosen = frame if at == mark or before is None else before
-            if chosen is None:
+            own, frame = newest if newest[0] == mark or before[1] is None else before
+            if frame is None:
                 raise VideoError(f"{path} holds no frame{reason}")
             if mark not in pictures:
-                pictures[mark] = to_picture(chosen, track.aspect, track.size)
-    return pictures, last if at == END else END, reason
+                pictures[mark] = own, to_picture(frame, track.aspect, track.size)
+    return pictures, reason
 
 
 def _entry(track: Track, mark: int) -> tuple[int, int]:

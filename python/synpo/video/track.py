@@ -36,7 +36,7 @@ JUMP = 10.0  # seconds without a packet that mean a jump where the clock may jum
 UNORDERED = frozenset(
     {"h264", "hevc", "vvc"}
 )  # FFmpeg cannot tell when these are shown; where AVI holds no times, it guesses
-OPTIONS = {"max_pixels": str(MAX_PIXELS)}
+OPTIONS = {"max_pixels": str(MAX_PIXELS)}  # of decoders; given to av.open they crash PyAV 15 where streams show up late
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def open_video(path: str | os.PathLike[str]) -> av.container.InputContainer:
-    return av.open(os.fspath(path), metadata_errors="replace", options=OPTIONS)
+    return av.open(os.fspath(path), metadata_errors="replace")
 
 
 def track_of(path: str | os.PathLike[str]) -> Track:
@@ -105,7 +105,7 @@ def track_of(path: str | os.PathLike[str]) -> Track:
         return _measure(Path(path), stat.st_size, stat.st_mtime_ns)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def _measure(path: Path, size: int, changed: int) -> Track:
     with open_video(path) as container:
         streams = [s for s in container.streams.video if not s.disposition & NO_VIDEO and s.codec_context is not None]
@@ -151,9 +151,7 @@ def _demux(
     try:
         for packet in container.demux(streams):
             if not packet.size:
-                if (
-                    packet.dts is None
-                ):  # the sign of the end. After it PyAV may stumble over streams that came up on the way
+                if packet.dts is None:  # the end, behind which PyAV may stumble over streams that came up on the way
                     break
                 continue
             index = packet.stream.index
