@@ -33,9 +33,11 @@ NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
 NEVER = np.iinfo(np.int64).min  # a time that a packet does not have
 NO_TIMES, CLOCK_MAY_JUMP = 0x80, 0x200  # AVFMT_NOTIMESTAMPS and AVFMT_TS_DISCONT, flags of a container format
 JUMP = 10.0  # seconds without a packet that mean a jump where the clock may jump; FFmpeg's own threshold
-UNORDERED = frozenset(
-    {"h264", "hevc", "vvc"}
-)  # FFmpeg cannot tell when these are shown; where AVI holds no times, it guesses
+UNORDERED = {
+    "h264",
+    "hevc",
+    "vvc",
+}  # where the container holds no times, FFmpeg makes some up, and for these wrong ones
 OPTIONS = {"max_pixels": str(MAX_PIXELS)}  # of decoders; given to av.open they crash PyAV 15 where streams show up late
 
 
