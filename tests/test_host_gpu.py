@@ -104,6 +104,7 @@ def test_a_run_learns_what_it_learns_on_the_cpu(
     assert there["losses"] == pytest.approx(losses, rel=2e-2 if half or "bf16" in extra else 1e-4)
     assert len(losses) == 3 and losses[0] != losses[-1]
     assert there["waits"] == [waits] * 3
+    assert there["calls"] == [2 if half else 0] * 3  # one a layer for both pairs of a row
 
 
 def test_captions_are_those_of_the_cpu(data: Path, tiny_captioner_path: Path) -> None:

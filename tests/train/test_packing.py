@@ -9,7 +9,10 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention import varlen
 
+from host_reads import HostReads
+from runs_of_torch import Runs, attend
 from synpo.config import ConfigError
 from synpo.data.collate import PairCollator
 from synpo.data.features import VisionCache
@@ -147,14 +150,92 @@ def test_other_masks_are_attended_to_as_before(family_lm: Any) -> None:
     torch.testing.assert_close(results[1], results[2], rtol=1e-4, atol=1e-5)
 
 
-def test_kernels_that_align_the_ends_need_no_mask() -> None:
-    """Flash attention's convention for fewer queries than keys, on a kernel of that kind made of torch."""
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """torch's kernel for runs of unequal length, made of torch, where packed rows take it for their own."""
+    kernel = Runs()
+    monkeypatch.setattr(packing, "one_call", lambda *_: True)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    return kernel
 
-    def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **_: Any) -> tuple[Tensor, None]:
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+def test_one_call_a_layer_for_all_pairs(family: str, family_lm: Any, runs: Runs) -> None:
+    lm = family_lm(family)
+    pairs = pairs_of(lm)
+    packed = losses_and_gradients(lm, pairs, True)
+    layers = lm.base.config.get_text_config().num_hidden_layers
+    assert runs.calls == layers
+    assert_same(packed, losses_and_gradients(lm, pairs, False))
+    assert runs.calls == layers and why_not(lm) is None
+    lm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.model.train()
+    assert_same(losses_and_gradients(lm, pairs, True), packed)
+
+
+def test_runs_begin_and_end_where_they_should() -> None:
+    row = packing._Row([[5, 3, 4], [2, 1, 6]])
+    found = row.runs(torch.tensor([[[[5, 3, 4], [2, 1, 6]]]]), torch.device("cpu"))
+    assert found.queries.tolist() == [0, 8, 12, 15, 21] and found.keys.tolist() == [0, 8, 17, 20, 28]
+    first, second = [*range(8), *range(5), *range(8, 12)], [12, 13, 14, 12, 13, *range(15, 21)]
+    assert found.places.tolist() == [*first, *second] and found.longest == (8, 9)
+    assert row.runs(torch.zeros(1), torch.device("cpu")) is found  # once a row
+
+
+def test_runs_are_made_without_a_look_at_the_device() -> None:
+    lengths = torch.tensor([[[[5, 3, 4], [2, 1, 6]]]])
+    with HostReads() as reads:
+        packing._Row(lengths.flatten(0, -2).tolist()).runs(lengths, torch.device("cpu"))
+    assert not reads.found
+
+
+def test_when_one_call_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, options = torch.empty(1, 4, 9, 64, dtype=torch.bfloat16, device="meta"), {"dropout": 0.0, "scaling": 0.1}
+
+    def serves(query: Tensor = half, value: Tensor | None = None, **other: Any) -> bool:
+        return packing.one_call(query, query if value is None else value, options | other)
+
+    assert not serves()
+    with packing.meant_for("cpu"):
+        assert not serves()
+    with packing.meant_for("cuda"):
+        assert serves() and serves(half.half()) and serves(softcap=None)
+        assert not serves(half.float()) and not serves(dropout=0.1) and not serves(softcap=30.0)
+        assert not serves(half[..., :60]) and not serves(half, half[..., :32])
+        assert not serves(half.new_empty(1, 4, 9, 512)) and serves(half.new_empty(1, 4, 9, 256))
+        monkeypatch.setattr(packing, "TAKES", {"is_causal"})  # of torch 2.10
+        assert not serves()
+    assert not serves(torch.empty(1, 4, 9, 64, dtype=torch.bfloat16))
+
+
+def test_autocast_says_what_attention_computes_in(family_lm: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary angles of float32 weights leave queries and keys in float32."""
+    lm = family_lm("qwen2")
+    seen: list[torch.dtype] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.extend({query.dtype, key.dtype, value.dtype})
+        return runs(query, key, value, *args, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    exact = losses_and_gradients(lm, pairs_of(lm), False)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = losses_and_gradients(lm, pairs_of(lm), True)[0]
+    assert set(seen) == {torch.bfloat16}
+    assert float((loss - exact).abs() / exact.abs()) < 2e-2
+
+
+def test_flash_attention_is_given_runs() -> None:
+    """transformers' names for them, and a kernel of that kind made of torch."""
+    calls: list[int] = []
+
+    def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
         assert mask is None
-        unequal = key.shape[2] - query.shape[2]
-        aligned = torch.ones(query.shape[2], key.shape[2]).tril(unequal).bool()
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, aligned).transpose(1, 2), None
+        bounds = [given[f"cu_seq_lens_{side}"].tolist() for side in "qk"]
+        for found, longest in zip(bounds, (given["max_length_q"], given["max_length_k"])):
+            assert max(b - a for a, b in zip(found, found[1:])) == longest
+        calls.append(1)
+        return attend(*(x[0].transpose(0, 1) for x in (query, key, value)), *bounds)[None], None
 
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 4, 21, 8, generator=generator)
@@ -163,6 +244,7 @@ def test_kernels_that_align_the_ends_need_no_mask() -> None:
     masked = packing._attend(packing._installed["sdpa"], True, None, query, key, value, lengths, {})
     assert masked.shape == (1, 21, 4, 8)
     torch.testing.assert_close(packing._attend(flash, False, None, query, key, value, lengths, {}), masked)
+    assert calls == [1]
 
 
 SETTINGS: dict[str, Any] = {

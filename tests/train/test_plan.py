@@ -13,6 +13,7 @@ from synpo.cli import main
 from synpo.config import Config, ConfigError, LoraSection, ModelConfig, build
 from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair, Lengths, PairEncoder
+from synpo.model import packing
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
 from synpo.records import Pair, write_records
@@ -130,6 +131,24 @@ def batch_mask(batch: Any, shape: Batch) -> torch.Tensor:
         return batch["lengths"][None, None]
     rows, length = shape.shape
     return torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+
+
+def test_one_call_for_all_pairs_keeps_what_it_is_given_and_gives() -> None:
+    """On a GPU and in half precision: queries (L, 8, 64), the keys and values of both runs of a pair, (Σ 2P + C + R, 2, 64)."""
+    packing.install("sdpa")
+    query, key, value = (
+        torch.empty(1, heads, 33, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (8, 2, 2)
+    )
+    lengths = torch.tensor([[[[9, 3, 4], [12, 1, 4]]]])
+    counter = SavedBytes(torch.nn.Module())
+    with packing.meant_for("cuda"), counter.counting():
+        attended = packing._attend(packing._installed["sdpa"], True, None, query, key, value, lengths, {})
+    keys = 2 * 9 + 3 + 4 + 2 * 12 + 1 + 4
+    numbers = 33 * 8 * 64 + 2 * keys * 2 * 64 + 33 * 8 * 64
+    bounds, places = 2 * 5 * 4, keys * 8
+    assert attended.shape == (1, 33, 8, 64)
+    found = counter.by_layer[-1]
+    assert 2 * numbers + 4 * 33 * 8 + bounds <= found <= 2 * numbers + 4 * 33 * 8 + bounds + places + 64
 
 
 def test_activations_grow_evenly_with_the_micro_batch(folders: dict[str, Path]) -> None:

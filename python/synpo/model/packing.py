@@ -5,10 +5,15 @@
     position   0 … P+C−1 for prompt and chosen, P … P+R−1 for rejected       (mrope: as in the separate sequences)
     predict    state P−1 predicts the first token of BOTH completions
 
-Attention is not one masked L×L product but two calls of the model's own kernel a pair: [P|C] against itself, causal, and R
-against [P|R]. Nothing is computed that a mask would throw away, no mask of L×L exists, and flash kernels serve both calls.
-On a GPU the second is computed again for the backward pass: else each layer would hold the prompt's keys and values twice, and
-where a mask keeps grouped heads from the kernel, repeated for every query head.
+Attention is not one masked L×L product: [P|C] attends to itself, causal, and R to [P|R], each to the end of its own keys. Nothing
+is computed that a mask would throw away, and no mask of L×L exists. Two ways:
+
+    one call a layer     a flash kernel over 2B runs of unequal length (flash-attn's, or torch's own on a GPU in half precision)
+                         with keys and values gathered as [P|C][P|R][P|C]…
+    two calls a pair     of the model's own kernel, where that does not serve. On a GPU the second is computed again for the
+                         backward pass: else each layer would hold the prompt's keys and values twice, and where a mask keeps
+                         grouped heads from the kernel, repeated for every query head.
+
 The lengths (B, 3) travel through the model where a 4-D attention mask would: transformers passes those on unchanged.
 
 Prior art: Wang & Hegde, arXiv 2410.20305 (one masked row a pair).
@@ -16,12 +21,17 @@ Prior art: Wang & Hegde, arXiv 2410.20305 (one masked row a pair).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +40,7 @@ from synpo.model.adapter import CaptionModel
 from synpo.model.vision import Vision
 
 MASKED = {"sdpa": True, "flash_attention_2": False, "flash_attention_3": False}
-"""Implementations that serve, and whether they need a mask to align the ends of fewer queries and more keys."""
+"""Implementations that serve, and whether they need a mask to align the ends of fewer queries and more keys, a call a run."""
 
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of layers that see only so many tokens, and the setting that says how many."""
@@ -39,8 +49,69 @@ AGAIN = {"cuda"}
 """Where rejected answers attend a second time in the backward pass: a GPU's memory is scarcer than its products; on a CPU this
 would cost a twentieth of the step."""
 
+HALVES = (torch.float16, torch.bfloat16)
+PLAIN = ("softcap", "s_aux")
+"""What changes a score or a sum, and only the model's own kernel knows."""
+
+TAKES = frozenset(inspect.signature(varlen.varlen_attn).parameters)
+"""The arguments of torch's kernel for runs of unequal length; releases differ in them."""
+
 _installed: dict[str, Callable[..., Any]] = {}
-_lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_meant_for: list[str] = []
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The 2B stretches of queries of a packed row and their keys: where they begin and end, (2B + 1,) int32, and the longest.
+
+    Keys are those at `places` (K,) int64 of the row, K = Σ 2P + C + R.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    places: Tensor
+    longest: tuple[int, int]
+
+
+@dataclass
+class _Row:
+    """(prompt, chosen, rejected) of every pair of a row, on the host."""
+
+    pairs: list[list[int]]
+    _runs: dict[torch.device, Runs] = field(default_factory=dict)
+
+    def runs(self, lengths: Tensor, device: torch.device) -> Runs:
+        """Made once a forward pass, of lengths (B, 3) on the device: the host neither copies nor waits."""
+        if device not in self._runs:
+            prompt, chosen, rejected = lengths.reshape(-1, 3).to(device).unbind(1)
+            answered = prompt + chosen
+            begin = (answered + rejected).cumsum(0) - answered - rejected
+            starts = torch.stack([begin, begin, begin + answered], 1).flatten()  # of [P|C], P and R
+            sizes = torch.stack([answered, prompt, rejected], 1).flatten()
+            total = sum(2 * p + c + r for p, c, r in self.pairs)
+            shift = (starts - sizes.cumsum(0) + sizes).repeat_interleave(sizes, output_size=total)
+            self._runs[device] = Runs(
+                _bounds(answered, rejected),
+                _bounds(answered, prompt + rejected),
+                torch.arange(total, device=device) + shift,
+                (max(max(p + c, r) for p, c, r in self.pairs), max(p + max(c, r) for p, c, r in self.pairs)),
+            )
+        return self._runs[device]
+
+
+def _bounds(first: Tensor, second: Tensor) -> Tensor:
+    return F.pad(torch.stack([first, second], 1).flatten().cumsum(0), (1, 0)).int()
+
+
+@contextmanager
+def meant_for(device: str) -> Iterator[None]:
+    """Inside, tensors without a storage are attended to as they would be on `device`."""
+    _meant_for.append(device)
+    try:
+        yield
+    finally:
+        _meant_for.pop()
 
 
 def implementation(lm: CaptionModel) -> str:
@@ -83,7 +154,7 @@ def packed_inputs(
     positions[..., 0, sequences.where(there, width)] = separate
     mask = lengths[None, None].to(input_ids.device, non_blocking=lengths.is_pinned())
     if not lengths.is_cuda:
-        _lengths[mask] = lengths.tolist()
+        _rows[mask] = _Row(lengths.tolist())
     return {**lm.inputs(input_ids, visions), "attention_mask": mask, "position_ids": positions[..., :width]}
 
 
@@ -117,13 +188,73 @@ def _attend(
     options: dict[str, Any],
 ) -> Tensor:
     """Attention (1, L, heads, head size) of packed pairs; query, key, value (1, heads, L, head size), lengths (1, 1, B, 3)."""
-    if lengths not in _lengths:  # one look at the device a forward pass, not one a layer
-        _lengths[lengths] = lengths.flatten(0, -2).tolist()
+    if lengths not in _rows:  # one look at the device a forward pass, not one a layer
+        _rows[lengths] = _Row(lengths.flatten(0, -2).tolist())
+    row: _Row = _rows[lengths]
+    if masked and not one_call(query, value, options):
+        return _pair_by_pair(inner, module, query, key, value, row.pairs, options)
+    runs = row.runs(lengths, query.device)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (1, L, heads, head size)
+    key, value = (x.index_select(1, runs.places) for x in (key, value))
+    if masked:
+        half = _half(query)
+        grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in TAKES else {}  # else it needs no word
+        out: Any = varlen.varlen_attn(
+            query[0].to(half),
+            key[0].to(half),
+            value[0].to(half),
+            runs.queries,
+            runs.keys,
+            max_q=runs.longest[0],
+            max_k=runs.longest[1],
+            scale=options.get("scaling"),
+            window_size=(-1, 0),  # causal, the ends of queries and keys aligned
+            **grouped,
+        )
+        return out[None]
+    bounds = {"cu_seq_lens_q": runs.queries, "cu_seq_lens_k": runs.keys}
+    longest = dict(zip(("max_length_q", "max_length_k"), runs.longest))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return inner(module, query, key, value, None, **options, **bounds, **longest)[0]
+
+
+def _half(query: Tensor) -> torch.dtype:
+    """The dtype that attention computes in."""
+    device = query.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else query.dtype
+
+
+def one_call(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    """Whether torch's kernel for runs of unequal length serves: flash attention on a GPU, in half precision, without dropout."""
+    meant = query.is_meta and bool(_meant_for)
+    device = _meant_for[-1] if meant else query.device.type
+    if device != "cuda" or _half(query) not in HALVES or not {"scale", "window_size"} <= TAKES:
+        return False
+    if options.get("dropout", 0.0) > 0 or any(options.get(name) is not None for name in PLAIN):
+        return False
+    if not query.shape[-1] == value.shape[-1] <= 256 or query.shape[-1] % 8:
+        return False
+    return meant or (
+        torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _pair_by_pair(
+    inner: Callable[..., tuple[Tensor, Any]],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pairs: list[list[int]],
+    options: dict[str, Any],
+) -> Tensor:
+    """As `_attend`, two calls a pair."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     again = learns and query.device.type in AGAIN
     parts = []
     start = 0
-    for prompt, chosen, rejected in _lengths[lengths]:
+    for prompt, chosen, rejected in pairs:
         answer, other, end = start + prompt, start + prompt + chosen, start + prompt + chosen + rejected
         first = slice(start, other)
         parts.append(inner(module, query[:, :, first], key[:, :, first], value[:, :, first], None, **options)[0])
@@ -131,7 +262,7 @@ def _attend(
         def second(query: Tensor, *pieces: Tensor) -> Tensor:
             keys, values = torch.cat(pieces[:2], dim=2), torch.cat(pieces[2:], dim=2)
             rows, columns = query.shape[2], keys.shape[2]
-            mask = query.new_ones(1, 1, rows, columns, dtype=torch.bool).tril(columns - rows) if masked else None
+            mask = query.new_ones(1, 1, rows, columns, dtype=torch.bool).tril(columns - rows)
             return inner(module, query, keys, values, mask, **options)[0]
 
         pieces = [x[:, :, part] for x in (key, value) for part in (slice(start, answer), slice(other, end))]

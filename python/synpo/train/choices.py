@@ -74,11 +74,16 @@ RULES: dict[str, Callable[[SynPOConfig, CaptionModel, str], bool]] = {
 OPEN = tuple(RULES)
 
 
+def half(args: SynPOConfig) -> torch.dtype | None:
+    """The dtype of autocast, None without."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+
+
 def in_words(args: SynPOConfig, lm: CaptionModel) -> str:
     """Precision and memory of a run whose choices are settled, for people."""
     weights = str(lm.base.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    half = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
-    words = [f"{weights} weights, {half} autocast" if half else f"{weights} weights and products"]
+    products = str(half(args)).removeprefix("torch.")
+    words = [f"{weights} weights, {products} autocast" if half(args) else f"{weights} weights and products"]
     words += ["TF32"] if args.tf32 else []
     words += ["activation checkpointing"] if args.activation_checkpointing else []
     return ", ".join(words)

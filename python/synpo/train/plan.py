@@ -33,7 +33,7 @@ from synpo.data.pairs import hold_out, load_pairs
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.vision import vision_for
-from synpo.train.choices import in_words, settle
+from synpo.train.choices import half, in_words, settle
 from synpo.train.lora import make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
 from synpo.train.reference import kind_of
@@ -182,7 +182,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         lm.model,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         device=device,
-        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        autocast=half(args),
         quantization=config.model.quantization,
         loss_type=args.loss_type,
         checkpointing=how,

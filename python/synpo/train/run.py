@@ -39,7 +39,7 @@ from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.train.checkpoint import last_checkpoint, owes_evaluation, set_broken_aside, writing
-from synpo.train.choices import OPEN, in_words, settle
+from synpo.train.choices import OPEN, half, in_words, settle
 from synpo.train.diagnostics import ends, read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import make_trainable
@@ -179,8 +179,7 @@ def _train(
     console.print(f"as trained: {wanted['answers']}", markup=False)
     earlier = None if before is None else before.get("chosen", {})
     wanted = {**wanted, "chosen": {**(earlier or {}), **settle(args, lm, lm.device.type, earlier)}}
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
-    features = VisionCache(output / "vision", lm, half) if args.cache_vision else None
+    features = VisionCache(output / "vision", lm, half(args)) if args.cache_vision else None
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)
     taught, held = hold_out(chosen, args.held_out)
     room = int(args.cache_gigabytes * 2**30)

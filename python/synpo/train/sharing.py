@@ -57,7 +57,9 @@ def _differences(lm: CaptionModel) -> str | None:
     seen, most = window(lm), max(len(p.prompt) for p in (first, second)) + LONGEST
     if seen is not None and seen < most:
         return f"{type(lm.base).__name__} has layers that see {seen} tokens, fewer than a short pair has"
-    tolerance = TOLERANCE.get(lm.head().weight.dtype, TOLERANCE[torch.float32])
+    kind = lm.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.head().weight.dtype
+    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
     packed, separate = _states(lm, [first, second], True), _states(lm, [first, second], False)
     if (error := _error(packed, separate)) > tolerance:
         return f"{type(lm.base).__name__} gives other states for packed rows than for separate ones (by {error:.1e})"

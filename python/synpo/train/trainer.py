@@ -36,7 +36,7 @@ from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
 from synpo.train.checkpoint import last_checkpoint, writing
-from synpo.train.choices import OPEN, multiply_with_tf32, settle
+from synpo.train.choices import OPEN, half, multiply_with_tf32, settle
 from synpo.train.guard import MODES
 from synpo.train.objective import Outcome, PairObjective, parameters_of
 from synpo.train.optimizers import check_optimizer
@@ -210,7 +210,8 @@ class SynPOTrainer(Trainer):
                 "train.cache_vision keeps what a frozen vision tower saw, and this one is trained: freeze it, or set "
                 "train.cache_vision = false"
             )
-        collate: Any = collator_for(lm, args.prefix_sharing)
+        with torch.autocast(args.device.type, half(args), enabled=half(args) is not None):
+            collate: Any = collator_for(lm, args.prefix_sharing)
         objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend, args.reference)
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process drives one GPU: DataParallel copies would lose the head's hook

@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
         patches.torch_cuda()
         patches.triton_interpreter()
+        patches.attention()
         patches.sampling()
     sys.argv = sys.argv[1:]
     if sys.argv[0] == "-m":

@@ -1,4 +1,4 @@
-"""What Python asks of CUDA: torch.cuda in a build of torch without it, Triton's interpreter, and a quick draw of tokens."""
+"""What Python asks of CUDA: torch.cuda in a build without it, Triton's interpreter, flash attention, a quick draw of tokens."""
 
 from __future__ import annotations
 
@@ -175,6 +175,16 @@ def triton_interpreter() -> None:
     mend()
     interpreter.GridExecutor._init_args_hst = as_they_are
     interpreter.GridExecutor._restore_args_dev = lambda self, *_: None
+
+
+def attention() -> None:
+    """Flash attention over runs of unequal length, made of torch."""
+    from torch.nn.attention import varlen
+
+    from runs_of_torch import Runs
+
+    varlen.varlen_attn = Runs(device.host)  # type: ignore[assignment]
+    torch.backends.cuda.is_flash_attention_available = lambda: True
 
 
 def sampling() -> None:

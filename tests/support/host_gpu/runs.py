@@ -44,25 +44,29 @@ def checks() -> list[str]:
 
 
 def train(values: str, videos: str, pairs: str, output: str) -> dict[str, Any]:
-    """A training run: waits of the host and bytes at the peak in every micro-batch, and what was logged."""
+    """A training run: its losses, and in every micro-batch waits of the host, attention over runs and bytes at the peak."""
+    from torch.nn.attention import varlen
+
     from synpo.train.run import train
     from synpo.train.trainer import SynPOTrainer
 
-    step, waits, peaks = SynPOTrainer.training_step, [], []
+    step, waits, peaks, calls = SynPOTrainer.training_step, [], [], []
+    kernel: Any = varlen.varlen_attn
 
     def watched(self: Any, *args: Any, **options: Any) -> Any:
-        before = device.waits()
+        before, called = device.waits(), kernel.calls
         torch.cuda.reset_peak_memory_stats()
         result = step(self, *args, **options)
         waits.append(device.waits() - before)
         peaks.append(torch.cuda.max_memory_allocated())
+        calls.append(kernel.calls - called)
         return result
 
     SynPOTrainer.training_step = watched  # type: ignore[method-assign]
     config = build(Config, json.loads(values))
     train(config, Path(videos) if videos else None, Path(pairs), Path(output))
     log = [json.loads(line) for line in Path(output, "train_log.jsonl").read_text().splitlines()]
-    return {"waits": waits, "peaks": peaks, "losses": [row["loss"] for row in log if "loss" in row]}
+    return {"waits": waits, "peaks": peaks, "calls": calls, "losses": [row["loss"] for row in log if "loss" in row]}
 
 
 def plan_and_train(values: str, pairs: str, output: str) -> dict[str, Any]:
