@@ -6,19 +6,18 @@
 #
 # The first builds the extension in place, then doctor, the kernel tests compiled, ahead-of-time compilation, compute-sanitizer,
 # tiles of the exponential kernel (bench/tune.py) and the loss benchmark. The second measures the rest: contrastive sampling, a
-# training step beside its peers and `synpo plan`, certified skipping under a trained head, decoding. Needs no network and no
+# training step beside its peers and `synpo plan`, decoding. Needs no network and no
 # installed synpo; the second needs PyAV, as synpo does. A part that fails or runs out of time is recorded, what it had found
 # included, and the rest goes on; the exit code tells at the end. OUTDIR gets seven files at most: status.json and logs.txt, written
 # anew after every part; tune.json, loss.{json,png} and, where time is left, sweep.{json,png} (ours.* instead where a peer brought
-# the benchmark down); or contrast.json, step.json, trained_head.json, decode.json. Give each command an OUTDIR of its own.
+# the benchmark down); or contrast.json, step.json, decode.json. Give each command an OUTDIR of its own.
 #
 #   --cpu          rehearse the script on a machine without a GPU: same parts, a few tests and kernels, tiny shapes
 #   CAPTIONER      folder of the demo's captioner, for decoding (demo-out/captioner, else a random model)
-#   CAPTIONS       folder of captions beside a folder `tokenizers`, for the trained head (../shared/data/captions)
 #   PYTHON         interpreter with torch (.venv/bin/python, else python3)
 #   GPU_BUDGET     seconds in all (540)
 #   PARTS          run these alone, as "build loss sweep" (facts build doctor aot tests kernels memcheck racecheck tune loss sweep;
-#                  with --pipeline: facts contrast step trained decode)
+#                  with --pipeline: facts contrast step decode)
 #   SYNPO_COMMIT   what to record as the commit where the history is not at hand
 set -u
 USAGE="usage: bench/gpu.sh OUTDIR [--pipeline] [--cpu]"
@@ -122,24 +121,19 @@ if [ "$PHASE" = pipeline ]; then
     CAPTIONER=${CAPTIONER:-demo-out/captioner}
     MODEL=()
     if [ -d "$CAPTIONER" ]; then MODEL=(--model "$CAPTIONER"); fi
-    DATA=()
-    if [ -n "${CAPTIONS:-}" ]; then DATA=(--data "$CAPTIONS"); fi
     if [ "$MODE" = cpu ]; then
         export CUDA_VISIBLE_DEVICES=
         CONTRAST=(--device cpu --shapes 2x500 --seconds 1)
         STEP=(--device cpu --hidden 64 --layers 1 --vocab 512 --prompt 24 --answer 5 --time-budget 2)
-        TRAINED=(--device cpu --hidden 48 --minutes 0.1 --rows 64 --seconds 1)
         DECODE=(--device cpu --rows 2 --answers 2 --tokens 6 --seconds 0.1 --skip-long)
     else
         CONTRAST=(--device cuda --seconds 6)
         STEP=(--device cuda --time-budget 45)
-        TRAINED=(--device cuda --hidden 1536 --minutes 0.4 --rows 8192 --seconds 5)
         DECODE=(--device cuda --seconds 8)
     fi
     part facts 40 bash -c facts
     SHOW=60 part contrast 150 "$PYTHON" -m bench.contrast "${CONTRAST[@]}" --json "$OUT/contrast.json"
     SHOW=10 part step 160 "$PYTHON" -m bench.step "${STEP[@]}" --out "$OUT/step"
-    SHOW=30 part trained 110 "$PYTHON" -m bench.trained_head "${TRAINED[@]}" "${DATA[@]}" --work "$WORK" --out "$OUT/trained_head"
     SHOW=60 part decode "$(($(left) - 5))" "$PYTHON" -m bench.decode "${DECODE[@]}" "${MODEL[@]}" --json "$OUT/decode.json"
     finish
 fi
@@ -147,14 +141,14 @@ fi
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider)
 if [ "$MODE" = cpu ]; then
     export CUDA_VISIBLE_DEVICES=
-    TESTS=(tests/kernels/test_dispatch.py tests/kernels/test_losses.py)
+    TESTS=(tests/kernels/test_choice.py tests/kernels/test_losses.py)
     AOT=(--arch 90 --only "exp bf16")
     TUNE=(env TRITON_INTERPRET=1 "$PYTHON" -m bench.tune --device cpu --seconds 2)
     LOSS=(--device cpu --smoke)
     REST=(--device cpu --shapes 64x512x32:float32 --head frozen)
 else
     # what runs on the GPU first: what has not begun when the time for tests is spent is skipped
-    TESTS=(tests/kernels/test_{triton_kernels,linear_logprobs,contrast_triton,trained_pairs,epilogue,skipping,low_memory}.py)
+    TESTS=(tests/kernels/test_{triton_kernels,linear_logprobs,contrast_triton,trained_pairs,pair_loss,low_memory}.py)
     for file in tests/kernels/test_*.py; do
         [[ " ${TESTS[*]} " == *" $file "* ]] || TESTS+=("$file")
     done

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bench.cases import IGNORE_INDEX
 from bench.truth import synpo
-from synpo_kernels import FusedLinearSynPOLoss, dispatch
+from synpo_kernels import FusedLinearSynPOLoss
+from synpo_kernels.backends import choice
 
 HEADS = ("frozen", "trained")
-TOLERANCE = 2.0**-10  # of certified skipping
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -48,7 +48,7 @@ def _mode(device: torch.device, **options: Any) -> LossFunction:
 
 
 def _ours(backend: str, device: torch.device) -> LossFunction:
-    supports, _ = dispatch.BACKENDS[backend]
+    supports, _ = choice.BACKENDS[backend]
     usable, reason = supports(torch.empty(0, device=device))
     if not usable:
         raise RuntimeError(reason)
@@ -139,13 +139,11 @@ def _trl(device: torch.device) -> LossFunction:
 
 def providers() -> Iterator[Provider]:
     """All of them, ours first."""
-    for backend in dispatch.BACKENDS:
+    for backend in choice.BACKENDS:
         yield Provider(f"synpo {backend}", partial(_ours, backend), f"FusedLinearSynPOLoss(backend={backend!r})")
     low = partial(_mode, memory="low")
     yield Provider("synpo low-memory", low, "memory='low': slices computed again in backward", heads=("frozen",))
     yield Provider("synpo streaming", low, "memory='low': the logits twice, four products", heads=("trained",))
-    certified = partial(_mode, skip_tolerance=TOLERANCE)
-    yield Provider("synpo certified", certified, f"skip_tolerance={TOLERANCE:.1e}", heads=("frozen",))
     yield Provider("naive", _naive, "full logits in fp32, log-softmax, gather")
     yield Provider("naive compiled", _compiled, "torch.compile of naive")
     yield Provider("liger simpo", partial(_liger_simpo, True), "SimPO: the nearest work of the same cost", "simpo")

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from synpo_kernels.backends.passes import SLICE_BYTES
 from synpo_kernels.kernels import exp_tile
 from synpo_kernels.kernels.configs import TileConfig
-from synpo_kernels.passes import SLICE_BYTES
 
 SHAPES = ((8192, 152_064, 3584), (1024, 152_064, 3584), (1024, 32_000, 4096))  # N, V, D
 TINY = ((33, 70, 48), (16, 32, 16))

@@ -1,7 +1,7 @@
 """The C++ extension `_C`, and the reason in words when it is not there.
 
 Loading `_C` registers the tensor ops `torch.ops.synpo_kernels.*`. Its absence never breaks an import: `contrast.py` and
-`dispatch.py` then take the torch path and say so once.
+`backends/choice.py` then take the torch path and say so once.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .variants import Case
+    from .kernels.variants import Case
 
 # What a thread block may use, in bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -132,7 +132,7 @@ def keep(case: Case, report: Report, folder: Path) -> None:
 
 
 def _compile_task(task: tuple[int, int, str]) -> Report:
-    from .variants import cases
+    from .kernels.variants import cases
 
     arch, hidden, name = task
     return compile_case(next(case for case in cases([arch], hidden) if case.name == name))
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter replaces the compiler")
-    from .variants import cases
+    from .kernels.variants import cases
 
     every = list(cases(options.arch, options.hidden))
     if unknown := set(options.only) - {case.name for case in every}:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .certified import certified_logprobs, with_certificate
 from .checks import check_head, check_low_rank, in_autocast
-from .epilogue import SynPOOutput, synpo_pairs
-from .kept import kept
 from .losses import IGNORE_INDEX, check_layout
-from .pairs_trained import is_trained, synpo_trained
-from .parallel import from_shards, whole
+from .ops import logprobs
+from .ops.pair_loss import SynPOOutput, synpo_pairs
+from .ops.parallel import from_shards, whole
+from .ops.partial_head import kept
+from .ops.trained_pairs import is_trained, synpo_trained
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,9 +96,9 @@ def linear_logprobs(
     weight = weight if b is None else torch.cat([weight, b], 1)
     options = (flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend)
     if want_direction and not trained and memory == "default":
-        logps, _ = ops.frozen(*options)
+        logps, _ = logprobs.frozen(*options)
     else:
-        logps, _ = ops.trained(*options, memory == "low")
+        logps, _ = logprobs.trained(*options, memory == "low")
     return logps.view(labels.shape)
 
 
@@ -125,10 +124,9 @@ class FusedLinearSynPOLoss(nn.Module):
         alpha: sharpness of the preference term. beta: weight of the language reward.
         reduction: "mean" over the pairs that have tokens on both sides, or "sum".
         softcap, logit_scale, ignore_index, backend, memory, group: as `linear_logprobs`.
-        skip_tolerance: as `certified_logprobs`, for a frozen head; the output is then a `CertifiedSynPOOutput`.
 
     Under a trained head the gradients are finished in the forward pass, pair by pair as far as they fit a workspace
-    (`pairs_trained.PAIR_BYTES`, and V·D numbers in fp32), in three products; memory "low" streams them instead, with four
+    (`ops.trained_pairs.PAIR_BYTES`, and V·D numbers in fp32), in three products; memory "low" streams them instead, with four
     products and nothing but slices held.
     """
 
@@ -144,16 +142,12 @@ class FusedLinearSynPOLoss(nn.Module):
         backend: str = "auto",
         memory: str = "default",
         group: ProcessGroup | None = None,
-        skip_tolerance: float | None = None,
     ) -> None:
         super().__init__()
         if not alpha > 0 or beta < 0:
             raise ValueError(f"alpha must be positive and beta must not be negative, got alpha={alpha}, beta={beta}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        if skip_tolerance is not None and (memory != "default" or group is not None):
-            raise ValueError("skip_tolerance needs memory='default' and no group; leave one of them out")
-        self.skip_tolerance = skip_tolerance
         self.alpha, self.beta, self.reduction, self.backend, self.memory = alpha, beta, reduction, backend, memory
         self.softcap, self.logit_scale, self.ignore_index, self.group = softcap, logit_scale, ignore_index, group
 
@@ -196,12 +190,6 @@ class FusedLinearSynPOLoss(nn.Module):
             "ignore_index": self.ignore_index,
             "backend": self.backend,
         }
-        if self.skip_tolerance is not None:
-            if low_rank is not None:
-                raise ValueError("skip_tolerance does not go with low_rank; leave one of them out")
-            found = certified_logprobs(hidden, weight, labels, bias=bias, skip_tolerance=self.skip_tolerance, **options)
-            output, coefficients = self._end(found.logps, labels, cu_seqlens)
-            return with_certificate(output, coefficients, found)
         if low_rank is None and self.group is None and self.memory == "default" and is_trained(weight, bias):
             return self._trained(hidden, weight, labels, bias, cu_seqlens, sequences)
         options |= {"memory": self.memory, "low_rank": low_rank, "group": self.group}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _ext
-from .dispatch import triton_supports
+from .backends.choice import triton_supports
 
 BACKENDS = ("auto", "cpp", "triton", "torch")
 BLOCK_LOGITS = 2**19  # the torch path's slice of (B, V) on a CPU

@@ -36,7 +36,7 @@ def facts() -> dict[str, str]:
 
     from synpo import __version__
     from synpo_kernels._ext import describe
-    from synpo_kernels.dispatch import BACKENDS
+    from synpo_kernels.backends.choice import BACKENDS
 
     found = {
         "synpo": __version__,

@@ -1,8 +1,7 @@
 """total += A B for a slice of which only the first `count` rows hold anything, a number that stays on the device.
 
-Three forms, one kernel: the rows that count are rows of A and of the result (∂/∂x, N of them); or they are what is summed
-over (∂/∂W = Rᵀ X); or, of the first form, a tile of rows takes only the first columns of A, as many as the device says for
-it, and finds its rows of A and those of B through an index. A library product has no way to stop at a number the host does
+Two forms, one kernel: the rows that count are rows of A and of the result (∂/∂x, N of them), or they are what is summed over
+(∂/∂W = Rᵀ X). A library product has no way to stop at a number the host does
 not know.
 """
 
@@ -11,7 +10,6 @@ not know.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import triton
@@ -30,9 +28,6 @@ def counted_product_kernel(
     b_ptr,
     total_ptr,
     count_ptr,
-    kept_ptr,
-    index_ptr,
-    order_ptr,
     M,
     K,
     D,
@@ -47,16 +42,13 @@ def counted_product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUM_COUNTED: tl.constexpr,
-    HAS_KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid: cdiv(M, BLOCK_M) · cdiv(D, BLOCK_D) programs in one dimension; a program owns one tile of the result.
 
     Pointers: a (M, K), b (K, D), total (M, D) fp32, count () int32 rows that hold something, of which first_row lie
     before this slice. SUM_COUNTED: the counted rows are those of b, else those of a. Rows past the count are not read
-    into a result (they may hold anything), and their result is left alone. HAS_KEPT: row order[i] of a, order (M,) int64,
-    takes its first kept[i] columns, kept (M,) int64 and the same for a whole tile of i, with rows index[k] of b, index
-    (K,) int64; those in place i past the count are left alone. All three are touched with it alone.
+    into a result (they may hold anything), and their result is left alone.
     """
     tile_m, tile_d = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP_M)
     limit = tl.load(count_ptr) - first_row
@@ -71,33 +63,17 @@ def counted_product_kernel(
     d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     inner = tl.arange(0, BLOCK_K)
     inside_m, inside_d = (m < rows)[:, None], (d < D)[None, :]
-    if HAS_KEPT:
-        depth = tl.load(kept_ptr + tile_m * BLOCK_M).to(tl.int32)
-        m = tl.load(order_ptr + m, mask=m < rows, other=0)
     a_ptrs = a_ptr + m.to(tl.int64)[:, None] * stride_am + inner.to(tl.int64)[None, :] * stride_ak
     b_ptrs = b_ptr + inner.to(tl.int64)[:, None] * stride_bk + d.to(tl.int64)[None, :] * stride_bd
     total_ptrs = total_ptr + m.to(tl.int64)[:, None] * stride_tm + d[None, :]
     total = tl.load(total_ptrs, mask=inside_m & inside_d, other=0.0)
     for k in range(0, depth, BLOCK_K):
         a = tl.load(a_ptrs, mask=inside_m & (k + inner < depth)[None, :], other=0.0)
-        if HAS_KEPT:
-            row = tl.load(index_ptr + k + inner, mask=k + inner < depth, other=0)
-            b_ptrs = b_ptr + row[:, None] * stride_bk + d.to(tl.int64)[None, :] * stride_bd
         b = tl.load(b_ptrs, mask=(k + inner < depth)[:, None] & inside_d, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
         a_ptrs += BLOCK_K * stride_ak
-        if not HAS_KEPT:
-            b_ptrs += BLOCK_K * stride_bk
+        b_ptrs += BLOCK_K * stride_bk
     tl.store(total_ptrs, total, mask=inside_m & inside_d)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Which columns of a the rows take; see the kernel."""
-
-    sizes: Tensor  # (M,) int64, by place in the order, the same within each tile of rows
-    index: Tensor  # (K,) int64, the row of b that belongs to a column of a
-    order: Tensor  # (M,) int64, a permutation of the rows
 
 
 def launch(
@@ -108,7 +84,6 @@ def launch(
     *,
     first_row: int,
     sum_counted: bool,
-    kept: Kept | None = None,
     precision: str,
     config: TileConfig,
 ) -> None:
@@ -125,7 +100,6 @@ def launch(
         b,
         total,
         count,
-        *((count,) * 3 if kept is None else (kept.sizes, kept.index, kept.order)),
         m,
         k,
         d,
@@ -138,7 +112,6 @@ def launch(
         BLOCK_K=config.block_d,
         GROUP_M=config.group_n,
         SUM_COUNTED=sum_counted,
-        HAS_KEPT=kept is not None,
         PRECISION=precision,
         **config.options(),
     )

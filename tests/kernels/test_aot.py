@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from synpo_kernels import aot, variants
+from synpo_kernels import aot
+from synpo_kernels.kernels import variants
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = 3584

@@ -30,7 +30,9 @@ def stand_in() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from synpo_kernels import contrast, dispatch, fused, ops
+    from synpo_kernels import contrast
+    from synpo_kernels.backends import choice, gpu
+    from synpo_kernels.ops import logprobs
 
     chip = {"get_current_target": GPUTarget("cuda", ARCH, 32), "get_current_device": 0, "get_current_stream": 0}
     triton.runtime.driver.set_active(SimpleNamespace(**{k: lambda *_, v=v: v for k, v in chip.items()}))
@@ -43,15 +45,15 @@ def stand_in() -> None:
         print(self.__name__, flush=True)
 
     JITFunction.run = compile_only
-    for module in (dispatch, contrast):
+    for module in (choice, contrast):
         module.triton_supports = lambda hidden: (True, "")
-    dispatch.BACKENDS["triton"] = (lambda hidden: (True, ""), dispatch._triton)
-    fused._major = lambda device: ARCH // 10
-    ops._used = lambda labels, ignore_index: ignore_index  # as on a GPU, where the host does not see the labels
+    choice.BACKENDS["triton"] = (lambda hidden: (True, ""), choice._triton)
+    gpu._major = lambda device: ARCH // 10
+    logprobs._used = lambda labels, ignore_index: ignore_index  # as on a GPU, where the host does not see the labels
 
 
 def launch_everything() -> None:
-    from synpo_kernels import FusedLinearSynPOLoss, certified_logprobs, contrastive_sample, linear_logprobs
+    from synpo_kernels import FusedLinearSynPOLoss, contrastive_sample, linear_logprobs
 
     for n, v, d, dtype in ((24, 300, 64, torch.bfloat16), (1, 1, 1, torch.float16)):
         x, w = torch.randn(n, d, dtype=dtype, requires_grad=True), torch.randn(v, d, dtype=dtype)
@@ -64,7 +66,6 @@ def launch_everything() -> None:
             if n % 4 == 0:
                 loss = FusedLinearSynPOLoss(backend="triton")(x.view(4, -1, d), weight, labels.view(4, -1)).loss
                 torch.autograd.grad(loss, wanted)
-        certified_logprobs(x, w, labels, skip_tolerance=0.01, backend="triton")
     history = torch.zeros(2, 3, dtype=torch.int64)
     for v, options in ((1, {"top_k": 1}), (600, {"top_k": 5, "alpha": 1, "plausibility": 0.1})):
         more = {"repetition_penalty": 2, "history": history, "temperature": 0.7, "top_p": 1, **options}

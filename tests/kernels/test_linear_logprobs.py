@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from synpo_kernels import chunked, fused, linear_logprobs, passes
+from synpo_kernels import linear_logprobs
+from synpo_kernels.backends import gpu, passes, portable
 from synpo_kernels.reference import naive_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -322,7 +323,7 @@ def test_frozen_head_takes_no_weight_gradient(backend, device) -> None:
 
 def test_no_grad_skips_the_second_product(backend, device, monkeypatch) -> None:
     calls = []
-    tiles = {"chunked": chunked.TorchTiles, "triton": fused.TritonTiles}[backend]
+    tiles = {"chunked": portable.TorchTiles, "triton": gpu.TritonTiles}[backend]
     add_product = tiles.add_product
     monkeypatch.setattr(tiles, "add_product", lambda *a: (calls.append(1), add_product(*a)))
     hidden, weight = torch.randn(6, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device)

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from host_reads import HostReads
-from synpo_kernels import FusedLinearSynPOLoss, chunked, kept, linear_logprobs, lora_head, passes
+from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs, lora_head
+from synpo_kernels.backends import passes, portable
+from synpo_kernels.ops import partial_head
 from synpo_kernels.reference import naive_logprobs, naive_synpo
 
 N, V, D, R, S = 19, 53, 21, 4, 0.7
@@ -91,7 +93,7 @@ def test_the_frozen_weight_costs_no_gradient(device, monkeypatch) -> None:
     """The backward pass recomputes the slices and multiplies with r columns: nothing as wide as W, and once."""
     shapes: list[tuple[str, int]] = []
 
-    class Recorded(chunked.TorchTiles):
+    class Recorded(portable.TorchTiles):
         def add_product(self, total, slice_, b, first_row):
             shapes.append(("dX", total.shape[1]))
             super().add_product(total, slice_, b, first_row)
@@ -100,8 +102,8 @@ def test_the_frozen_weight_costs_no_gradient(device, monkeypatch) -> None:
             shapes.append(("dW", total.shape[1]))
             super().add_transposed_product(total, slice_, b, first_row)
 
-    monkeypatch.setattr(chunked, "TorchTiles", Recorded)
-    monkeypatch.setattr(kept, "TorchTiles", Recorded)
+    monkeypatch.setattr(portable, "TorchTiles", Recorded)
+    monkeypatch.setattr(partial_head, "TorchTiles", Recorded)
     labels, upstream = labels_and_upstream(device)
     given = inputs(torch.float32, device, USUAL, bias=False)
     loss = (fused(given, labels, backend="chunked") * upstream).sum()
@@ -164,17 +166,17 @@ def test_opcheck(ignore_index) -> None:
     x = torch.cat([given["hidden"], given["hidden"][:, :R]], 1).detach().requires_grad_()
     labels = labels if ignore_index is not None else labels.clamp(min=0)
     options = (2.0, 1.0, ignore_index, "chunked", False, "", True)
-    torch.library.opcheck(kept.kept, (x, given["weight"], given["b"], given["bias"], labels, *options))
+    torch.library.opcheck(partial_head.kept, (x, given["weight"], given["b"], given["bias"], labels, *options))
 
 
 def test_no_host_read_on_the_triton_path(device) -> None:
     given, (labels, upstream) = inputs(torch.float32, device, ()), labels_and_upstream(device)
     u, b = lora_head(given["hidden"], given["a"], given["b"], S)
     x, head = torch.cat([given["hidden"], u], 1), (given["weight"], b, given["bias"])
-    logps, normalizer, _, _ = kept.kept(x, *head, labels, None, 1.0, -100, "triton", False, "", True)
+    logps, normalizer, _, _ = partial_head.kept(x, *head, labels, None, 1.0, -100, "triton", False, "", True)
     known = labels, logps, normalizer, upstream
     with HostReads() as reads, torch.no_grad():
-        kept.kept_gradients._init_fn(x, *head, *known, None, 1.0, -100, "triton", False, True, True, True)
+        partial_head.kept_gradients._init_fn(x, *head, *known, None, 1.0, -100, "triton", False, True, True, True)
     assert reads.found == []
 
 

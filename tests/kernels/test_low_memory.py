@@ -9,8 +9,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs, ops, passes
+from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs
+from synpo_kernels.backends import passes
 from synpo_kernels.head import Head
+from synpo_kernels.ops import logprobs
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_same_results(ignore_index, dtype, trained, backend, device, small_block
 @pytest.mark.parametrize("d", [896, 3584, 8192])
 def test_the_plan_at_full_size(d, dtype) -> None:
     """8192 x 152064: a block of rows, a slice and a widened chunk of W stay below 20 MiB together."""
-    from synpo_kernels.chunked import TorchTiles
+    from synpo_kernels.backends.portable import TorchTiles
 
     x, head = torch.empty(8192, d, dtype=dtype, device="meta"), Head(torch.empty(152064, d, dtype=dtype, device="meta"))
     rows = passes.low_rows(x)
@@ -95,9 +97,9 @@ def test_peak_of_what_is_held(ignored, dtype, backend, device, monkeypatch) -> N
     assert rows < n / 2
     index = -100 if ignored else None
     with LiveBytes(x, head.weight, labels) as forward:
-        found = ops.forward(x, head, labels, index, backend, want_direction=False, low=True)
+        found = logprobs.forward(x, head, labels, index, backend, want_direction=False, low=True)
     with LiveBytes(x, head.weight, labels) as backward:
-        ops.gradients(x, head, labels, index, backend, found, found.logps, (True, False, False), True)
+        logprobs.gradients(x, head, labels, index, backend, found, found.logps, (True, False, False), True)
     assert rows * d * 4 < forward.most <= bound
     assert rows * d * 4 < backward.most - x.nbytes <= bound
 

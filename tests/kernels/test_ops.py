@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs, ops
+from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs
+from synpo_kernels.ops import logprobs
 
 N, V, D = 6, 11, 5
 
@@ -25,14 +26,16 @@ def arguments(dtype: torch.dtype, *, trained: bool, biased: bool, backend: str =
 @pytest.mark.parametrize("biased", [False, True], ids=["softcap", "bias"])
 @pytest.mark.parametrize(("ignore_index", "dtype"), [(None, torch.float32), (-100, torch.bfloat16)], ids=str)
 def test_opcheck(ignore_index, dtype, biased) -> None:
-    torch.library.opcheck(ops.frozen, arguments(dtype, trained=False, biased=biased, ignore_index=ignore_index))
+    torch.library.opcheck(logprobs.frozen, arguments(dtype, trained=False, biased=biased, ignore_index=ignore_index))
     given = arguments(dtype, trained=True, biased=biased, ignore_index=ignore_index)
     given = (*given, False)
-    torch.library.opcheck(ops.trained, given)
+    torch.library.opcheck(logprobs.trained, given)
     x, weight, bias, labels, *options = (a.detach() if isinstance(a, Tensor) else a for a in given)
-    found = ops.trained(x, weight, bias, labels, *options)
+    found = logprobs.trained(x, weight, bias, labels, *options)
     for want in [(True, False, False), (True, True, biased), (False, True, False)]:
-        torch.library.opcheck(ops.trained_gradients, (x, weight, bias, labels, *found, torch.ones(N), *options, *want))
+        torch.library.opcheck(
+            logprobs.trained_gradients, (x, weight, bias, labels, *found, torch.ones(N), *options, *want)
+        )
 
 
 def compiled(function):

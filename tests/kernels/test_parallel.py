@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs, parallel, passes
+from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs
+from synpo_kernels.backends import passes
+from synpo_kernels.ops import parallel
 from synpo_kernels.reference import naive_logprobs, naive_synpo
 from workers import run_workers
 

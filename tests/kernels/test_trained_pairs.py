@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from host_reads import HostReads
-from synpo_kernels import FusedLinearSynPOLoss, ops, pairs_trained, passes
+from synpo_kernels import FusedLinearSynPOLoss
+from synpo_kernels.backends import passes
 from synpo_kernels.head import Head
+from synpo_kernels.ops import logprobs, trained_pairs
 from synpo_kernels.reference import naive_synpo
 
 B, T, D, V = 4, 6, 20, 70
@@ -62,7 +64,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture(params=GROUPS)
 def grouped(request, device, monkeypatch) -> str:
-    monkeypatch.setitem(pairs_trained.PAIR_BYTES, device.type, GROUPS[request.param])
+    monkeypatch.setitem(trained_pairs.PAIR_BYTES, device.type, GROUPS[request.param])
     monkeypatch.setitem(passes.SLICE_BYTES, device.type, 4096)  # several chunks of the vocabulary
     return request.param
 
@@ -101,16 +103,16 @@ def test_the_paths_are_taken(device, monkeypatch) -> None:
     """What the workspace allows decides, pair by pair; where it holds no row at all, all stream in one pass over W."""
     for allowed, streamed in ((1 << 20, 0), (9 * ROW, 0), (8 * ROW, 2), (0, 1)):
         calls = []
-        monkeypatch.setitem(pairs_trained.PAIR_BYTES, device.type, allowed)
-        stream = pairs_trained.Step._stream
+        monkeypatch.setitem(trained_pairs.PAIR_BYTES, device.type, allowed)
+        stream = trained_pairs.Step._stream
         monkeypatch.setattr(
-            pairs_trained.Step, "_stream", lambda *a, calls=calls, stream=stream: (calls.append(1), stream(*a))
+            trained_pairs.Step, "_stream", lambda *a, calls=calls, stream=stream: (calls.append(1), stream(*a))
         )
         problem = Problem(device, packed=True)
         assert [LENGTHS[i] + LENGTHS[B + i] for i in range(B)] == [8, 9, 9, 6]
         problem.loss_of(problem.leaves(torch.float32), backend="chunked")
         assert len(calls) == streamed
-        monkeypatch.setattr(pairs_trained.Step, "_stream", stream)
+        monkeypatch.setattr(trained_pairs.Step, "_stream", stream)
 
 
 def test_backward_twice_and_with_other_numbers(backend, device) -> None:
@@ -241,9 +243,9 @@ def arguments(problem: Problem, dtype: torch.dtype, want: tuple[bool, bool, bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype) -> None:
     cpu = torch.device("cpu")
-    torch.library.opcheck(pairs_trained.synpo_trained, arguments(Problem(cpu), dtype, (True, True, False)))
+    torch.library.opcheck(trained_pairs.synpo_trained, arguments(Problem(cpu), dtype, (True, True, False)))
     packed = Problem(cpu, packed=True, bias=True)
-    torch.library.opcheck(pairs_trained.synpo_trained, arguments(packed, dtype, (True, False, True)))
+    torch.library.opcheck(trained_pairs.synpo_trained, arguments(packed, dtype, (True, False, True)))
 
 
 def test_bf16_sums_over_groups_are_rounded_once(device, monkeypatch) -> None:
@@ -253,7 +255,7 @@ def test_bf16_sums_over_groups_are_rounded_once(device, monkeypatch) -> None:
     weight = torch.randn(8, 4, generator=generator).to(device, torch.bfloat16)
     labels = torch.zeros(400, 1, dtype=torch.int64, device=device)
     labels[200:] = 1
-    monkeypatch.setitem(pairs_trained.PAIR_BYTES, device.type, 8 * 4 * 4)  # two pairs
+    monkeypatch.setitem(trained_pairs.PAIR_BYTES, device.type, 8 * 4 * 4)  # two pairs
     leaf, exact = weight.clone().requires_grad_(), weight.double().requires_grad_()
     module = FusedLinearSynPOLoss(reduction="sum", ignore_index=None, backend="chunked", alpha=1.0)
     (found,) = torch.autograd.grad(module(hidden, leaf, labels).loss, leaf)
@@ -290,12 +292,12 @@ def test_products_counted(monkeypatch) -> None:
         return products.operations / product
 
     def passed(low: bool, want: tuple[bool, bool, bool] | None, direction: bool = False) -> None:
-        found = ops.forward(hidden, head, labels, -100, "chunked", want_direction=direction, low=low)
+        found = logprobs.forward(hidden, head, labels, -100, "chunked", want_direction=direction, low=low)
         if want is not None:
-            ops.gradients(hidden, head, labels, -100, "chunked", found, g, want, low)
+            logprobs.gradients(hidden, head, labels, -100, "chunked", found, g, want, low)
 
     def trained() -> None:  # inside the op, where the mode sees every operation
-        pairs_trained.synpo_trained._init_fn(
+        trained_pairs.synpo_trained._init_fn(
             *(hidden, weight, None, labels, None, 4, 30.0, 0.2, "mean", None, 1.0, -100, "chunked", True, True, False)
         )
 
@@ -304,7 +306,7 @@ def test_products_counted(monkeypatch) -> None:
     assert counted(lambda: passed(True, (True, False, False))) == 3
     assert counted(lambda: passed(False, (True, True, False))) == 4
     assert counted(trained) == 3
-    monkeypatch.setitem(pairs_trained.PAIR_BYTES, "cpu", 0)
+    monkeypatch.setitem(trained_pairs.PAIR_BYTES, "cpu", 0)
     assert counted(trained) == 4
 
 
@@ -314,5 +316,5 @@ def test_no_host_read_on_the_triton_path(device) -> None:
     problem = Problem(device)
     given = arguments(problem, torch.float32, (True, True, False))
     with HostReads() as reads, torch.no_grad():
-        pairs_trained.synpo_trained._init_fn(*given[:-4], "triton", *given[-3:])
+        trained_pairs.synpo_trained._init_fn(*given[:-4], "triton", *given[-3:])
     assert reads.found == []

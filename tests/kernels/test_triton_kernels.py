@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from synpo_kernels import FusedLinearSynPOLoss, certified_logprobs, contrastive_sample, fused, linear_logprobs
-from synpo_kernels.kernels import contrast_sample, counted_product, epilogue, exact_rows, exp_tile
+from synpo_kernels import FusedLinearSynPOLoss, contrastive_sample, linear_logprobs
+from synpo_kernels.backends import gpu
+from synpo_kernels.kernels import contrast_sample, counted_product, exact_rows, exp_tile, pair_loss
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
 
 STRIDE = (1 << 30) + 64  # elements between rows: row 2 lies past 2³¹
@@ -127,7 +128,7 @@ def test_rows_past_the_count_are_not_computed(counted, written, device) -> None:
 
 
 def test_partition_keeps_the_order(device) -> None:
-    rows, count = fused.partition(torch.tensor([-100, 5, -100, 0, 2, -100], device=device), -100)
+    rows, count = gpu.partition(torch.tensor([-100, 5, -100, 0, 2, -100], device=device), -100)
     assert rows.tolist() == [1, 3, 4, 0, 2, 5] and count.item() == 3 and count.dtype == torch.int32
 
 
@@ -202,8 +203,6 @@ def every_path(device: torch.device) -> list[torch.Tensor]:
         module = FusedLinearSynPOLoss(backend="triton")
         loss = module(hidden.view(4, 3, 8), weight, labels.view(4, 3)).loss
         found += [loss.detach(), *torch.autograd.grad(loss, hidden)]
-    skipped = certified_logprobs(x.clone().requires_grad_(), w, labels, skip_tolerance=0.1, backend="triton")
-    found += [skipped.logps.detach(), skipped.bound]
     uniform = torch.full((12,), 0.4, dtype=torch.float64, device=device)
     return [*found, *contrastive_sample(x @ w.T, None, uniform=uniform, top_k=4, backend="triton")]
 
@@ -223,7 +222,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(device, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "device_of", Watched)
     launched: set[str] = set()
-    for module in (exp_tile, exact_rows, counted_product, epilogue, contrast_sample):
+    for module in (exp_tile, exact_rows, counted_product, pair_loss, contrast_sample):
         name = module.__name__.rpartition(".")[2]
 
         def launch(*args, name=name, real=module.launch, **options):
@@ -232,9 +231,9 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(device, monkeypatch
             return real(*args, **options)
 
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr("synpo_kernels.ops._used", lambda labels, ignore_index: ignore_index)  # as on a GPU
+    monkeypatch.setattr("synpo_kernels.ops.logprobs._used", lambda labels, ignore_index: ignore_index)  # as on a GPU
     every_path(device)
-    assert launched == {"exp_tile", "exact_rows", "counted_product", "epilogue", "contrast_sample"}
+    assert launched == {"exp_tile", "exact_rows", "counted_product", "pair_loss", "contrast_sample"}
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ from synpo.model.chat import Chat, Message, conversation, read_template
 from synpo.model.gather import gathering
 from synpo.model.vision import OneVision, Processor, Vision, processor_template, sequential_positions, vision_for
 from synpo_kernels import lora_head
-from synpo_kernels.parallel import gathered, whole
+from synpo_kernels.ops.parallel import gathered, whole
 
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
 """What configurations call the tokens that stand for what a model sees or hears."""

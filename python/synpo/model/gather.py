@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from synpo_kernels.parallel import gathered, partitioned
+from synpo_kernels.ops.parallel import gathered, partitioned
 
 
 def is_partitioned(model: Any) -> bool:

@@ -44,8 +44,8 @@ from synpo.data.tokenize import Lengths
 from synpo.model.packing import install, meant_for
 from synpo.model.quantize import weight_bytes
 from synpo.train.optimizers import state_bytes
-from synpo_kernels.pairs_trained import PAIR_BYTES
-from synpo_kernels.passes import MAX_ROWS, SLICE_BYTES
+from synpo_kernels.backends.passes import MAX_ROWS, SLICE_BYTES
+from synpo_kernels.ops.trained_pairs import PAIR_BYTES
 
 RESERVE = 1 << 30
 
@@ -252,7 +252,7 @@ class MemoryModel:
         optimizer: name of the optimizer as TrainingArguments takes it. device, autocast: as `saved_by_decoder`.
         quantization: how its weights will be held, as in ModelConfig; they stand here unquantized.
         checkpointing: how layers are run again, as TrainingArguments.activation_checkpointing_kwargs: every_n_layers, offload.
-        loss_type: the objective; SynPO makes the gradient of a trained head in another way (synpo_kernels.pairs_trained).
+        loss_type: the objective; SynPO makes the gradient of a trained head in another way (synpo_kernels.ops.trained_pairs).
     """
 
     def __init__(

@@ -9,17 +9,16 @@ count where it is, and blocks past it return at once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..head import Head, add_matmul
+from ..kernels import counted_product, exact_rows, exp_tile
+from ..kernels.configs import exact_config, product_config, tile_config
 from . import passes
-from .head import Head, add_matmul
-from .kernels import counted_product, exact_rows, exp_tile
-from .kernels.configs import exact_config, product_config, tile_config
 from .passes import Forward, Gradients, accumulate, directions, target_logits
-from .skipping import GROUP, Skipping
 
 FP16_MAGNIFY = 2.0**14
 
@@ -91,26 +90,6 @@ class TritonTiles:
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         self._add(total, slice_, b, first_row, transposed=False)
 
-    def add_kept_product(
-        self, total: Tensor, slice_: Tensor, b: Tensor, columns: Tensor, order: Tensor, kept: Tensor, first_row: int
-    ) -> None:
-        if not slice_.numel():
-            return
-        config = product_config(_major(b.device), b.element_size())
-        assert GROUP % config.block_n == 0
-        every = kept.new_full((), first_row + len(slice_), dtype=torch.int32)
-        counted_product.launch(
-            slice_.index_select(1, columns),
-            b,
-            total,
-            every if self.count is None else self.count,
-            first_row=first_row,
-            sum_counted=False,
-            kept=counted_product.Kept(kept, columns, order),
-            precision=_precision(),
-            config=config,
-        )
-
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         self._add(total, slice_.T, b, first_row, transposed=True)
 
@@ -131,7 +110,7 @@ class TritonTiles:
 
 
 def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """All rows, those to compute first and in order; and their number, on the device. See `dispatch.Partition`."""
+    """All rows, those to compute first and in order; and their number, on the device. See `choice.Partition`."""
     kept = labels != ignore_index
     before = kept.cumsum(0)  # kept rows up to and including this one
     row = torch.arange(len(labels), device=labels.device)
@@ -148,18 +127,13 @@ def forward(
     want_direction: bool,
     count: Tensor | None = None,
     low: bool = False,
-    tolerance: float | None = None,
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 past the count; see `passes`.
-
-    tolerance: leave out of U what `skipping` allows; rows that are done again are done whole.
-    """
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 past the count; see `passes`."""
     twice = want_direction and x.dtype == torch.float16
     tiles = TritonTiles(count, low)
     target, slope = target_logits(x, head, labels)
     target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
-    skip = None if tolerance is None or twice else Skipping(tolerance, head, torch.ones_like(target), count)
-    total, pull = accumulate(x, head, labels, target, tiles, want_pull=want_direction and not twice, skip=skip)
+    total, pull = accumulate(x, head, labels, target, tiles, want_pull=want_direction and not twice)
     total = _counted(total, count)  # what lies behind was not written
     logps = (target - target) - torch.log1p(total)  # the difference is 0, or NaN where the row is not finite
     direction = None
@@ -170,15 +144,10 @@ def forward(
     _redo(x, head, labels, flags, target, slope, logps, direction)
     if twice:
         anchor = target - logps - math.log(FP16_MAGNIFY)
-        skip = None if tolerance is None else Skipping(tolerance, head, (target - anchor).exp(), count)
-        _, pull = accumulate(x, head, labels, anchor, tiles, want_pull=True, skip=skip)
+        _, pull = accumulate(x, head, labels, anchor, tiles, want_pull=True)
         assert pull is not None
         direction = directions(head, labels, slope, -torch.expm1(logps), pull.div_(FP16_MAGNIFY))
-    found = Forward(logps, target - logps, direction)
-    if skip is None:
-        return found
-    normalizer = torch.full_like(total, FP16_MAGNIFY) if twice else 1.0 + total
-    return replace(found, bound=skip.bound(normalizer).where(flags == 0, 0.0), kept=skip.share())
+    return Forward(logps, target - logps, direction)
 
 
 def whole_rows(

@@ -23,9 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import skipping
-from .head import Head, compute_dtype
-from .skipping import Skipping
+from ..head import Head, compute_dtype
 
 OVERFLOW = 1e26  # about e⁶⁰: a row whose exponential sum passes this is computed again around its largest logit
 SLICE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}  # the slice of the logits that exists at any moment
@@ -74,16 +72,6 @@ class Tiles(Protocol):
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         """total (n, D) += slice_ (n, w) @ b (w, D), in the compute dtype."""
 
-    def add_kept_product(
-        self, total: Tensor, slice_: Tensor, b: Tensor, columns: Tensor, order: Tensor, kept: Tensor, first_row: int
-    ) -> None:
-        """total (n, D) += slice_ (n, w) @ b (w, D) over some columns of each row: of row order[i] the first kept[i].
-
-        Args:
-            columns: (w,) int64, all columns in the order in which they are kept. order: (n,) int64, all rows. kept: (n,)
-                int64, the same within each `skipping.GROUP` of rows in that order, and descending.
-        """
-
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         """total (w, D) += slice_ᵀ (w, n) @ b (n, D), in the compute dtype."""
 
@@ -95,8 +83,6 @@ class Forward:
     logps: Tensor  # (N,) log-probability of each label
     normalizer: Tensor  # (N,) log Σ_v exp(z_v)
     direction: Tensor | None  # (N, D) U_t = ∂logp_t/∂x_t in the dtype of x; None when it was not asked for
-    bound: Tensor | None = None  # (N,) what skipping may have changed in U_t, in norm; None where nothing is skipped
-    kept: Tensor | None = None  # () share of the columns multiplied
 
 
 @dataclass(frozen=True)
@@ -159,9 +145,8 @@ def accumulate(
     tiles: Tiles,
     *,
     want_pull: bool,
-    skip: Skipping | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sweep the vocabulary once around `anchor`; `skip` takes over the product that makes the pull.
+    """Sweep the vocabulary once around `anchor`.
 
     Returns:
         total: (N,) Σ_v≠y exp(z_v - anchor); pull: (N, D) Σ_v≠y exp(z_v - anchor) · c_v/logit_scale · W_v, if wanted.
@@ -171,19 +156,13 @@ def accumulate(
     pull = torch.zeros(x.shape, dtype=total.dtype, device=x.device) if want_pull else None
     operand = tiles.operand(x)
     for columns, part, scratch in vocabulary_chunks(x, head, tiles):
-        chunk = None if skip is None else skipping.Chunk(part.weight)
         for rows in cut(x.shape[0], MAX_ROWS):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             weights = scratch[: shape[0] * shape[1]].view(shape)
             near = labels[rows] - columns.start
             total[rows] += tiles(operand[rows], part, near, anchor[rows], None, want_pull, weights, rows.start)
-            if pull is None:
-                continue
-            weights = weights.to(part.weight.dtype)
-            if skip is None or chunk is None:
-                tiles.add_product(pull[rows], weights, part.weight, rows.start)
-            else:
-                skip.add_product(tiles, pull[rows], weights, chunk, columns.stop, rows, total[rows])
+            if pull is not None:
+                tiles.add_product(pull[rows], weights.to(part.weight.dtype), part.weight, rows.start)
     return total, pull
 
 

@@ -2,7 +2,7 @@
 
     logps (2B, T) or packed (N,)  →  loss (), g in the shape of logps, 8 statistics a pair
 
-On CUDA two small kernels (`kernels/epilogue.py`), elsewhere the torch ops of `losses`. Nothing is read back to the host
+On CUDA two small kernels (`kernels/pair_loss.py`), elsewhere the torch ops of `losses`. Nothing is read back to the host
 and nothing loops over pairs; how many pairs are valid is found on the device. The gradient is finished in the forward
 pass, so backward is g times a number and may run any number of times.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import losses
-from .dispatch import choose
-from .head import compute_dtype
-from .losses import IGNORE_INDEX
+from .. import losses
+from ..backends.choice import choose
+from ..head import compute_dtype
+from ..losses import IGNORE_INDEX
 
 # rows of the op's (8, B) result, fields of SynPOOutput
 FIELDS = (
@@ -120,13 +120,13 @@ def _by_kernel(
     ignore_index: int | None,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from .kernels import epilogue  # imports triton
+    from ..kernels import pair_loss  # imports triton
 
     loss, g, fields, empty, nonfinite = _results(logps, cu_seqlens)
     sequences = 2 * len(nonfinite)
     if not sequences:
         return loss.zero_(), g.zero_(), fields, empty.zero_(), nonfinite
-    epilogue.launch(
+    pair_loss.launch(
         logps.contiguous(),
         None if labels is None else labels.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),

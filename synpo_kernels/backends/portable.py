@@ -7,15 +7,14 @@ is found and done again around its largest logit, which reads one number back fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..head import Head, add_matmul, compute_dtype, taken_whole
 from . import passes
-from .head import Head, add_matmul, compute_dtype, matmul, taken_whole
 from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
-from .skipping import GROUP, Skipping
 
 
 @dataclass(frozen=True)
@@ -70,25 +69,12 @@ class TorchTiles:
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         add_matmul(total, slice_, b)
 
-    def add_kept_product(
-        self, total: Tensor, slice_: Tensor, b: Tensor, columns: Tensor, order: Tensor, kept: Tensor, first_row: int
-    ) -> None:
-        sizes = kept[::GROUP].tolist()  # a host read for each slice on a CUDA device
-        if all(size == len(b) for size in sizes):
-            add_matmul(total, slice_, b)
-            return
-        chosen = b.index_select(0, columns[: max((size for size in sizes if size < len(b)), default=0)])
-        for size, rows in zip(sizes, order.split(GROUP)):
-            a = slice_.index_select(0, rows)
-            a, of_b = (a, b) if size == len(b) else (a.index_select(1, columns[:size]), chosen[:size])
-            total.index_add_(0, rows, matmul(a, of_b))
-
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
         add_matmul(total, slice_.T, b)
 
 
 def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, None]:
-    """Indices of the rows to compute; see `dispatch.Partition`. The host learns their number."""
+    """Indices of the rows to compute; see `choice.Partition`. The host learns their number."""
     return (labels != ignore_index).nonzero().squeeze(1), None
 
 
@@ -100,17 +86,12 @@ def forward(
     want_direction: bool,
     count: Tensor | None = None,
     low: bool = False,
-    tolerance: float | None = None,
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`.
-
-    tolerance: leave out of U what `skipping` allows; rows that are done again are done whole.
-    """
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
     assert count is None, "`partition` gives the rows to compute alone"
     tiles = TorchTiles(low)
     target, slope = target_logits(x, head, labels)
-    skip = None if tolerance is None else Skipping(tolerance, head, torch.ones_like(target))
-    result, total = _around(x, head, labels, target, target, slope, tiles, want_direction, skip)
+    result, total = _around(x, head, labels, target, target, slope, tiles, want_direction)
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
     if flagged.numel() == 0:
         return result
@@ -125,8 +106,6 @@ def forward(
     ):
         if whole is not None and part is not None:
             whole[flagged] = part
-    if result.bound is not None:
-        result.bound[flagged] = 0.0
     return result
 
 
@@ -176,18 +155,16 @@ def _around(
     slope: Tensor | None,
     tiles: TorchTiles,
     want_direction: bool,
-    skip: Skipping | None = None,
 ) -> tuple[Forward, Tensor]:
     """One pass with exponents measured from `anchor`; also returns the sum, to see whether it overflowed."""
-    total, pull = passes.accumulate(x, head, labels, anchor, tiles, want_pull=want_direction, skip=skip)
+    total, pull = passes.accumulate(x, head, labels, anchor, tiles, want_pull=want_direction)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
     logps = excess - torch.log1p(total + torch.expm1(excess))
     direction = None
     if pull is not None:
         direction = passes.directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
-    found = Forward(logps, target - logps, direction)
-    return found if skip is None else replace(found, bound=skip.bound(everything), kept=skip.share()), total
+    return Forward(logps, target - logps, direction), total
 
 
 def largest_logits(x: Tensor, head: Head, tiles: TorchTiles) -> Tensor:

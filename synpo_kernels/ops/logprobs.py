@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import inside_op
-from .dispatch import Backend, choose
-from .head import Head, compute_dtype
-from .passes import Forward, cut, low_rows
+from ..backends.choice import Backend, choose
+from ..backends.passes import Forward, cut, low_rows
+from ..checks import inside_op
+from ..head import Head, compute_dtype
 
 
 def forward(

@@ -1,12 +1,12 @@
 """SynPO with a trained head, its coefficients known before the gradients are formed: three products and no recomputation.
 
 A loss of per-token log-probabilities has to finish its forward pass before autograd hands back g_t = ∂L/∂logp_t, by which
-time the logits are gone; the streaming path (`ops.trained`) computes them again. SynPO's g_t depends on one pair alone (and,
+time the logits are gone; the streaming path (`logprobs.trained`) computes them again. SynPO's g_t depends on one pair alone (and,
 for the mean, on how many pairs count, which the labels tell). So whole pairs are taken together, as many as fit the
 workspace, and for their n rows:
 
     P̂ (n, V) of all vocabulary      one product of N·V·D        kept, one number a logit
-    logp → the pairs' loss → g      closed form, `epilogue`
+    logp → the pairs' loss → g      closed form, `pair_loss`
     ∂L/∂x = -g ⊙ (R W)              one product                 R = c (softmax - onehot), a row factor away from P̂
     ∂L/∂W = -Rᵀ (g x)               one product, accumulated in the compute dtype over all groups, rounded once
 
@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import chunked
-from .checks import inside_op
-from .dispatch import Backend, choose
-from .epilogue import pairs as synpo
-from .head import Head, compute_dtype
-from .losses import sum_by_sequence
+from ..backends import portable
+from ..backends.choice import Backend, choose
+from ..backends.passes import Tiles, target_logits, vocabulary_chunks
+from ..checks import inside_op
+from ..head import Head, compute_dtype
+from ..losses import sum_by_sequence
+from .pair_loss import pairs as synpo
 from .parallel import partitioned
-from .passes import Tiles, target_logits, vocabulary_chunks
 
 # What P̂ of a group of pairs may take. The gradient of W in the compute dtype comes on top.
 PAIR_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -119,10 +119,10 @@ class Step:
     def tiled(self) -> ModuleType:
         """The backend whose tiles are used: the compiled CPU pass has none."""
         if self.backend.name != "triton":
-            return chunked
-        from . import fused  # imports triton
+            return portable
+        from ..backends import gpu  # imports triton
 
-        return fused
+        return gpu
 
     def most_rows(self, x: Tensor) -> int:
         """Rows whose P̂ fits the workspace; 0 where the tiles hold fp16, which has not its range."""
@@ -205,7 +205,7 @@ class Step:
 
 
 def _tiles(tiled: ModuleType, count: Tensor | None) -> Tiles:
-    return tiled.TorchTiles(low=False) if tiled is chunked else tiled.TritonTiles(count, low=False)
+    return tiled.TorchTiles(low=False) if tiled is portable else tiled.TritonTiles(count, low=False)
 
 
 def is_trained(weight: Tensor, bias: Tensor | None) -> bool:

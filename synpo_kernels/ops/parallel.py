@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import passes
-from .chunked import TorchTiles, largest_logits
-from .head import Head, compute_dtype
-from .passes import Forward, Tiles, accumulate
+from ..backends import passes
+from ..backends.passes import Forward, Tiles, accumulate
+from ..backends.portable import TorchTiles, largest_logits
+from ..head import Head, compute_dtype
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 ELSEWHERE, IGNORED = -1, -2  # in place of a label that another shard owns, and of one that does not count

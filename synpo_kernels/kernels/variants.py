@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .kernels import contrast_sample, counted_product, epilogue, exact_rows, exp_tile
-from .kernels.configs import CHIPS, TileConfig, exact_config, product_config, tile_config
+from . import contrast_sample, counted_product, exact_rows, exp_tile, pair_loss
+from .configs import CHIPS, TileConfig, exact_config, product_config, tile_config
 
 FORMATS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32"))
 # triton's types of arguments by name; pointers not listed here point to the input's own format
 TYPES = {
-    **dict.fromkeys(("label_ptr", "kept_ptr", "index_ptr", "order_ptr", "empty_ptr"), "*i64"),
+    **dict.fromkeys(("label_ptr", "empty_ptr"), "*i64"),
     **dict.fromkeys(("anchor_ptr", "at_target_ptr", "sum_ptr", "target_ptr", "slope_ptr", "logp_ptr"), "*fp32"),
     **dict.fromkeys(("total_ptr", "g_ptr", "field_ptr", "loss_ptr"), "*fp32"),
     **dict.fromkeys(("flag_ptr", "nonfinite_ptr", "nan_ptr", "seen_ptr"), "*i8"),
@@ -66,7 +66,7 @@ def cases(archs: list[int], hidden: int) -> Iterator[Case]:
             yield from _exponentials(arch, dtype, precision, hidden)
             yield from _exact(arch, dtype, precision, hidden)
             yield from _products(arch, dtype, precision)
-        yield from _epilogue(arch)
+        yield from _pair_loss(arch)
         yield from _contrast(arch)
 
 
@@ -118,30 +118,29 @@ def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
     config = product_config(arch // 10, 4 if dtype == "fp32" else 2)
     constants = {"GROUP_M": config.group_n, "PRECISION": precision, "stride_bd": 1, **_blocks("MDK", config)}
     for name, form in (
-        ("product", {"SUM_COUNTED": False, "HAS_KEPT": False, "stride_ak": 1}),
-        ("product over rows", {"SUM_COUNTED": True, "HAS_KEPT": False, "stride_am": 1}),
-        ("product of kept columns", {"SUM_COUNTED": False, "HAS_KEPT": True, "stride_ak": 1}),
+        ("product", {"SUM_COUNTED": False, "stride_ak": 1}),
+        ("product over rows", {"SUM_COUNTED": True, "stride_am": 1}),
     ):
         label = f"{name} {_label(dtype, precision)}"
         yield _tiled(label, counted_product.counted_product_kernel, arch, dtype, {**constants, **form}, config)
 
 
-def _epilogue(arch: int) -> Iterator[Case]:
-    options = {"num_warps": epilogue.WARPS, "num_stages": epilogue.STAGES, "enable_fp_fusion": True}
+def _pair_loss(arch: int) -> Iterator[Case]:
+    options = {"num_warps": pair_loss.WARPS, "num_stages": pair_loss.STAGES, "enable_fp_fusion": True}
     for layout, bounds in (("padded", False), ("packed", True)):
-        constants: dict[str, Any] = {"HAS_LABELS": True, "HAS_BOUNDS": bounds, "BLOCK_T": epilogue.BLOCK_T}
+        constants: dict[str, Any] = {"HAS_LABELS": True, "HAS_BOUNDS": bounds, "BLOCK_T": pair_loss.BLOCK_T}
         case = Case(
             f"sequence sums {layout}",
-            epilogue.sequence_sums_kernel,
+            pair_loss.sequence_sums_kernel,
             arch,
             "fp32",
             constants,
             options,
-            str(epilogue.BLOCK_T),
+            str(pair_loss.BLOCK_T),
         )
         yield case
-        constants = {**constants, "MEAN": True, "BLOCK_B": epilogue.BLOCK_B}
-        yield Case(f"pair loss {layout}", epilogue.pair_loss_kernel, arch, "fp32", constants, options, case.tile)
+        constants = {**constants, "MEAN": True, "BLOCK_B": pair_loss.BLOCK_B}
+        yield Case(f"pair loss {layout}", pair_loss.pair_loss_kernel, arch, "fp32", constants, options, case.tile)
 
 
 def _contrast(arch: int) -> Iterator[Case]:

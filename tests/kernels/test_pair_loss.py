@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from synpo_kernels import FusedLinearSynPOLoss, dispatch, epilogue, losses, ops, synpo_pairs
+from synpo_kernels import FusedLinearSynPOLoss, losses, synpo_pairs
+from synpo_kernels.backends import choice, gpu
 from synpo_kernels.head import Head
 from synpo_kernels.kernels import counted_product, exact_rows, exp_tile
-from synpo_kernels.kernels import epilogue as epilogue_kernels
+from synpo_kernels.kernels import pair_loss as pair_loss_kernels
+from synpo_kernels.ops import logprobs, pair_loss
 
 LENGTHS = [7, 0, 5, 1, 2, 7, 4, 6]
 OPTIONS = {"alpha": 5.0, "beta": 0.3}
@@ -61,7 +63,7 @@ def test_matches_the_specification(labelled, reduction, packed, backend, device)
     norms = losses.token_norms(gradient, cu_seqlens=bounds)
     torch.testing.assert_close(found.chosen_grad_norm.double(), norms[0], rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(found.rejected_grad_norm.double(), norms[1], rtol=2e-6, atol=1e-7)
-    for name in epilogue.FIELDS:
+    for name in pair_loss.FIELDS:
         assert not getattr(found, name).requires_grad and getattr(found, name).shape == (4,)
 
 
@@ -97,14 +99,14 @@ def test_no_pair_counts(backend, device) -> None:
         found, g = synpo_pairs(logps, labels, backend=backend)
         assert found.loss.item() == 0 and found.empty_pairs.item() == shape[0] // 2 and not g.any()
         assert not torch.autograd.grad(found.loss, logps)[0].any()
-        assert not any(getattr(found, name).any() for name in epilogue.FIELDS)
+        assert not any(getattr(found, name).any() for name in pair_loss.FIELDS)
 
 
 @pytest.mark.parametrize("blocks", [(16, 4, 3), (1024, 256, 512)], ids=["small", "as shipped"])
 def test_more_than_one_block(blocks, backend, device, monkeypatch) -> None:
     """More pairs and tokens than a block holds, more sequences than programs; sums agree with float64 to rounding."""
     for name, size in zip(("BLOCK_T", "BLOCK_B", "PROGRAMS"), blocks):
-        monkeypatch.setattr(epilogue_kernels, name, size)
+        monkeypatch.setattr(pair_loss_kernels, name, size)
     shape = (50, 45) if blocks[0] == 16 else (2, 2500)
     generator = torch.Generator().manual_seed(1)
     logps = (-torch.rand(shape, generator=generator)).to(device)
@@ -121,10 +123,10 @@ def test_tokens_outside_the_bounds_have_no_gradient(device) -> None:
     """On a GPU bounds are not read by the host: what they leave out gets 0, what they point past is not read."""
     logps = torch.full((12,), -0.5, device=device)
     bounds = torch.tensor([2, 4, 6, 8, 40], device=device)
-    _, g, _, _, _ = epilogue._by_kernel(logps, None, bounds, 5.0, 0.3, None, "mean")
+    _, g, _, _, _ = pair_loss._by_kernel(logps, None, bounds, 5.0, 0.3, None, "mean")
     assert not g[:2].any() and g[2:].all()
     bounds = torch.tensor([0, 4, 6, 8, 9], device=device)
-    _, g, _, _, _ = epilogue._by_kernel(logps, None, bounds, 5.0, 0.3, None, "mean")
+    _, g, _, _, _ = pair_loss._by_kernel(logps, None, bounds, 5.0, 0.3, None, "mean")
     assert g[:9].all() and not g[9:].any()
 
 
@@ -142,7 +144,7 @@ def test_two_runs_are_bitwise_equal_and_any_layout_of_memory_will_do(backend, de
 def test_opcheck(packed, backend, device) -> None:
     logps, labels, bounds = tokens(device, packed=packed)
     options = (30.0, 0.2, -100, "mean", backend)
-    torch.library.opcheck(epilogue.pairs, (logps.requires_grad_(), labels, bounds, *options))
+    torch.library.opcheck(pair_loss.pairs, (logps.requires_grad_(), labels, bounds, *options))
 
 
 def test_compiles_without_a_break(backend, device) -> None:
@@ -214,21 +216,20 @@ def test_no_host_read_around_the_ops(trained, packed, no_autocast) -> None:
 @pytest.mark.parametrize("low", [False, True], ids=["default", "low"])
 def test_no_host_read_inside_the_ops(low, ignore_index, trained, no_autocast, monkeypatch) -> None:
     """The host code around the kernels, every launch counted in place of run."""
-    from synpo_kernels import fused
 
     launched: set[str] = set()
-    for module in (exp_tile, exact_rows, counted_product, epilogue_kernels):
+    for module in (exp_tile, exact_rows, counted_product, pair_loss_kernels):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, "launch", lambda *_, name=name, **__: launched.add(name))
-    monkeypatch.setattr(ops, "choose", lambda *_: dispatch.BACKENDS["triton"][1]())
-    monkeypatch.setattr(fused, "_major", lambda _: 9)
+    monkeypatch.setattr(logprobs, "choose", lambda *_: choice.BACKENDS["triton"][1]())
+    monkeypatch.setattr(gpu, "_major", lambda _: 9)
     x = torch.zeros(96, 32, dtype=torch.bfloat16, device="meta")
     labels = torch.zeros(96, dtype=torch.int64, device="meta")
     head = Head(torch.zeros(70, 32, dtype=torch.bfloat16, device="meta"))
-    found = ops.forward(x, head, labels, ignore_index, "auto", want_direction=not trained, low=low)
+    found = logprobs.forward(x, head, labels, ignore_index, "auto", want_direction=not trained, low=low)
     if trained:
         upstream, want = torch.zeros(96, device="meta"), (True, True, False)
-        ops.gradients(x, head, labels, ignore_index, "auto", found, upstream, want, low)
-    epilogue._by_kernel(found.logps.view(8, 12), labels.view(8, 12), None, 30.0, 0.2, ignore_index, "mean")
-    assert launched >= {"exp_tile", "exact_rows", "epilogue"}
+        logprobs.gradients(x, head, labels, ignore_index, "auto", found, upstream, want, low)
+    pair_loss._by_kernel(found.logps.view(8, 12), labels.view(8, 12), None, 30.0, 0.2, ignore_index, "mean")
+    assert launched >= {"exp_tile", "exact_rows", "pair_loss"}
     assert ("counted_product" in launched) == (ignore_index is not None)

@@ -18,21 +18,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, parallel, passes
-from .checks import inside_op
-from .chunked import TorchTiles
-from .dispatch import choose
-from .head import Head, compute_dtype
-from .passes import Forward, Tiles
+from ..backends import passes
+from ..backends.choice import choose
+from ..backends.passes import Forward, Tiles
+from ..backends.portable import TorchTiles
+from ..checks import inside_op
+from ..head import Head, compute_dtype
+from . import logprobs, parallel
 
 
 def _tiles(backend: str, x: Tensor, low: bool, count: Tensor | None = None) -> tuple[Tiles, float]:
-    """The tiles of a backend, and by how much they hold a slice larger. count: see `dispatch.Partition`."""
+    """The tiles of a backend, and by how much they hold a slice larger. count: see `choice.Partition`."""
     if choose(backend, x).name != "triton":
         return TorchTiles(low), 1.0
-    from . import fused  # imports triton
+    from ..backends import gpu  # imports triton
 
-    return fused.TritonTiles(count, low), fused.FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
+    return gpu.TritonTiles(count, low), gpu.FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
 
 
 def _wide(weight: Tensor, extra: Tensor | None) -> Tensor:
@@ -62,7 +63,7 @@ def kept(
     head = Head(_wide(weight, extra), bias, softcap, logit_scale)
     with inside_op(x):
         if not group:
-            found = ops.forward(x, head, labels, ignore_index, backend, want_direction=want_direction, low=low)
+            found = logprobs.forward(x, head, labels, ignore_index, backend, want_direction=want_direction, low=low)
             return _all_tensors(x, found, labels.clone())
         processes = parallel.named(group)
         aimed = parallel.aim(labels, len(weight), ignore_index, processes)

@@ -130,7 +130,7 @@ def pair_loss_kernel(
 ):
     """Grid: (P,); program p owns sequences p, p + P, ... and, where they are chosen ones, the statistics of their pairs.
 
-    Pointers beside those of `sequence_sums_kernel`: g (N,), field (8, B) in the order of `epilogue.FIELDS`, nonfinite (B,)
+    Pointers beside those of `sequence_sums_kernel`: g (N,), field (8, B) in the order of `ops.pair_loss.FIELDS`, nonfinite (B,)
     int8, empty () int64, loss (). g is 0 where nothing counts and at tokens before the first bound or past the last.
     """
     pairs = S // 2

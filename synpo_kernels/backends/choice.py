@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import _ext, chunked, cpu
-from .head import Head
+from .. import _ext
+from ..head import Head
+from . import cpu, portable
 from .passes import Forward, Gradients
 
 
@@ -114,7 +115,7 @@ def _cpu_is_best(hidden: Tensor) -> bool:
 
 
 def _chunked() -> Backend:
-    return Backend("chunked", chunked.partition, chunked.forward, chunked.gradients)
+    return Backend("chunked", portable.partition, portable.forward, portable.gradients)
 
 
 def _cpu() -> Backend:
@@ -122,9 +123,9 @@ def _cpu() -> Backend:
 
 
 def _triton() -> Backend:
-    from . import fused  # imports triton
+    from . import gpu  # imports triton
 
-    return Backend("triton", fused.partition, fused.forward, fused.gradients)
+    return Backend("triton", gpu.partition, gpu.forward, gpu.gradients)
 
 
 BACKENDS: dict[str, tuple[Callable[[Tensor], tuple[bool, str]], Callable[[], Backend]]] = {

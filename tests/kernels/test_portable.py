@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from synpo_kernels import chunked, linear_logprobs, ops, passes
+from synpo_kernels import linear_logprobs
+from synpo_kernels.backends import passes, portable
 from synpo_kernels.head import Head
+from synpo_kernels.ops import logprobs
 from synpo_kernels.reference import naive_logprobs
 
 HEADS = [{}, {"softcap": 1.5}, {"logit_scale": 0.4}, {"softcap": 2.0, "logit_scale": 1.3}]
@@ -70,9 +72,9 @@ def test_never_more_than_a_slice_of_the_logits(trained, dtype, monkeypatch) -> N
     n, v, d = 256, 4096, 16
     x, head, labels = torch.randn(n, d).to(dtype), Head(torch.randn(v, d).to(dtype)), torch.randint(0, v, (n,))
     with LargestTensor() as largest:  # inside the ops, where the mode sees every operation
-        found = ops.forward(x, head, labels, -100, "chunked", want_direction=not trained, low=False)
+        found = logprobs.forward(x, head, labels, -100, "chunked", want_direction=not trained, low=False)
         if trained:
-            ops.gradients(x, head, labels, -100, "chunked", found, torch.ones(n), (True, True, False), False)
+            logprobs.gradients(x, head, labels, -100, "chunked", found, torch.ones(n), (True, True, False), False)
     weight = head.weight
     allowed = max(budget, weight.untyped_storage().nbytes())
     assert budget / 2 < largest.bytes <= allowed < n * v * 4 / 8
@@ -80,9 +82,9 @@ def test_never_more_than_a_slice_of_the_logits(trained, dtype, monkeypatch) -> N
 
 def test_ignored_rows_are_not_computed(monkeypatch) -> None:
     rows = []
-    tile = chunked.TorchTiles.__call__
+    tile = portable.TorchTiles.__call__
     monkeypatch.setattr(
-        chunked.TorchTiles, "__call__", lambda self, x, *rest: (rows.append(x.shape[0]), tile(self, x, *rest))[1]
+        portable.TorchTiles, "__call__", lambda self, x, *rest: (rows.append(x.shape[0]), tile(self, x, *rest))[1]
     )
     labels = torch.full((100,), -100)
     labels[::10] = 3

@@ -23,10 +23,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _ext, chunked, passes
-from .chunked import gradients, partition
-from .head import Head
+from .. import _ext
+from ..head import Head
+from . import passes, portable
 from .passes import Forward
+from .portable import gradients, partition
 
 WORKSPACE, LOW_WORKSPACE = 32 << 20, 16 << 20  # bytes
 
@@ -50,16 +51,10 @@ def forward(
     want_direction: bool,
     count: Tensor | None = None,
     low: bool = False,
-    tolerance: float | None = None,
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`.
-
-    tolerance: what `skipping` may leave out; the portable backend does that.
-    """
-    if tolerance is not None or (head.weight.stride(1) != 1 and x.shape[1] != 1):
-        return chunked.forward(
-            x, head, labels, want_direction=want_direction, count=count, low=low, tolerance=tolerance
-        )
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
+    if head.weight.stride(1) != 1 and x.shape[1] != 1:
+        return portable.forward(x, head, labels, want_direction=want_direction, count=count, low=low)
     assert count is None, "`partition` gives the rows to compute alone"
     instruction_set()
     total, target, direction = torch.ops.synpo_kernels.head_pass(
@@ -77,7 +72,7 @@ def forward(
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
     if flagged.numel() == 0:
         return found
-    again = chunked.forward(x[flagged], head, labels[flagged], want_direction=want_direction, low=low)
+    again = portable.forward(x[flagged], head, labels[flagged], want_direction=want_direction, low=low)
     found.logps[flagged], found.normalizer[flagged] = again.logps, again.normalizer
     if found.direction is not None and again.direction is not None:
         found.direction[flagged] = again.direction

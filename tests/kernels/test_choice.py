@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from synpo_kernels import _ext, dispatch, linear_logprobs
+from synpo_kernels import _ext, linear_logprobs
+from synpo_kernels.backends import choice
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,41 +22,41 @@ def test_auto_on_a_cpu_even_with_the_interpreter(monkeypatch) -> None:
     half = torch.zeros(1, dtype=torch.bfloat16)
     extension = SimpleNamespace(isa=lambda: "avx2", on_intel=lambda: False)
     monkeypatch.setattr(_ext, "_C", extension)
-    assert dispatch.choose("auto", torch.zeros(1)).name == "cpu"
-    assert dispatch.choose("auto", torch.zeros(1, dtype=torch.float64)).name == "chunked"
-    assert dispatch.choose("auto", torch.zeros(1, device="meta")).name == "chunked"
+    assert choice.choose("auto", torch.zeros(1)).name == "cpu"
+    assert choice.choose("auto", torch.zeros(1, dtype=torch.float64)).name == "chunked"
+    assert choice.choose("auto", torch.zeros(1, device="meta")).name == "chunked"
     extension.on_intel = lambda: True  # whose library is the faster one for fp32
-    assert dispatch.choose("auto", torch.zeros(1)).name == "chunked"
-    assert dispatch.choose("auto", half).name == dispatch.choose("cpu", torch.zeros(1)).name == "cpu"
+    assert choice.choose("auto", torch.zeros(1)).name == "chunked"
+    assert choice.choose("auto", half).name == choice.choose("cpu", torch.zeros(1)).name == "cpu"
     extension.isa = lambda: "portable"
-    assert dispatch.choose("auto", half).name == "chunked"
-    assert dispatch.choose("cpu", half).name == "cpu"
+    assert choice.choose("auto", half).name == "chunked"
+    assert choice.choose("cpu", half).name == "cpu"
     monkeypatch.setattr(_ext, "_C", None)
-    assert dispatch.choose("auto", half).name == "chunked"
+    assert choice.choose("auto", half).name == "chunked"
 
 
 def test_the_compiled_kernel_says_why_it_cannot_serve(monkeypatch) -> None:
     with pytest.raises(ValueError, match="float64; use backend='chunked'"):
-        dispatch.choose("cpu", torch.zeros(1, dtype=torch.float64))
+        choice.choose("cpu", torch.zeros(1, dtype=torch.float64))
     with pytest.raises(ValueError, match="runs on CPUs, hidden is on meta"):
-        dispatch.choose("cpu", torch.zeros(1, device="meta"))
+        choice.choose("cpu", torch.zeros(1, device="meta"))
     monkeypatch.setattr(_ext, "_C", None)
     monkeypatch.setattr(_ext, "reason", "not built here")
     with pytest.raises(ValueError, match="not built here; use backend='chunked'"):
-        dispatch.choose("cpu", torch.zeros(1))
+        choice.choose("cpu", torch.zeros(1))
 
 
 def test_auto_and_triton_on_this_device(device) -> None:
-    assert dispatch.choose("triton", torch.zeros(1, device=device)).name == "triton"
+    assert choice.choose("triton", torch.zeros(1, device=device)).name == "triton"
     if device.type == "cuda":
-        assert dispatch.choose("auto", torch.zeros(1, device=device)).name == "triton"
+        assert choice.choose("auto", torch.zeros(1, device=device)).name == "triton"
 
 
 def test_auto_on_a_gpu_without_triton_says_so(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     with pytest.warns(UserWarning, match="run on plain torch: triton is not installed"):
-        assert dispatch.choose("auto", on_gpu).name == "chunked"
+        assert choice.choose("auto", on_gpu).name == "chunked"
 
 
 def test_unknown_backend() -> None:
@@ -65,15 +66,15 @@ def test_unknown_backend() -> None:
 
 def test_triton_says_why_it_cannot_serve(monkeypatch) -> None:
     with pytest.raises(ValueError, match="float64"):
-        dispatch.choose("triton", torch.zeros(1, dtype=torch.float64))
+        choice.choose("triton", torch.zeros(1, dtype=torch.float64))
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="need a CUDA device, hidden is on cpu; use backend='chunked'"):
-        dispatch.choose("triton", torch.zeros(1))
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+        choice.choose("triton", torch.zeros(1))
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
-        dispatch.choose("triton", torch.zeros(1))
+        choice.choose("triton", torch.zeros(1))
 
 
 GOOD = {
@@ -120,7 +121,7 @@ hidden = torch.randn(4, 3, 8, requires_grad=True)
 out = synpo_kernels.FusedLinearSynPOLoss()(hidden, torch.randn(11, 8), torch.randint(0, 11, (4, 3)))
 out.loss.backward()
 assert torch.isfinite(hidden.grad).all() and out.loss.item() < 0
-print("ran", sorted(name for name in sys.modules if name.startswith("synpo_kernels.kernels") or name == "synpo_kernels.fused"))
+print("ran", sorted(name for name in sys.modules if name.startswith(("synpo_kernels.kernels", "synpo_kernels.backends.gpu"))))
 """
 
 
@@ -132,8 +133,8 @@ def test_import_and_loss_with_torch_alone() -> None:
 
 def test_every_module_but_the_kernels_imports_without_triton() -> None:
     """find_spec finds them; a missing triton is named as the reason, not a traceback."""
-    code = IMPORT.split("hidden =")[0] + "\nfrom synpo_kernels import dispatch\nimport importlib.util\n"
-    code += "dispatch.find_spec = lambda name: None\nprint(dispatch.triton_supports(torch.zeros(1))[1])\n"
+    code = IMPORT.split("hidden =")[0] + "\nfrom synpo_kernels.backends import choice\nimport importlib.util\n"
+    code += "choice.find_spec = lambda name: None\nprint(choice.triton_supports(torch.zeros(1))[1])\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "triton is not installed" in done.stdout, done.stderr
-    assert importlib.util.find_spec("synpo_kernels.fused") is not None
+    assert importlib.util.find_spec("synpo_kernels.backends.gpu") is not None

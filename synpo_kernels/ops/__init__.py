@@ -1,0 +1,1 @@
+"""What autograd and torch.compile see: custom ops with fake implementations and their backward passes."""
