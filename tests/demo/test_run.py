@@ -31,7 +31,18 @@ def test_the_report_holds_every_figure(finished):
     }  # fmt: skip
     page = (finished / "report.html").read_text()
     assert "http://" not in page and "https://" not in page
-    assert page.count("data:image/png;base64,") >= 3  # two plots, at least one sample
+    assert page.count("data:image/jpeg;base64,") >= 2  # at least one sample and one pair
+    assert page.count('class="bold side0"') == 6  # three runs in two pictures
+    for said in (
+        "SynPO against DPO: fact F1",
+        "SynPO − DPO",
+        "the world",
+        "fact F1",
+        "missed change: that",
+        "Preference pairs",
+    ):
+        assert said in page
+    assert [*figures["learnt errors in the pairs"]] == ["chosen captions", "rejected captions"]
     assert (finished / "rewards.png").stat().st_size and (finished / "gradient_balance.png").stat().st_size
 
 

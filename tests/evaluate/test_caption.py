@@ -43,16 +43,21 @@ def test_captions_scores_and_what_was_left_out(config: Config, videos: Path, tmp
     references = tmp_path / "references.jsonl"
     names = [f"held-out-0000{i}.mp4" for i in range(3)]
     write_jsonl(
-        references, [{"video": n, "captions": ["a red circle."]} for n in (*names, "noise.mp4", "elsewhere.mp4")]
+        references,
+        [{"video": n, "captions": [f"a red circle and {n[:-4]}."]} for n in (*names, "noise.mp4", "elsewhere.mp4")],
     )
     earlier = tmp_path / "earlier.jsonl"
-    write_jsonl(earlier, [{"video": n, "caption": "a red circle."} for n in names])
+    write_jsonl(earlier, [{"video": n, "caption": f"a red circle and {n[:-4]}."} for n in names])
     output = tmp_path / "out"
     result = evaluate_model(config, videos, references, output, {"earlier": earlier})
     assert result is not None and result.videos == names and result.baseline == "earlier"
     assert result.scores["earlier"].corpus["BLEU-1"] > result.scores["this model"].corpus["BLEU-1"]
     assert [row["video"] for _, row in read_jsonl(output / "captions.jsonl")] == names
     assert set(json.loads((output / "scores.json").read_text())["systems"]) == {"earlier", "this model"}
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3  # all have lost against what is there already
+    assert "Worse with this model" in page and "3 of 3 videos lost in CIDEr over earlier" in page
+    assert "this model against earlier: CIDEr -" in page and "this model − earlier" in page
     shown = capsys.readouterr().out  # type: ignore[attr-defined]
     assert "left out noise.mp4" in shown and "1 of 5 referenced videos are not in" in shown
 

@@ -35,10 +35,15 @@ def test_scores_intervals_and_differences(result: EvalResult) -> None:
     f1 = {system: result.scores[system].corpus["fact F1"] for system in result.systems}
     assert f1["worse"] < f1["base"] < f1["better"]
     assert result.counts["base"] == {"empty_captions": 0, "facts_stated": 48, "facts_true": 48, "facts_right": 16}
-    gain, loss = result.differences["better"]["CIDEr"], result.differences["worse"]["CIDEr"]
+    assert list(result.differences) == [("worse", "base"), ("better", "base"), ("better", "worse")]
+    gain, loss = (result.differences[system, "base"]["CIDEr"] for system in ("better", "worse"))
     assert gain is not None and loss is not None
     assert gain.low > 0 > loss.high
-    assert gain.value == pytest.approx(result.scores["better"].corpus["CIDEr"] - result.scores["base"].corpus["CIDEr"])
+    cider = {system: scores.corpus["CIDEr"] for system, scores in result.scores.items()}
+    assert gain.value == pytest.approx(cider["better"] - cider["base"])
+    rival = result.differences["better", "worse"]["CIDEr"]
+    assert rival is not None and rival.low > 0
+    assert rival.value == pytest.approx(cider["better"] - cider["worse"])
     again = evaluate({"base": captions(6)}, REFERENCES, FACTS, meteor=False, progress=False)
     assert again.intervals["base"] == result.intervals["base"]
 
@@ -53,27 +58,34 @@ def test_json_holds_every_figure(result: EvalResult) -> None:
         *(f"fact {macro}{name}" for macro in ("", "macro ") for name in ("precision", "recall", "F1")),
     }
     assert better["intervals"]["CIDEr"]["low"] < better["scores"]["CIDEr"] < better["intervals"]["CIDEr"]["high"]
-    assert better["minus_baseline"]["CIDEr"]["better"] == 1.0
+    assert {other: found["CIDEr"]["better"] for other, found in better["minus"].items()} == {"base": 1.0, "worse": 1.0}
     assert better["per_video"]["v0"]["fact F1"] == 1.0
-    assert told["systems"]["base"]["minus_baseline"] == {}
+    assert told["systems"]["base"]["minus"] == {}
 
 
 def test_tables(result: EvalResult) -> None:
     table = result.to_table()
-    assert table.header == ["system", "CIDEr", "BLEU-4", "ROUGE-L", "fact precision", "fact recall", "fact F1"]
+    assert table.header == ["system", "fact F1", "fact precision", "fact recall", "CIDEr", "BLEU-4", "ROUGE-L"]
     assert [row[0] for row in table.rows] == ["base", "worse", "better"]
     interval = result.intervals["better"]["fact F1"]
     assert interval is not None
     value = result.scores["better"].corpus["fact F1"]
-    assert table.rows[2][-1] == f"{100 * value:.1f}\n{100 * interval.low:.1f}–{100 * interval.high:.1f}"
-    assert table.good == {(2, column) for column in range(1, 7)}
+    assert table.rows[2][1] == f"{100 * value:.1f}\n{100 * interval.low:.1f}–{100 * interval.high:.1f}"
+    assert table.best == {(2, column) for column in range(1, 7)}
     assert "METEOR: not computed (turned off)" in table.notes
     difference = result.to_difference_table()
     assert difference is not None
-    assert [row[0] for row in difference.rows] == ["worse", "better"]
-    assert {(1, 1), (1, 6)} <= difference.good
-    assert {(0, 1), (0, 6)} <= difference.bad
+    assert [row[0] for row in difference.rows] == ["worse − base", "better − base", "better − worse"]
+    assert {(1, 1), (1, 4), (2, 1), (2, 4)} <= difference.good
+    assert {(0, 1), (0, 4)} <= difference.bad
     assert difference.rows[1][1].startswith("+") and difference.rows[0][1].startswith("-")
+
+
+def test_charts_of_what_tells_most(result: EvalResult) -> None:
+    charts = {chart.title: chart for chart in result.to_charts()}
+    assert list(charts) == ["fact F1, difference", "fact F1", "CIDEr"]
+    assert [chart.zero for chart in charts.values()] == [True, False, False]
+    assert [name for name, _, _ in charts["fact F1, difference"].rows][-1] == "better − worse"
 
 
 def test_a_printed_table_fits_a_terminal_and_loses_nothing(result: EvalResult) -> None:
@@ -104,24 +116,21 @@ def test_notes_name_the_system_they_are_about() -> None:
     assert "other: 1 empty caption, scored 0 ('v3')" in table.notes
 
 
-def test_samples_span_from_worst_to_best(result: EvalResult) -> None:
-    samples = result.sample_videos(5, "better")
-    gain = [
-        result.scores["better"].per_video["CIDEr"][result.videos.index(v)]
-        - result.scores["base"].per_video["CIDEr"][result.videos.index(v)]
-        for v in samples
-    ]
-    assert len(set(samples)) == 5
-    assert gain == sorted(gain)
-    assert gain[0] == 0 < gain[-1]
-    assert len(result.sample_videos(1000, "better")) == 24
+def test_changes_from_the_largest_gain_to_the_largest_loss(result: EvalResult) -> None:
+    changes = result.changes("better")
+    assert sorted(video for video, _ in changes) == sorted(REFERENCES)
+    gains = [gain for _, gain in changes]
+    assert gains == sorted(gains, reverse=True)
+    f1 = {system: dict(zip(REFERENCES, result.scores[system].per_video["fact F1"])) for system in result.systems}
+    assert all(gain == f1["better"][video] - f1["base"][video] for video, gain in changes)
+    assert [gain for _, gain in result.changes("worse")] == sorted(gain for _, gain in result.changes("worse"))[::-1]
 
 
 def test_one_system_has_no_difference_table_and_one_chart_a_metric() -> None:
     alone = evaluate({"base": captions(3)}, REFERENCES, meteor=False, progress=False)
     assert alone.to_difference_table() is None
-    assert [chart.title for chart in alone.to_charts()] == ["CIDEr", "BLEU-4", "ROUGE-L"]
-    assert alone.to_table().good == set()
+    assert [chart.title for chart in alone.to_charts()] == ["CIDEr"]
+    assert alone.to_table().best == set()
 
 
 def test_a_single_video_has_neither_intervals_nor_differences() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from synpo.train.diagnostics import Finding, Watched, findings, read_log, warnings_of
 from synpo.train.guard import Guard
-from synpo.train.plots import plot_gradient_balance, plot_rewards
+from synpo.train.plots import PICTURES, Picture, curves, plot
 from synpo.train.repetition import repeated_share
 
 
@@ -217,19 +217,47 @@ def test_only_training_steps_are_read(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl") == run(3)
 
 
-@pytest.mark.parametrize("plot", [plot_rewards, plot_gradient_balance])
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.name)
 @pytest.mark.parametrize("names", [["SynPO"], ["SynPO", "DPO", "SFT"]])
-def test_pictures_are_pngs_with_a_panel_a_run(plot: Any, names: list[str], tmp_path: Path) -> None:
-    path = plot({name: run(1 if name == "SFT" else 60) for name in names}, tmp_path / "deep" / "a.png")
+def test_pictures_are_pngs_with_a_panel_a_run(picture: Picture, names: list[str], tmp_path: Path) -> None:
+    path = plot(picture, {name: run(1 if name == "SFT" else 60) for name in names}, tmp_path / "deep")
     image = Image.open(path)
     assert image.format == "PNG"
     assert image.width == pytest.approx(100 * (4.2 * len(names) + 0.8), abs=2)
     colours = {c for _, c in image.convert("RGB").getcolors(1 << 20)}
     assert {(27, 127, 77), (192, 57, 43)} <= colours  # both lines were drawn
-    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    assert [p.name for p in path.parent.iterdir()] == [f"{picture.name}.png"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 16, 400])
+def test_steps_are_whole_on_the_axis(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[float] = []
+
+    def look(canvas: Any, path: str) -> None:
+        canvas.draw()
+        panel = canvas.figure.axes[0]
+        low, high = panel.get_xlim()
+        ticks.extend(tick for tick in panel.get_xticks() if low <= tick <= high)
+        Path(path).touch()
+
+    monkeypatch.setattr("synpo.train.plots.FigureCanvasAgg.print_png", look)
+    plot(PICTURES[0], {"SynPO": run(steps)}, tmp_path)
+    assert ticks and all(tick == int(tick) for tick in ticks)
+
+
+def test_curves_are_what_the_pictures_show() -> None:
+    rows = run(48)
+    found = curves(PICTURES[0], {"SynPO": rows})
+    faint, bold = found.panels["SynPO"]["chosen"]
+    assert faint == [(row["step"], row["synpo/chosen_logp"]) for row in rows]
+    values = [row["synpo/chosen_logp"] for row in rows]
+    assert bold[20] == (21, pytest.approx(sum(values[18:23]) / 5))
+    assert [step for step, _ in bold] == [step for step, _ in faint]
 
 
 @pytest.mark.parametrize("runs", [{}, {"SynPO": []}])
 def test_nothing_to_plot_is_an_error(runs: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
-        plot_rewards(runs, tmp_path / "a.png")
+        plot(PICTURES[0], runs, tmp_path)
+    with pytest.raises(ValueError, match="nothing to plot"):
+        curves(PICTURES[0], runs)

@@ -82,6 +82,11 @@ def test_a_run_leaves_everything_and_is_complete(config: Config, data: Path, tmp
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names >= {"adapter", "metrics.json", "train_log.jsonl", "checkpoint-8"}
     assert (result.adapter / "adapter_model.safetensors").exists()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Training with SynPO" in page and "8 pairs, 8 steps" in page
+    assert page.count("data:image/jpeg;base64,") == 3  # the first, the middle and the last pair
+    assert "It rains <mark>7</mark> times" not in page and "<mark>rains</mark>" in page
+    assert page.count('class="bold side0"') == page.count('class="bold side1"') == 2
 
     base = load(config.model)
     tuned = load(replace(config.model, adapter=str(result.adapter)))

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from synpo.config import Config, ConfigError, EvalConfig, LoraSection, ModelConfig, PairsConfig, SamplingConfig
 from synpo.demo.captioner import CaptionerConfig, train_captioner
-from synpo.demo.language import errors_in, parse, references
+from synpo.demo.language import parse, references
 from synpo.demo.render import render_all
 from synpo.demo.show import show
 from synpo.demo.world import Scene, facts_of, make_split
@@ -35,7 +35,7 @@ from synpo.evaluate.run import EvalResult, FactSheet, evaluate
 from synpo.folders import LOCK, own_folder
 from synpo.model.adapter import load
 from synpo.pipeline.run import build_pairs
-from synpo.records import read_jsonl, write_json, write_jsonl
+from synpo.records import write_json, write_jsonl
 from synpo.train.run import train
 
 OBJECTIVES: dict[
@@ -174,18 +174,6 @@ def _evaluate(
     return evaluate(captions, told, sheet, seed=plan.seed, meteor=False), captions
 
 
-def _habits(captions: dict[str, dict[str, str]], scenes: list[Scene]) -> dict[str, dict[str, float]]:
-    """system → learnt error → share of the videos it could apply to in which the caption falls into it."""
-    shares: dict[str, dict[str, float]] = {}
-    for system, said in captions.items():
-        seen: dict[str, list[bool]] = {}
-        for scene in scenes:
-            for habit, fell in errors_in(said[scene.video], facts_of(scene)).items():
-                seen.setdefault(habit, []).append(fell)
-        shares[system] = {habit: sum(falls) / len(falls) for habit, falls in sorted(seen.items())}
-    return shares
-
-
 def demo(output: Path, seed: int = 0, scale: float = 1.0, resume: bool = True) -> Path:
     """Run the demo in `output` and return the path of its report.
 
@@ -232,20 +220,15 @@ def _stages(output: Path, plan: Plan) -> Path:
     write_jsonl(output / "references.jsonl", ({"video": v, "captions": c} for v, c in told.items()))
     with clock.stage(console, "evaluation"):
         result, captions = _evaluate(plan, output, scenes["held-out"], told)
-    pairs = {
-        "pairs": sum(1 for _ in read_jsonl(output / "pairs.jsonl")),
-        "summary": json.loads((output / "pairs-summary.json").read_text(encoding="utf-8")),
-    }
     return show(
         output,
         plan=asdict(plan),
-        scenes=scenes["held-out"],
+        scenes=scenes,
         told=told,
         result=result,
         captions=captions,
-        habits=_habits(captions, scenes["held-out"]),
         trained=trained,
-        pairs=pairs,
+        summary=json.loads((output / "pairs-summary.json").read_text(encoding="utf-8")),
         seconds=clock.seconds,
         console=console,
     )

@@ -1,7 +1,7 @@
 """`synpo eval`: caption every video with a model, keep the captions, score them where there are references.
 
     videos ─ frames ─ generate ─→ captions.work.jsonl ─→ captions.jsonl ─┬→ scores.json, a table
-                                            references (and --against) ──┘
+                                            references (and --against) ──┘   report.html
 
 captions.work.jsonl grows as captions are made, so an interrupted run goes on where it stopped.
 """
@@ -22,11 +22,13 @@ from synpo.config import Config, ConfigError
 from synpo.evaluate.benchmarks import match_videos, read_references
 from synpo.evaluate.run import EvalResult, evaluate, read_captions
 from synpo.evaluate.scores import count
+from synpo.evaluate.show import show
 from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
 from synpo.records import RecordStore, record_id, write_json, write_jsonl
+from synpo.report.frames import strip
 from synpo.report.table import print_table
 from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video, video_size
 
@@ -108,7 +110,7 @@ def evaluate_model(
 
     Args:
         references: VATEX, MSR-VTT, DREAM-1k or JSON Lines of {"video", "captions"}; None writes captions only.
-        output: folder of captions.jsonl and scores.json, which says with what and over which videos it was made.
+        output: folder of captions.jsonl, report.html and scores.json, which says with what and over which videos it was made.
         against: name → captions.jsonl of earlier evaluations; the first is the baseline of the paired differences.
 
     Raises:
@@ -146,7 +148,8 @@ def evaluate_model(
             console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
         if not captions:
             raise VideoError(f"none of the {len(wanted)} videos in {videos} can be read; the lines above say why")
-        (output / "scores.json").unlink(missing_ok=True)  # of earlier captions
+        for name in ("scores.json", "report.html"):  # of earlier captions
+            (output / name).unlink(missing_ok=True)
         write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
         console.print(f"{count(len(captions), 'caption')} in {output / 'captions.jsonl'}", markup=False, soft_wrap=True)
         if references is None:
@@ -163,12 +166,21 @@ def evaluate_model(
             seed=config.seed,
             resamples=config.eval.bootstrap,
         )
-        write_json(
-            output / "scores.json", result.to_json() | {"run": run | {"unreadable": problems} | _made_with(config)}
+        figures = result.to_json() | {"run": run | {"unreadable": problems} | _made_with(config)}
+        page = show(
+            output,
+            " with ".join(filter(None, [config.model.path, config.model.adapter])),
+            result,
+            systems,
+            reference_captions,
+            lambda video: strip(videos, usable[video]),
+            {"references": str(references), "videos": str(videos), "seed": str(config.seed)},
+            figures,
         )
-    print_table(result.to_table())
-    if difference := result.to_difference_table():
-        print_table(difference)
+        write_json(output / "scores.json", figures)
+    for table in result.to_tables():
+        print_table(table)
+    console.print(f"scores.json and {page}", markup=False, soft_wrap=True)
     return result
 
 

@@ -3,7 +3,8 @@
     captions.jsonl {"video", "caption"} ─ read_captions ─┐
     references     (benchmarks.py)      ─────────────────┴→ evaluate → EvalResult → to_json / to_table / to_charts
 
-The first system is the baseline that the others are compared with, on the same videos, by paired bootstrap.
+The first system is the baseline, the last one what the evaluation is about: every system is compared with the first, and the
+last one with every other, on the same videos, by paired bootstrap.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from synpo.evaluate.scores import Scores, count, some
 from synpo.records import read_jsonl
 from synpo.report.table import Chart, Table
 
-SHOWN = ("CIDEr", "BLEU-4", "ROUGE-L", "METEOR", "fact precision", "fact recall", "fact F1")
+SHOWN = ("fact F1", "fact precision", "fact recall", "CIDEr", "BLEU-4", "ROUGE-L", "METEOR")  # what tells most first
+CHARTED = ("fact F1", "CIDEr")  # the others are in the tables
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,15 @@ class EvalResult:
     """Scores of several systems on the same videos; system → metric → figure, in the library's units (see metrics.py).
 
     Metrics are CIDEr, BLEU-1..4, ROUGE-L, METEOR where Java is, and, with a FactSheet, "fact precision", "fact recall",
-    "fact F1" and their "fact macro ..." counterparts. `differences` are against `baseline`, the first system.
+    "fact F1" and their "fact macro ..." counterparts. `differences` are those of (system, other): each system minus `baseline`,
+    the first, and the last one minus each of the others.
     """
 
     videos: list[str]
     baseline: str
     scores: dict[str, Scores]
     intervals: dict[str, dict[str, Interval | None]]
-    differences: dict[str, dict[str, Difference | None]]
+    differences: dict[tuple[str, str], dict[str, Difference | None]]
     counts: dict[str, dict[str, int]]
     resamples: int
     level: float
@@ -55,6 +58,11 @@ class EvalResult:
     @property
     def systems(self) -> list[str]:
         return list(self.scores)
+
+    @property
+    def main(self) -> str:
+        """The metric that tells most of those there are."""
+        return self._shown()[0]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, per-video scores included, as plain JSON values."""
@@ -67,7 +75,7 @@ class EvalResult:
                 system: {
                     "scores": scores.corpus,
                     "intervals": _plain(self.intervals[system]),
-                    "minus_baseline": _plain(self.differences.get(system, {})),
+                    "minus": {other: _plain(d) for (one, other), d in self.differences.items() if one == system},
                     "counts": self.counts[system],
                     "notes": scores.notes,
                     "per_video": {
@@ -98,19 +106,17 @@ class EvalResult:
             if bounded
             else f"×100; {count(len(self.videos), 'video')}"
         )
-        return Table("Caption scores", ["system", *shown], rows, best, notes=[under, *self._notes()])
+        return Table("Caption scores", ["system", *shown], rows, best=best, notes=[under, *self._notes()])
 
     def to_difference_table(self) -> Table | None:
-        """Each system minus the baseline, ×100; differences whose interval leaves out 0 stand out. None where there is none."""
-        if not self.differences:
-            return None
+        """Systems minus systems, ×100; differences whose interval leaves out 0 stand out. None where there is none."""
         shown = [m for m in self._shown() if any(found[m] is not None for found in self.differences.values())]
-        if not shown:  # a single video
+        if not shown:  # a single system, or a single video
             return None
         rows: list[list[str]] = []
         better, worse = set(), set()
-        for r, (system, found) in enumerate(self.differences.items()):
-            row = [system]
+        for r, ((system, other), found) in enumerate(self.differences.items()):
+            row = [f"{system} − {other}"]
             for c, metric in enumerate(shown, 1):
                 d = found[metric]
                 row.append("–" if d is None else f"{100 * d.value:+.1f}\n{100 * d.low:.1f}…{100 * d.high:.1f}")
@@ -120,13 +126,21 @@ class EvalResult:
                     worse.add((r, c))
             rows.append(row)
         note = f"×100; below, the {self.level:.0%} interval of a paired bootstrap over videos; in colour where it leaves out 0"
-        return Table(f"Difference from {self.baseline}", ["system", *shown], rows, better, worse, [note])
+        return Table("Paired differences", ["", *shown], rows, good=better, bad=worse, notes=[note])
+
+    def to_tables(self) -> list[Table]:
+        """Scores and, where there are any, differences."""
+        return [self.to_table(), *filter(None, [self.to_difference_table()])]
 
     def to_charts(self) -> list[Chart]:
-        """One chart for each shown metric that has intervals, ×100."""
+        """The differences in the main metric, and the metrics of CHARTED that have intervals, ×100."""
         charts = []
+        gaps = [(f"{one} − {other}", found[self.main]) for (one, other), found in self.differences.items()]
+        differences = [(name, 100 * d.value, Interval(100 * d.low, 100 * d.high)) for name, d in gaps if d is not None]
+        if differences:
+            charts.append(Chart(f"{self.main}, difference", [*differences], zero=True))
         for metric in self._shown():
-            if self.intervals[self.baseline][metric] is None:
+            if metric not in CHARTED or self.intervals[self.baseline][metric] is None:
                 continue
             rows = []
             for system in self.systems:
@@ -136,15 +150,10 @@ class EvalResult:
             charts.append(Chart(metric, rows))
         return charts
 
-    def sample_videos(self, number: int, system: str, metric: str = "CIDEr") -> list[str]:
-        """Videos to show: evenly spaced from where `system` lost most against the baseline to where it won most.
-
-        The best and the worst are always among them, so that a report does not show the good cases only.
-        """
-        gain = np.subtract(self.scores[system].per_video[metric], self.scores[self.baseline].per_video[metric])
-        order = np.argsort(gain, kind="stable")
-        picks = np.unique(np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int))
-        return [self.videos[order[p]] for p in picks]
+    def changes(self, system: str) -> list[tuple[str, float]]:
+        """(video, score of `system` minus the baseline's) in the main metric, the largest gain first."""
+        gain = np.subtract(self.scores[system].per_video[self.main], self.scores[self.baseline].per_video[self.main])
+        return [(self.videos[i], float(gain[i])) for i in np.argsort(-gain, kind="stable")]
 
     def _shown(self) -> list[str]:
         return [m for m in SHOWN if all(m in scores.corpus for scores in self.scores.values())]
@@ -194,7 +203,8 @@ def evaluate(
             raise ValueError(f"{system}: {error}") from error
         intervals[system] = scores[system].intervals(**bootstrap)
     baseline, *others = scores
-    differences = {system: scores[system].minus(scores[baseline], **bootstrap) for system in others}
+    compared = [(system, baseline) for system in others] + [(others[-1], rival) for rival in others[:-1]]
+    differences = {(one, other): scores[one].minus(scores[other], **bootstrap) for one, other in compared}
     return EvalResult(list(references), baseline, scores, intervals, differences, counts, resamples, level, seed)
 
 

@@ -1,9 +1,11 @@
-"""One self-contained report.html (no scripts, no external addresses) and, beside it, every figure of the run as report.json.
+"""One self-contained report.html: no scripts, no external addresses, every text escaped.
 
-    tables and charts (evaluate/run.py) + diagnostic plots (train/plots.py) + samples + run info → Report → write_report
+    evaluate/show.py   scores, differences, captions side by side ┐
+    train/show.py      curves, pairs                              ├→ Report → write_report → report.html
+    demo/show.py       both, and what is known of the world       ┘
 
-Both files appear complete or not at all. The same JSON is embedded in the page under the id "figures", so the page alone
-is enough to compute with.
+The page appears complete or not at all. The figures behind it are embedded under the id "figures", so the page alone is enough
+to compute with. One colour has one meaning all over it: a system keeps its own, green is chosen or better, red rejected or worse.
 """
 
 from __future__ import annotations
@@ -19,123 +21,157 @@ from typing import Any
 
 import numpy as np
 
-from synpo.records import atomic_path, write_json
+from synpo.records import atomic_path
 from synpo.report import parts
+from synpo.report.draw import Curves, chart_html, curves_html, tone
+from synpo.report.parts import PairSample, Sample
 from synpo.report.style import CSS
 from synpo.report.table import Chart, Table
 
 
 @dataclass(frozen=True)
 class Highlight:
-    """A figure to see first: "CIDEr of SynPO", "42.5", "base 38.4, DPO 40.1"."""
+    """A figure to see first: "CIDEr", "42.5", "base 38.4, DPO 40.1"; `system` gives it that system's colour."""
 
     label: str
     value: str
     remark: str = ""
+    system: str = ""
 
 
 @dataclass(frozen=True)
-class Plot:
-    """A PNG, as bytes or as a path, with a title above and words below."""
+class Group:
+    """Samples, or pairs, that are shown for one reason, which `title` and `note` give."""
 
     title: str
-    caption: str
-    image: bytes | Path
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What each system said of one video; `image` is a PNG of its frames, if any."""
-
-    video: str
-    references: Sequence[str]
-    captions: Mapping[str, str]
-    image: bytes | Path | None = None
+    note: str
+    samples: Sequence[Sample | PairSample]
 
 
 @dataclass(frozen=True)
 class Report:
     """Everything in the report, in the order it is read.
 
-    title, lead   what was run and what came of it; `lead` is plain text, line breaks kept
+    title, lead   what was run; `lead` is plain text
+    findings      what came of it, a sentence each
     highlights    a few figures set large
+    terms         words of the page and what they mean
+    systems       whose names have a colour of their own, the same everywhere
+    notes         what to keep in mind when reading the results
+    charts        EvalResult.to_charts() and others
     tables        EvalResult.to_table(), to_difference_table() and others
-    charts        EvalResult.to_charts()
-    plots         diagnostics
-    samples       captions side by side; words that no reference uses are marked
+    captions      captions side by side; words that no reference uses are marked
+    pairs         what was trained on; words that one of the two does not use are marked
+    curves        training over its steps
+    training      tables about training
     seconds       stage → wall time
     run           versions, machine, seed, command: name → text
-    figures       whatever JSON can say (dataclasses, NumPy values, paths and sets too); goes to report.json
+    figures       whatever JSON can say (dataclasses, NumPy values, paths and sets too); embedded in the page
+    beside        where the figures lie beside the page, "report.json"
     """
 
     title: str
     lead: str = ""
+    findings: Sequence[str] = ()
     highlights: Sequence[Highlight] = ()
-    tables: Sequence[Table] = ()
+    terms: Sequence[tuple[str, str]] = ()
+    systems: Sequence[str] = ()
+    notes: Sequence[str] = ()
     charts: Sequence[Chart] = ()
-    plots: Sequence[Plot] = ()
-    samples: Sequence[Sample] = ()
+    tables: Sequence[Table] = ()
+    captions: Sequence[Group] = ()
+    pairs: Sequence[Group] = ()
+    curves: Sequence[Curves] = ()
+    training: Sequence[Table] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     run: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
+    beside: str = ""
 
 
 def write_report(path: str | os.PathLike[str], report: Report) -> None:
-    """Write the page to `path` and its figures to the same name with the suffix .json.
+    """Write the page to `path`.
 
     Raises:
-        ValueError: an image is not a PNG; a figure is of a type that has no JSON form.
+        ValueError: an image is neither PNG nor JPEG; a figure is of a type that has no JSON form.
     """
-    target = Path(path)
-    data = target.with_suffix(".json")
-    figures = plain(dict(report.figures))
-    page = render(report, figures, data.name)
-    write_json(data, figures)
-    with atomic_path(target) as temporary:
+    page = render(report)
+    with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def render(report: Report, figures: Any, data_name: str) -> str:
-    """The page as text; `figures` are JSON values already."""
-    embedded = json.dumps(figures, ensure_ascii=False).replace("<", "\\u003c")
-    tiles = "".join(
-        f'<div class="tile"><div class="label">{escape(h.label)}</div><div class="value">{escape(h.value)}</div>'
-        f'<div class="remark">{escape(h.remark)}</div></div>'
-        for h in report.highlights
-    )
-    body = [f"<header><h1>{escape(report.title)}</h1>"]
-    if report.lead:
-        body.append(f'<p class="lead">{escape(report.lead)}</p>')
-    if tiles:
-        body.append(f'<div class="tiles">{tiles}</div>')
-    body.append("</header>")
-    if report.tables or report.charts:
-        body.append("<h2>Results</h2>")
-        body += map(parts.table_html, report.tables)
-        body.append(f'<div class="triple">{"".join(map(parts.chart_html, report.charts))}</div>')
-    if report.plots:
-        plots = "".join(parts.plot_html(p.title, p.caption, p.image) for p in report.plots)
-        body.append(f'<h2>What happened in training</h2><div class="plots">{plots}</div>')
-    if report.samples:
-        body.append(
-            '<h2>Captions</h2><p class="legend">Words that no reference uses are <mark>underlined</mark>; '
-            "they may still be true.</p>"
-        )
-        body += [parts.sample_html(s.video, s.references, s.captions, s.image) for s in report.samples]
-    if report.seconds or report.run:
-        body.append("<h2>The run</h2>")
-        if report.seconds:
-            body.append(parts.stages_html(report.seconds))
-        if report.run:
-            body.append(parts.info_html(report.run))
+def render(report: Report) -> str:
+    """The page as text."""
+    embedded = json.dumps(plain(dict(report.figures)), ensure_ascii=False).replace("<", "\\u003c")
+    body = [
+        _head(report),
+        _results(report),
+        _samples("Captions", report.captions, report.systems),
+        _samples("Preference pairs", report.pairs, report.systems),
+        _training(report),
+        _run(report),
+    ]
+    beside = f"in {escape(report.beside)}, and " if report.beside else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{escape(report.title)}</title><style>{CSS}</style></head>\n<body><main>\n"
-        + "\n".join(body)
-        + f"\n<footer>Every figure of this run is in {escape(data_name)}, and in this page under the id “figures”.</footer>"
+        + "\n".join(filter(None, body))
+        + f"\n<footer>The figures of this run are {beside}in this page under the id “figures”.</footer>"
         + f'\n</main><script type="application/json" id="figures">{embedded}</script></body></html>\n'
+    )
+
+
+def _head(report: Report) -> str:
+    found = "".join(f"<li>{escape(sentence)}</li>" for sentence in report.findings)
+    tiles = "".join(
+        f'<div class="tile"><div class="label {"key" if h.system else ""} {tone(h.system, report.systems)}">'
+        f'{escape(h.label)}</div><div class="value">{escape(h.value)}</div>'
+        f'<div class="remark">{escape(h.remark)}</div></div>'
+        for h in report.highlights
+    )
+    return (
+        f"<header><h1>{escape(report.title)}</h1>"
+        + (f'<p class="lead">{escape(report.lead)}</p>' if report.lead else "")
+        + (f'<ul class="findings">{found}</ul>' if found else "")
+        + (f'<div class="tiles">{tiles}</div>' if tiles else "")
+        + "</header>"
+        + (parts.terms_html(report.terms) if report.terms else "")
+    )
+
+
+def _results(report: Report) -> str:
+    if not (report.tables or report.charts):
+        return ""
+    notes = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
+    charts = "".join(chart_html(chart, report.systems) for chart in report.charts)
+    tables = "".join(parts.table_html(table, report.systems) for table in report.tables)
+    return f'<h2>Results</h2>{notes}<div class="triple">{charts}</div>{tables}'
+
+
+def _samples(title: str, groups: Sequence[Group], systems: Sequence[str]) -> str:
+    said = []
+    for group in groups:
+        said.append(f'<h3>{escape(group.title)}</h3><p class="legend">{escape(group.note)}</p>')
+        said += [parts.sample_html(sample, systems) for sample in group.samples]
+    return f"<h2>{title}</h2>{''.join(said)}" if said else ""
+
+
+def _training(report: Report) -> str:
+    if not (report.curves or report.training):
+        return ""
+    curves = "".join(curves_html(curve, report.systems) for curve in report.curves)
+    return "<h2>Training</h2>" + curves + "".join(parts.table_html(table, report.systems) for table in report.training)
+
+
+def _run(report: Report) -> str:
+    if not (report.seconds or report.run):
+        return ""
+    return (
+        "<h2>The run</h2>"
+        + (parts.stages_html(report.seconds) if report.seconds else "")
+        + (parts.info_html(report.run) if report.run else "")
     )
 
 

@@ -1,17 +1,18 @@
-"""The pieces of the report as HTML: tables, charts of intervals, figures, samples, the time bar. Every text is escaped here."""
+"""The pieces of the report as HTML: tables, samples, pairs, words explained, the run. Every text is escaped here."""
 
 from __future__ import annotations
 
 import base64
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 from synpo.evaluate.ptb import tokenize
-from synpo.report.table import Chart, Table
+from synpo.report.draw import tone
+from synpo.report.table import Table
 
-COLOURS = 6
+MANY_COLUMNS = 4  # a table of more is wider than a telephone
 # fmt: off
 _SMALL_WORDS = frozenset([
     "a", "an", "and", "are", "as", "at", "by", "for", "from", "has", "have", "he", "her", "his", "in", "into", "is",
@@ -21,17 +22,54 @@ _SMALL_WORDS = frozenset([
 # fmt: on
 
 
-def table_html(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+@dataclass(frozen=True)
+class Sample:
+    """What each system said of one video.
+
+    image   PNG or JPEG of its frames; scores: what to say of each system's caption; remark: of the sample as a whole
+    """
+
+    video: str
+    references: Sequence[str]
+    captions: Mapping[str, str]
+    image: bytes | Path | None = None
+    scores: Mapping[str, str] = field(default_factory=dict)
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class PairSample:
+    """A preference pair; `remarks` say something of the chosen and of the rejected answer, `remark` of both."""
+
+    video: str | None
+    chosen: str
+    rejected: str
+    image: bytes | Path | None = None
+    prompt: str = ""
+    remarks: tuple[str, str] = ("", "")
+    remark: str = ""
+
+
+def table_html(table: Table, systems: Sequence[str] = ()) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     body = "".join(
-        "<tr>" + "".join(_cell(text, table.style(r, c)) for c, text in enumerate(row)) + "</tr>"
+        f"<tr>{_row_name(row[0], systems)}"
+        + "".join(_cell(text, table.style(r, c)) for c, text in enumerate(row[1:], 1))
+        + "</tr>"
         for r, row in enumerate(table.rows)
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    hint = '<p class="more">more columns to the right →</p>' if len(table.header) > MANY_COLUMNS else ""
     return (
-        f'<section class="card"><h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{notes}</section>"
+        f'<section class="card"><h3>{escape(table.title)}</h3>{hint}<div class="scroll" tabindex="0" role="group" '
+        f'aria-label="{escape(table.title)}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{notes}</section>"
     )
+
+
+def _row_name(name: str, systems: Sequence[str]) -> str:
+    inside = f'<span class="key {tone(name, systems)}">{escape(name)}</span>' if name in systems else escape(name)
+    return f'<th scope="row">{inside}</th>'
 
 
 def _cell(text: str, style: str) -> str:
@@ -40,107 +78,86 @@ def _cell(text: str, style: str) -> str:
     return f'<td class="{style}">{escape(first)}{below}</td>'
 
 
-def chart_html(chart: Chart) -> str:
-    """Dots with whiskers on one scale that spans all of them."""
-    width, left, right, step = 360, 92, 44, 30
-    ends = [end for _, value, i in chart.rows for end in ((value,) if i is None else (value, i.low, i.high))]
-    low, high = min(ends), max(ends)
-    margin = 0.06 * (high - low) or 1.0
-    low, high = low - margin, high + margin
-
-    def x(value: float) -> float:
-        return left + (value - low) / (high - low) * (width - left - right)
-
-    height = step * len(chart.rows) + 26
-    parts = []
-    for tick in _ticks(low, high):
-        parts.append(
-            f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" y2="{height - 22}"/>'
-            f'<text class="soft" x="{x(tick):.1f}" y="{height - 6}" text-anchor="middle">{tick:g}</text>'
-        )
-    for r, (name, value, interval) in enumerate(chart.rows):
-        y = step * r + 4 + step / 2
-        parts.append(f'<text x="0" y="{y + 4:.0f}">{escape(_short(name))}</text><g class="mark s{r % COLOURS}">')
-        if interval is not None:
-            parts.append(
-                f'<line x1="{x(interval.low):.1f}" x2="{x(interval.high):.1f}" y1="{y}" y2="{y}" stroke-width="2"/>'
-            )
-        parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="5"/></g>')
-        parts.append(f'<text x="{width}" y="{y + 4:.0f}" text-anchor="end">{value:.1f}</text>')
-    return (
-        f'<figure class="card"><h3>{escape(chart.title)}</h3><svg viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(chart.title)}">{"".join(parts)}</svg></figure>'
-    )
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to five round numbers between low and high."""
-    span = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(span))
-    unit = next(m * power for m in (1, 2, 5, 10) if m * power >= span)
-    return [round(k * unit, 10) for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 13 else name[:12] + "…"
+def terms_html(terms: Iterable[tuple[str, str]]) -> str:
+    rows = "".join(f"<div><dt>{escape(word)}</dt><dd>{escape(meaning)}</dd></div>" for word, meaning in terms)
+    return f'<section class="card"><h3>Words on this page</h3><dl class="terms">{rows}</dl></section>'
 
 
 def image_uri(image: bytes | Path) -> str:
-    """A PNG as a data URI. Raises ValueError when it is not one."""
+    """A PNG or a JPEG as a data URI. Raises ValueError when it is neither."""
     data = image if isinstance(image, bytes) else image.read_bytes()
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError(
-            f"a report embeds PNG images, got {'bytes' if isinstance(image, bytes) else image} starting {data[:8]!r}"
-        )
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def plot_html(title: str, caption: str, image: bytes | Path) -> str:
-    return (
-        f'<figure class="card"><h3>{escape(title)}</h3><img src="{image_uri(image)}" alt="{escape(title)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    for kind, start in (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff")):
+        if data.startswith(start):
+            return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+    raise ValueError(
+        f"a report embeds PNG and JPEG images, got {'bytes' if isinstance(image, bytes) else image} starting {data[:8]!r}"
     )
 
 
-def sample_html(video: str, references: Sequence[str], captions: Mapping[str, str], image: bytes | Path | None) -> str:
-    known = {word for reference in references for word in tokenize(reference)} | _SMALL_WORDS
-    picture = f'<img src="{image_uri(image)}" alt="frames of {escape(video)}">' if image is not None else ""
-    rows = (
-        [f'<dt>reference</dt><dd class="reference">{"<br>".join(map(escape, references))}</dd>'] if references else []
-    )
-    for number, (system, caption) in enumerate(captions.items()):
-        said = _marked(caption, known) if references else escape(caption)
-        rows.append(f'<dt class="s{number % COLOURS}">{escape(system)}</dt><dd>{said or "<em>(nothing)</em>"}</dd>')
-    return (
-        f'<article class="card sample"><h3>{escape(video)}</h3>{picture}<dl class="said">{"".join(rows)}</dl></article>'
-    )
+def _picture(video: str | None, image: bytes | Path | None) -> str:
+    return f'<img src="{image_uri(image)}" alt="frames of {escape(video or "")}">' if image is not None else ""
 
 
-def _marked(caption: str, known: set[str]) -> str:
-    """The caption with every word that no reference uses in <mark>."""
+def sample_html(sample: Sample | PairSample, systems: Sequence[str] = ()) -> str:
+    """A card with the frames of a video and what was said of it."""
+    rows = _answers(sample) if isinstance(sample, PairSample) else _captions(sample, systems)
+    head = f"<h4>{escape(sample.video)}</h4>" if sample.video else ""
+    said = f"<p>{escape(sample.remark)}</p>" if sample.remark else ""
+    picture = ""
+    if sample.image is not None:
+        picture = f'<img src="{image_uri(sample.image)}" alt="frames of {escape(sample.video or "")}">'
+    return f'<article class="card sample">{head}{said}{picture}<dl class="said">{"".join(rows)}</dl></article>'
+
+
+def _captions(sample: Sample, systems: Sequence[str]) -> list[str]:
+    known = {word for reference in sample.references for word in tokenize(reference)}
+    rows = []
+    if sample.references:
+        first, *others = map(escape, sample.references)
+        more = f"<details><summary>{len(others)} more</summary>{'<br>'.join(others)}</details>" if others else ""
+        rows.append(f'<dt>reference</dt><dd class="reference">{first}{more}</dd>')
+    for system, caption in sample.captions.items():
+        said = _marked(caption, known) if sample.references else escape(caption)
+        name = f"{escape(system)}<small>{escape(sample.scores.get(system, ''))}</small>"
+        rows.append(f'<dt class="key {tone(system, systems)}">{name}</dt><dd>{said or "<em>(nothing)</em>"}</dd>')
+    return rows
+
+
+def _answers(pair: PairSample) -> list[str]:
+    words = [set(tokenize(text)) for text in (pair.chosen, pair.rejected)]
+    rows = [f'<dt>prompt</dt><dd class="reference">{escape(pair.prompt)}</dd>'] if pair.prompt else []
+    for n, (name, text) in enumerate((("chosen", pair.chosen), ("rejected", pair.rejected))):
+        name = f"{name}<small>{escape(pair.remarks[n])}</small>"
+        rows.append(f'<dt class="key side{n}">{name}</dt><dd class="side{n}">{_marked(text, words[1 - n])}</dd>')
+    return rows
+
+
+def _marked(text: str, known: set[str]) -> str:
+    """The text with every word that is not known in <mark>."""
     return " ".join(
-        f"<mark>{escape(word)}</mark>" if any(token not in known for token in tokenize(word)) else escape(word)
-        for word in caption.split()
+        f"<mark>{escape(word)}</mark>"
+        if any(token not in known and token not in _SMALL_WORDS for token in tokenize(word))
+        else escape(word)
+        for word in text.split()
     )
 
 
 def info_html(rows: Mapping[str, str]) -> str:
-    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows.items()
+    )
     return f'<section class="card"><table class="info"><tbody>{body}</tbody></table></section>'
 
 
 def stages_html(seconds: Mapping[str, float]) -> str:
-    """Wall time of each stage as one bar and its key."""
-    bar = "".join(
-        f'<span class="s{n % COLOURS}" style="flex-grow:{max(time, 0):.3f}" title="{escape(name)}"></span>'
-        for n, (name, time) in enumerate(seconds.items())
-    )
-    key = "".join(
-        f'<span class="key s{n % COLOURS}">{escape(name)} {duration(time)}</span>'
-        for n, (name, time) in enumerate(seconds.items())
+    """Wall time of each stage, a bar each."""
+    longest = max([*seconds.values(), 1e-9])
+    rows = "".join(
+        f'<dt>{escape(name)}</dt><dd><span style="width:{100 * max(time, 0) / longest:.1f}%"></span>{duration(time)}</dd>'
+        for name, time in seconds.items()
     )
     total = duration(sum(seconds.values()))
-    return f'<section class="card"><h3>Wall time: {total}</h3><div class="stages">{bar}</div>{key}</section>'
+    return f'<section class="card"><h3>Wall time: {total}</h3><dl class="stages">{rows}</dl></section>'
 
 
 def duration(seconds: float) -> str:

@@ -16,9 +16,9 @@ from synpo.evaluate.bootstrap import Interval
 class Table:
     """`rows` of texts under `header`; the first column names the row, the others hold figures.
 
-    good   (row, column) cells to stand out as the best, or as better
-    bad    cells to stand out as worse
-    notes  in words, printed under the table
+    best       (row, column) cells to stand out as the best of their column
+    good, bad  cells to stand out as surely better, and as surely worse
+    notes      in words, printed under the table
 
     A cell may hold two lines (a score, and its interval below it).
     """
@@ -26,6 +26,7 @@ class Table:
     title: str
     header: list[str]
     rows: list[list[str]]
+    best: set[tuple[int, int]] = field(default_factory=set)
     good: set[tuple[int, int]] = field(default_factory=set)
     bad: set[tuple[int, int]] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
@@ -38,16 +39,21 @@ class Table:
                 )
 
     def style(self, row: int, column: int) -> str:
-        """ "good", "bad" or "" for a cell."""
-        return "good" if (row, column) in self.good else "bad" if (row, column) in self.bad else ""
+        """ "best", "good", "bad" or "" for a cell."""
+        kinds = {"good": self.good, "bad": self.bad, "best": self.best}
+        return next((name for name, cells in kinds.items() if (row, column) in cells), "")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One metric: rows of (name, score, interval or None), drawn as dots with whiskers on a common scale."""
+    """One metric: rows of (name, score, interval or None), drawn as dots with whiskers on a common scale.
+
+    `zero` has a line at 0, for differences.
+    """
 
     title: str
     rows: list[tuple[str, float, Interval | None]]
+    zero: bool = False
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
@@ -71,7 +77,7 @@ def print_table(table: Table, console: Console | None = None) -> None:
 
 def _cell(text: str, style: str) -> Text:
     first, *rest = text.split("\n")
-    cell = Text(first, style={"good": "bold green", "bad": "bold red"}.get(style, ""))
+    cell = Text(first, style={"best": "bold", "good": "bold green", "bad": "bold red"}.get(style, ""))
     for line in rest:
         cell.append("\n" + line, style="not bold dim default")
     return cell

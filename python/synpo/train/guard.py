@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from synpo.train.diagnostics import Finding, Watched, findings, read_log
-from synpo.train.plots import plot_gradient_balance, plot_rewards
+from synpo.train.plots import PICTURES, plot
 
 MODES = ("off", "warn", "stop")
 
@@ -77,8 +77,8 @@ class Curves(TrainerCallback):
 
     def draw(self) -> None:
         if self.log.exists() and (rows := read_log(self.log)):
-            plot_rewards({self.loss_type: rows}, self.folder / "rewards.png")
-            plot_gradient_balance({self.loss_type: rows}, self.folder / "gradient_balance.png")
+            for picture in PICTURES:
+                plot(picture, {self.loss_type: rows}, self.folder)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -8,6 +8,7 @@ output/model/                in its place with lora: null, the trained model (sa
 output/vision/               visual features, with train.cache_vision
 output/reference/            what the reference of dpo and ipo said, where it is not run in every step
 output/rewards.png, output/gradient_balance.png    drawn again after every evaluation and checkpoint
+output/report.html           all of that on one page, with some of the pairs
 output/metrics.json          written last: a folder that has it is complete
 """
 
@@ -26,7 +27,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import set_seed
 
 from synpo.config import Config, ConfigError, build, suggest
@@ -38,11 +38,13 @@ from synpo.model.adapter import CaptionModel, load
 from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
+from synpo.report.table import print_table
 from synpo.train.checkpoint import last_checkpoint, owes_evaluation, set_broken_aside, writing
 from synpo.train.choices import OPEN, half, in_words, settle
-from synpo.train.diagnostics import ends, read_log, warnings_of
+from synpo.train.diagnostics import read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import make_trainable
+from synpo.train.show import show, summary
 from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
 
 # Set by the run itself: where things go, the seed, the device.
@@ -235,11 +237,12 @@ def _train(
         rows = read_log(log)
         warnings = warnings_of((row for _, row in read_jsonl(log)), args.loss_type)
         metrics = _metrics(done, trainer, dataset, unseen, rows, warnings)
+        show(output, log, dataset.pairs, videos, json.loads(json.dumps(asdict(config))), metrics)
         write_json(output / "metrics.json", metrics)
-        console.print(_summary(rows))
+        print_table(summary(rows), console)
         for warning in warnings:
             console.print(f"[yellow]warning:[/yellow] {warning}")
-        console.print(f"trained: {_result(output).adapter}, plots and {LOG_NAME} beside it", markup=False)
+        console.print(f"trained: {_result(output).adapter}; report.html, plots and {LOG_NAME} beside it", markup=False)
     trainer.accelerator.wait_for_everyone()
     return _result(output)
 
@@ -292,22 +295,6 @@ def _metrics(
 def trainable_parameters(lm: CaptionModel) -> int:
     """How many numbers are trained."""
     return sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
-
-
-def _summary(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What training changed: means over the first and over the last fifth of the steps."""
-    table = Table("", "start", "end", title="Training", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for label, key in (
-        ("log-likelihood of a chosen token", "synpo/chosen_logp"),
-        ("log-likelihood of a rejected token", "synpo/rejected_logp"),
-        ("chosen more likely than rejected", "rewards/accuracies"),
-        ("gradient through the chosen side", "synpo/grad_balance/chosen"),
-        ("gradient through the rejected side", "synpo/grad_balance/rejected"),
-    ):
-        table.add_row(label, *(f"{value:.3f}" for value in ends(rows, key)))
-    return table
 
 
 def _result(output: Path) -> TrainResult:
@@ -383,5 +370,5 @@ def _clear(output: Path) -> None:
         output / "model",
     ]:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("metrics.json", LOG_NAME, "config.json", "rewards.png", "gradient_balance.png"):
+    for name in ("metrics.json", LOG_NAME, "config.json", "report.html", "rewards.png", "gradient_balance.png"):
         (output / name).unlink(missing_ok=True)
