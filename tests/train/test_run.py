@@ -289,6 +289,8 @@ def test_held_out_pairs_are_evaluated_and_their_answers_looked_at(config: Config
     result = train(replace(config, train=config.train | extra), data / "videos", data / "pairs.jsonl", tmp_path / "run")
     assert result.metrics["pairs"] == 6
     assert result.metrics["held_out"] == 2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("held-out pairs</h4>") == 1 and page.count('class="bold side0"') == 3  # none has a gradient
     rows = [json.loads(line) for line in result.log.read_text().splitlines()]
     evaluations = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evaluations] == [0, 3, 6]

@@ -13,7 +13,7 @@ from synpo.report.frames import strip
 from synpo.report.page import Group, Highlight, PairSample, Report, write_report
 from synpo.report.parts import duration
 from synpo.report.table import Table
-from synpo.train.diagnostics import ends, read_log, steps_of
+from synpo.train.diagnostics import ends, read_log
 from synpo.train.plots import PICTURES, Rows, curves
 
 NAMES = {"sft": "SFT", "synpo": "SynPO", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "cpo": "CPO", "orpo": "ORPO"}
@@ -72,12 +72,12 @@ def show(
     rows = read_log(log)
     objective = metrics["loss_type"]
     name = NAMES.get(objective, objective)
-    held = [
+    held: Rows = [
         {"step": row["step"]} | {key.removeprefix("eval_"): value for key, value in row.items()}
         for _, row in read_jsonl(log)
         if "eval_synpo/chosen_logp" in row
     ]
-    runs: dict[str, Rows] = {name: rows} | ({"held-out pairs": steps_of(held)} if held else {})
+    runs: dict[str, Rows] = {name: rows} | ({"held-out pairs": held} if held else {})
     settings = {section: config[section] for section in ("seed", "model", "frames", "lora", "train")}
     settings["train"] = {key: value for key, value in config["train"].items() if not key.endswith("_token")}
     table = summary(rows)
@@ -91,7 +91,10 @@ def show(
         terms=[*([(name, OBJECTIVES[objective])] if objective in OBJECTIVES else []), *WORDS],
         systems=[name],
         pairs=_groups(pairs, videos),
-        curves=[curves(picture, runs) for picture in PICTURES],
+        curves=[
+            curves(picture, {run: found for run, found in runs.items() if found[0].keys() >= {*picture.lines.values()}})
+            for picture in PICTURES  # evaluations have no gradients
+        ],
         training=[table],
         run=described() | {key: str(value) for key, value in settings["train"].items()},
         figures={"metrics": metrics, "settings": settings},
