@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from synpo.config import (
+    LOSS_PARAMETERS,
     Config,
     ConfigError,
     ModelConfig,
@@ -18,6 +19,7 @@ from synpo.config import (
     preset_text,
     suggest,
 )
+from synpo.train.objective import parameters_of
 from synpo.train.run import settings
 
 
@@ -124,6 +126,43 @@ def test_an_override_needs_key_and_value(text: str) -> None:
 def test_an_override_that_is_not_yaml_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="seed"):
         parse_override("seed=[1")
+
+
+LLAMA = "llama3-lora"
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "expected"),
+    [
+        ("", ["train.loss_type=dpo"], {}),
+        ("", ["train.loss_type=dpo", "train.beta=0.3"], {"beta": 0.3}),
+        ("", ["train.beta=0.3", "train.loss_type=dpo"], {"beta": 0.3}),
+        ("train: {loss_type: dpo}", [], {}),
+        ("train: {loss_type: dpo}", ["train.beta=0.3"], {"beta": 0.3}),
+        ("train: {loss_type: dpo, beta: 0.3}", [], {"beta": 0.3}),
+        ("train: {loss_type: dpo, beta: 0.3}", ["train.loss_type=simpo"], {}),
+        ("train: {beta: 0.3}", ["train.loss_type=dpo"], {}),
+        ("train: {beta: 0.3}", ["train.loss_type=synpo"], {"alpha": 30.0, "beta": 0.3}),
+        ("train: {beta: 0.3}", [], {"alpha": 30.0, "beta": 0.3}),
+    ],
+)
+def test_parameters_of_a_loss_belong_to_it(
+    file: str, overrides: list[str], expected: dict[str, float], tmp_path: Path
+) -> None:
+    """A preset's alpha and beta are SynPO's: another objective starts from its own."""
+    (tmp_path / "c.yaml").write_text(file)
+    config = load_config(tmp_path / "c.yaml", overrides, preset=LLAMA)
+    assert {k: v for k, v in config.train.items() if k in LOSS_PARAMETERS} == expected
+    assert config.train["learning_rate"] == load_config(preset=LLAMA).train["learning_rate"]
+    args = settings(replace(config, model=replace(config.model, device="cpu")), tmp_path)
+    assert parameters_of(args.loss_type, args.loss_parameters) == OBJECTIVES_OWN[args.loss_type] | expected
+
+
+OBJECTIVES_OWN = {
+    "synpo": {"alpha": 30.0, "beta": 0.2},
+    "dpo": {"beta": 0.1},
+    "simpo": {"beta": 2.0, "gamma": 1.0},
+}
 
 
 def test_suggestions() -> None:

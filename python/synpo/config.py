@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from synpo.setting import Range, above, at_least, check, one_of, setting
 from synpo.video import FrameSampling
 
 
@@ -34,152 +35,161 @@ class ConfigError(ValueError):
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+DEFAULT_LOSS = "synpo"
+LOSS_PARAMETERS = ("alpha", "beta", "gamma", "weight")
+"""Keys of the section `train` that are parameters of an objective (`train.loss_type`), and mean nothing to another."""
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model, and how it is loaded. `adapter` is a PEFT folder; `device` auto takes CUDA when there is one.
-
-    `quantization` nf4 or int8 holds the language model's weights in 4 or 8 bits (needs bitsandbytes, extra `qlora`).
-    `chat_template`, a file or the Jinja text itself, takes the place of the tokenizer's; `template_variables` are given to it
-    (`{enable_thinking: false}`, say); `answer_prefix` stands between its prompt and an answer: given, not trained or generated.
-    """
-
-    path: str = ""
-    revision: str | None = None
-    adapter: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    attention: str = "auto"
-    quantization: str = "none"
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    template_variables: dict[str, Any] = field(default_factory=dict)
-    answer_prefix: str = ""
+class Section:
+    """Dataclasses of settings: a value that is out of its range is a ValueError that names it."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not re.fullmatch(r"auto|cpu|(cuda|xpu|mps|npu)(:\d+)?", self.device):
-            raise ValueError(f"device: expected auto, cpu, cuda or one of several such as cuda:1, got {self.device!r}")
+        check(self)
 
 
 @dataclass(frozen=True)
-class LoraSection:
-    """LoRA on the language model's projections; the regular expression must not reach the vision tower.
+class ModelConfig(Section):
+    """Which model, and how it is loaded."""
 
-    `lora: null` trains the language model and its head themselves.
-    """
-
-    r: int = 128
-    alpha: int = 64
-    dropout: float = 0.05
-    target_modules: str = r".*\.(q|k|v|o|gate|up|down)_proj"
+    path: str = setting("", "checkpoint folder or hub id (--model)")
+    revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    adapter: str | None = setting(None, "folder of a PEFT adapter to put on the model (--adapter)")
+    dtype: str = setting("auto", f"{', '.join(DTYPES)}; auto is what the checkpoint says", one_of(*DTYPES))
+    device: str = setting(
+        "auto",
+        "cpu, cuda, cuda:1 …; auto takes CUDA where there is one (--device)",
+        Range(
+            lambda name: bool(re.fullmatch(r"auto|cpu|(cuda|xpu|mps|npu)(:\d+)?", name)),
+            "auto, cpu, cuda or one of several such as cuda:1",
+        ),
+    )
+    attention: str = setting("auto", "auto, sdpa, eager, flash_attention_2 …; auto takes flash-attn where it can serve")
+    quantization: str = setting(
+        "none", "none; nf4 (QLoRA, CUDA) or int8: weights of the language model in 4 or 8 bits (extra qlora)"
+    )
+    trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint: only from who you trust")
+    chat_template: str | None = setting(None, "a file, or Jinja text, in place of the tokenizer's chat template")
+    template_variables: dict[str, Any] = setting(dict, "given to the chat template, e.g. {enable_thinking: false}")
+    answer_prefix: str = setting("", "stands between prompt and answer: given, neither trained nor generated")
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 mean no cut-off."""
+class LoraSection(Section):
+    """LoRA on the language model; `lora: null` trains the language model and its head themselves."""
 
-    temperature: float = 0.9
-    top_k: int = 32
-    top_p: float = 0.95
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 256
+    r: int = setting(128, "rank", at_least(1))
+    alpha: int = setting(64, "what LoRA adds is scaled by alpha / r", at_least(1))
+    dropout: float = setting(0.05, "dropout before LoRA", Range(lambda v: 0 <= v < 1, "from 0 (off) to less than 1"))
+    target_modules: str = setting(
+        r".*\.(q|k|v|o|gate|up|down)_proj",
+        "regular expression over names of modules of the language model and its head",
+    )
 
     def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy)"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (1 is off)"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not fits:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+        super().__post_init__()
+        try:
+            re.compile(f"(?:{self.target_modules})")
+        except re.error as error:
+            raise ValueError(f"target_modules: {self.target_modules!r} is not a regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
-class ContrastConfig:
-    """Contrastive decoding: mixed = (1 + alpha)·expert − alpha·amateur; plausibility 0 is off, as in the paper's code."""
+class SamplingConfig(Section):
+    """How tokens are drawn."""
 
-    alpha: float = 0.5
-    plausibility: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha: expected at least 0 (0 is plain sampling), got {self.alpha}")
-        if not 0 <= self.plausibility <= 1:
-            raise ValueError(f"plausibility: expected from 0 (off) to 1, got {self.plausibility}")
-
-
-@dataclass(frozen=True)
-class PairsConfig:
-    """From videos to preference pairs.
-
-    `candidates` samples a video, each refined by `refinements` self-retrospective passes; the best and the worst become a
-    pair when their totals differ by `margin` or more. `clip_seconds` and `max_clips` cut a video into clips:
-    n = clamp(⌊duration / clip_seconds⌋ + 1, 2, max_clips). `batch_size` answers are written together; all candidates of a
-    video always are, so memory is needed for `candidates` of them at least. `engine` samples the candidates: `hf`, our
-    decoder over the Hugging Face model, or `vllm` where that is installed (with a `batch_size` of some hundreds).
-    """
-
-    prompt: str = "Describe the video in detail."
-    candidates: int = 10
-    refinements: int = 1
-    margin: float = 4.0
-    clip_seconds: float = 10.0
-    max_clips: int = 16
-    batch_size: int = 8
-    engine: str = "hf"
-    candidate_sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    clip_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.5, top_p=0.9))
-    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    temperature: float = setting(0.9, "0 is greedy", at_least(0, "0 is greedy"))
+    top_k: int = setting(32, "draw among so many of the likeliest tokens; 0 is off", at_least(0, "0 is off"))
+    top_p: float = setting(
+        0.95,
+        "draw among the likeliest that together have this probability; 1 is off",
+        Range(lambda value: 0 < value <= 1, "above 0 and at most 1 (1 is off)"),
+    )
+    min_p: float = setting(
+        0.0,
+        "leave out what is less likely than this share of the likeliest; 0 is off",
+        Range(lambda value: 0 <= value <= 1, "from 0 (off) to 1"),
+    )
+    repetition_penalty: float = setting(1.0, "above 1: against tokens that were there; 1 is off", above(0, "1 is off"))
+    max_new_tokens: int = setting(256, "longest answer", at_least(1))
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """Who scores candidates: `offline` (no language model), `openai` (any compatible endpoint) or `local` (a chat model).
+class ContrastConfig(Section):
+    """Contrastive decoding of clip captions: mixed = (1 + alpha)·expert − alpha·amateur."""
 
-    The key of an endpoint is read from the environment variable `key_env` when it is needed; it is never stored.
-    A language model sees the candidates in `orders` different orders, and its scores are averaged. `structured` asks the
-    endpoint to enforce the JSON schema of an answer, `system_role` false puts all into one user message (some chat templates
-    know no other), `temperature` null leaves the endpoint's own, `timeout` is in seconds. `max_tokens` limits an answer with its
-    reasoning; null is no limit of ours (openai), or room for the scores alone (local).
-    """
-
-    kind: str = "offline"
-    model: str = ""
-    base_url: str | None = None
-    key_env: str = "OPENAI_API_KEY"
-    requests_per_minute: float = 60.0
-    max_requests: int | None = None
-    orders: int = 2
-    concurrency: int = 8
-    structured: bool = True
-    system_role: bool = True
-    temperature: float | None = 0.0
-    max_tokens: int | None = None
-    timeout: float = 120.0
+    alpha: float = setting(0.5, "weight of the contrast; 0 is plain sampling", at_least(0, "0 is plain sampling"))
+    plausibility: float = setting(
+        0.0,
+        "leave out what the expert finds less likely than this share of its likeliest; 0 is off",
+        Range(lambda value: 0 <= value <= 1, "from 0 (off) to 1"),
+    )
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class PairsConfig(Section):
+    """From videos to preference pairs: candidates are sampled and refined, the best and the worst of a video become a pair."""
+
+    prompt: str = setting("Describe the video in detail.", "what the model is asked, and the prompt of the pairs")
+    candidates: int = setting(10, "captions sampled of a video, held in memory together", at_least(2))
+    refinements: int = setting(1, "second looks of the model at its own caption", at_least(0))
+    margin: float = setting(4.0, "least difference between the scores of the two captions of a pair", at_least(0))
+    clip_seconds: float = setting(10.0, "a video gives ⌊seconds / clip_seconds⌋ + 1 clips, two at least", above(0))
+    max_clips: int = setting(16, "and no more than these", at_least(2))
+    batch_size: int = setting(
+        8, "captions written together; all candidates of a video always are (vllm: some hundreds)", at_least(1)
+    )
+    engine: str = setting("hf", "what samples the candidates: hf (our decoder) or vllm (extra vllm)")
+    candidate_sampling: SamplingConfig = setting(SamplingConfig, "of candidates")
+    clip_sampling: SamplingConfig = setting(lambda: SamplingConfig(temperature=0.5, top_p=0.9), "of clip captions")
+    contrast: ContrastConfig = setting(ContrastConfig, "of clip captions")
+
+
+@dataclass(frozen=True)
+class JudgeConfig(Section):
+    """Who scores candidates. The key of an endpoint is read from the environment when it is needed, and never stored."""
+
+    kind: str = setting(
+        "offline", "offline (no language model), openai (any compatible endpoint), local (a chat model)"
+    )
+    model: str = setting("", "name at the endpoint; local: checkpoint folder or hub id")
+    base_url: str | None = setting(
+        None, "address of the endpoint, with its /v1; null: $OPENAI_BASE_URL, or OpenAI's own"
+    )
+    key_env: str = setting("OPENAI_API_KEY", "environment variable that holds the key")
+    requests_per_minute: float = setting(60.0, "requests are spread evenly", above(0))
+    max_requests: int | None = setting(None, "budget of requests of one run; null: none", at_least(1))
+    orders: int = setting(2, "orders in which the candidates are shown; scores are averaged", at_least(1))
+    concurrency: int = setting(8, "questions asked at once", at_least(1))
+    structured: bool = setting(True, "ask the endpoint to enforce the JSON schema of an answer")
+    system_role: bool = setting(True, "false: all in one user message, as some chat templates want")
+    temperature: float | None = setting(0.0, "of the judge; null: the endpoint's own", at_least(0))
+    max_tokens: int | None = setting(
+        None, "longest answer with its reasoning; null: no limit of ours (local: room for scores alone)", at_least(1)
+    )
+    timeout: float = setting(120.0, "seconds to wait for an answer", above(0))
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
     """Captioning of held-out videos and its scoring."""
 
-    prompt: str = "Describe the video in detail."
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0, top_k=0, top_p=1.0))
-    batch_size: int = 8
-    bootstrap: int = 1000
+    prompt: str = setting("Describe the video in detail.", "what the model is asked")
+    sampling: SamplingConfig = setting(
+        lambda: SamplingConfig(temperature=0.0, top_k=0, top_p=1.0), "of captions, greedy by default"
+    )
+    batch_size: int = setting(8, "videos captioned together", at_least(1))
+    bootstrap: int = setting(1000, "resamples behind the intervals", at_least(1))
 
 
 @dataclass(frozen=True)
-class Config:
-    """A whole run. `train` holds keyword arguments of SynPOConfig, checked when the trainer is built."""
+class Config(Section):
+    """A whole run. `train` holds keyword arguments of SynPOConfig, checked before a model is loaded."""
 
-    seed: int = 0
+    seed: int = setting(
+        0,
+        "seed of everything random",
+        Range(lambda seed: 0 <= seed < 2**32, f"from 0 to {2**32 - 1}"),  # what NumPy takes
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     frames: FrameSampling = field(default_factory=FrameSampling)
     pairs: PairsConfig = field(default_factory=PairsConfig)
@@ -188,12 +198,8 @@ class Config:
     train: dict[str, Any] = field(default_factory=dict)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:  # what NumPy takes
-            raise ValueError(f"seed: expected from 0 to {2**32 - 1}, got {self.seed}")
 
-
-Section = TypeVar("Section")
+Kind = TypeVar("Kind")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -203,7 +209,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
-def build(kind: type[Section], values: Any, where: str = "config") -> Section:
+def build(kind: type[Kind], values: Any, where: str = "config") -> Kind:
     """Build the dataclass `kind` from a mapping, section by section. Raises ConfigError with the dotted name of the key."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a mapping, got {type(values).__name__} {values!r}")
@@ -264,6 +270,16 @@ def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _lay_over(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`_merge`, but parameters belong to the objective they were set for: one that `extra` names instead starts from its own."""
+    under, over = base.get("train"), extra.get("train")
+    if isinstance(under, dict) and isinstance(over, Mapping):
+        before = under.get("loss_type", DEFAULT_LOSS)
+        if over.get("loss_type", before) != before:
+            base = {**base, "train": {key: value for key, value in under.items() if key not in LOSS_PARAMETERS}}
+    return _merge(base, extra)
+
+
 def parse_override(text: str) -> dict[str, Any]:
     """`train.learning_rate=1e-5` as a nested mapping; the value is read as YAML. Raises ConfigError when there is no `=`."""
     name, sign, value = text.partition("=")
@@ -322,6 +338,8 @@ def load_config(
 ) -> Config:
     """A preset, a YAML file over it, `--set` overrides over that, then command-line flags; every key is checked.
 
+    A layer that names another `train.loss_type` than those below it takes none of their LOSS_PARAMETERS.
+
     Raises:
         ConfigError: the file is missing or not YAML, the preset is unknown, or a key is unknown or of the wrong type.
     """
@@ -333,7 +351,8 @@ def load_config(
             raise ConfigError(f"config file {path} does not exist") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config file {path} cannot be read: {error}") from error
-        values = _merge(values, _read(text, f"config file {path}"))
+        values = _lay_over(values, _read(text, f"config file {path}"))
+    told: dict[str, Any] = {}
     for override in overrides:
-        values = _merge(values, parse_override(override))
-    return build(Config, _merge(values, flags or {}))
+        told = _merge(told, parse_override(override))
+    return build(Config, _lay_over(values, _merge(told, flags or {})))

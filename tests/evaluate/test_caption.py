@@ -124,15 +124,15 @@ def test_what_cannot_be_used_is_said_before_the_model_is_loaded(
     write_jsonl(references, [{"video": "held-out-00000.mp4", "captions": ["a circle."]}])
     broken.write_text("{}\n")
     for settings, against, message in (
-        ({"batch_size": 0}, {}, r"eval\.batch_size: expected at least 1, got 0"),
-        ({"bootstrap": 0}, {}, r"eval\.bootstrap: expected at least 1, got 0"),
+        ({"batch_size": 0}, {}, r"batch_size: expected at least 1, got 0"),
+        ({"bootstrap": 0}, {}, r"bootstrap: expected at least 1, got 0"),
         ({}, {"this model": references}, "--against: 'this model'"),
         ({}, {"a": broken}, r"broken\.jsonl:1: expected"),
         ({}, {"a": tmp_path / "missing.jsonl"}, r"--against a: .*missing\.jsonl is not there; give the file"),
         ({}, {"a": tmp_path}, "--against a: .* is a folder; give the file"),
     ):
-        other = replace(config, eval=replace(config.eval, **settings))
         with pytest.raises(ValueError, match=message):
+            other = replace(config, eval=replace(config.eval, **settings))
             evaluate_model(other, videos, references, tmp_path / "out", against)
     with pytest.raises(ConfigError, match="--references: .*nowhere is not there"):
         evaluate_model(config, videos, tmp_path / "nowhere", tmp_path / "out")

@@ -71,16 +71,23 @@ def test_an_expression_for_the_tower_matches_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "message"),
+    ("values", "message"),
     [
-        (LoraSection(r=0), "rank of at least 1"),
-        (LoraSection(target_modules="("), "is not a regular expression"),
-        (LoraSection(target_modules=r".*\.self_attn"), "target_modules"),
+        ({"r": 0}, "r: expected at least 1, got 0"),
+        ({"alpha": 0}, "alpha: expected at least 1, got 0"),
+        ({"dropout": 1}, r"dropout: expected from 0 \(off\) to less than 1, got 1"),
+        ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
+        ({"target_modules": "a|(?i)b"}, "target_modules: .* is not a regular expression"),
     ],
 )
-def test_settings_that_cannot_work_are_named(section: LoraSection, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        apply_lora(build("llama"), section)
+def test_settings_that_cannot_work_are_named_before_a_model_is_loaded(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraSection(**values)
+
+
+def test_a_match_that_is_no_linear_layer_is_named() -> None:
+    with pytest.raises(ConfigError, match="target_modules"):
+        apply_lora(build("llama"), LoraSection(target_modules=r".*\.self_attn"))
 
 
 def test_a_model_that_has_an_adapter_trains_that_one_further() -> None:

@@ -198,9 +198,6 @@ def _made_with(config: Config) -> dict[str, Any]:
 
 def _check(config: Config, references: Path | None, against: Mapping[str, Path]) -> None:
     check_paths(config.model)
-    for name, value in (("batch_size", config.eval.batch_size), ("bootstrap", config.eval.bootstrap)):
-        if value < 1:
-            raise ConfigError(f"eval.{name}: expected at least 1, got {value}")
     if against and references is None:
         raise ConfigError("--against compares scores, and without --references there are none")
     if SELF in against:

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from synpo.setting import setting
+
 
 @dataclass(frozen=True)
 class FrameSampling:
     """Which frames the model sees: `fps` frames a second of (sub)clip, never fewer than `minimum` nor more than `maximum`."""
 
-    fps: float = 0.5
-    minimum: int = 8
-    maximum: int = 16
+    fps: float = setting(0.5, "frames taken a second of video")
+    minimum: int = setting(8, "but never fewer than these")
+    maximum: int = setting(16, "nor more than these")
 
     def __post_init__(self) -> None:
         if not (0 < self.fps < math.inf and 1 <= self.minimum <= self.maximum):
