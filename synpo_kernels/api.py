@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_head, check_low_rank, in_autocast
-from .losses import IGNORE_INDEX, check_layout
+from .losses import IGNORE_INDEX, check_layout, check_parameters
 from .ops import logprobs
 from .ops.pair_loss import SynPOOutput, synpo_pairs
 from .ops.parallel import from_shards, whole
@@ -144,8 +144,7 @@ class FusedLinearSynPOLoss(nn.Module):
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not alpha > 0 or beta < 0:
-            raise ValueError(f"alpha must be positive and beta must not be negative, got alpha={alpha}, beta={beta}")
+        check_parameters(positive={"alpha": alpha}, least_zero={"beta": beta})
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         self.alpha, self.beta, self.reduction, self.backend, self.memory = alpha, beta, reduction, backend, memory

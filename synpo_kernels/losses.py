@@ -9,7 +9,8 @@ no loop over pairs and no host synchronisation. A pair with an empty completion 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,18 @@ def reduce_pairs(per_pair: Tensor, counted: Tensor, reduction: str = "mean") -> 
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
+def check_parameters(
+    *, positive: Mapping[str, float] | None = None, least_zero: Mapping[str, float] | None = None
+) -> None:
+    """Raise ValueError for the first parameter of an objective that is not a positive, or not a non-negative, finite number."""
+    for name, value in (positive or {}).items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name, value in (least_zero or {}).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must not be negative, got {value}")
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss by name and what it needs besides the statistics of the policy."""
@@ -202,8 +215,9 @@ def objective(
 def synpo(stats: SequenceStats, *, alpha: float = 30.0, beta: float = 0.2, reduction: str = "mean") -> Tensor:
     """L = -[ σ(α (P+ - P-)) + β a+ ], P = exp(m) the geometric, a the arithmetic mean of the token probabilities.
 
-    SynPO, https://arxiv.org/abs/2506.00835.
+    SynPO, https://arxiv.org/abs/2506.00835. Raises ValueError unless alpha > 0 and beta >= 0.
     """
+    check_parameters(positive={"alpha": alpha}, least_zero={"beta": beta})
     margin = stats.chosen.mean_logps.exp() - stats.rejected.mean_logps.exp()
     per_pair = -(torch.sigmoid(alpha * margin) + beta * stats.chosen.mean_probs)
     return reduce_pairs(per_pair, stats.valid_pairs, reduction)
@@ -219,8 +233,9 @@ def sft(stats: SequenceStats, *, reduction: str = "mean") -> Tensor:
 def dpo(stats: SequenceStats, reference: SequenceStats, *, beta: float = 0.1, reduction: str = "mean") -> Tensor:
     """L = -log σ(β [ (log π - log π_ref)(y+) - (log π - log π_ref)(y-) ]), sums of log-probabilities.
 
-    DPO, https://arxiv.org/abs/2305.18290, equation 7.
+    DPO, https://arxiv.org/abs/2305.18290, equation 7. Raises ValueError unless beta > 0.
     """
+    check_parameters(positive={"beta": beta})
     chosen = stats.chosen.logps - reference.chosen.logps
     rejected = stats.rejected.logps - reference.rejected.logps
     return reduce_pairs(-F.logsigmoid(beta * (chosen - rejected)), stats.valid_pairs, reduction)
@@ -231,7 +246,9 @@ def ipo(stats: SequenceStats, reference: SequenceStats, *, beta: float = 0.1, re
     """L = ( (m - m_ref)(y+) - (m - m_ref)(y-) - 1/(2β) )², with log-likelihoods averaged over tokens.
 
     IPO, https://arxiv.org/abs/2310.12036, equation 17 (β is its τ); averaged so that 1/(2β) does not depend on length.
+    Raises ValueError unless beta > 0.
     """
+    check_parameters(positive={"beta": beta})
     chosen = stats.chosen.mean_logps - reference.chosen.mean_logps
     rejected = stats.rejected.mean_logps - reference.rejected.mean_logps
     return reduce_pairs((chosen - rejected - 0.5 / beta).square(), stats.valid_pairs, reduction)
@@ -241,8 +258,9 @@ def ipo(stats: SequenceStats, reference: SequenceStats, *, beta: float = 0.1, re
 def simpo(stats: SequenceStats, *, beta: float = 2.0, gamma: float = 1.0, reduction: str = "mean") -> Tensor:
     """L = -log σ(β (m+ - m-) - γ).
 
-    SimPO, https://arxiv.org/abs/2405.14734, equation 6.
+    SimPO, https://arxiv.org/abs/2405.14734, equation 6. Raises ValueError unless beta > 0 and gamma >= 0.
     """
+    check_parameters(positive={"beta": beta}, least_zero={"gamma": gamma})
     margin = beta * (stats.chosen.mean_logps - stats.rejected.mean_logps) - gamma
     return reduce_pairs(-F.logsigmoid(margin), stats.valid_pairs, reduction)
 
@@ -251,8 +269,9 @@ def simpo(stats: SequenceStats, *, beta: float = 2.0, gamma: float = 1.0, reduct
 def cpo(stats: SequenceStats, *, beta: float = 0.1, weight: float = 1.0, reduction: str = "mean") -> Tensor:
     """L = -log σ(β (log π(y+) - log π(y-))) - weight · m+: sums in the preference term, the mean in the likelihood term.
 
-    CPO, https://arxiv.org/abs/2401.08417, equations 4-5.
+    CPO, https://arxiv.org/abs/2401.08417, equations 4-5. Raises ValueError unless beta > 0 and weight >= 0.
     """
+    check_parameters(positive={"beta": beta}, least_zero={"weight": weight})
     preference = -F.logsigmoid(beta * (stats.chosen.logps - stats.rejected.logps))
     return reduce_pairs(preference - weight * stats.chosen.mean_logps, stats.valid_pairs, reduction)
 
@@ -262,7 +281,9 @@ def orpo(stats: SequenceStats, *, beta: float = 0.1, reduction: str = "mean") ->
     """L = -m+ - β log σ(log odds(y+) - log odds(y-)), odds = P / (1 - P) with P = exp(m).
 
     ORPO, https://arxiv.org/abs/2403.07691, equations 4-7 (β is its λ). m is held below -1e-6, where odds are 1e6.
+    Raises ValueError unless beta >= 0.
     """
+    check_parameters(least_zero={"beta": beta})
     chosen, rejected = (half.mean_logps.clamp(max=-1e-6) for half in (stats.chosen, stats.rejected))
     log_odds = (chosen - torch.log(-torch.expm1(chosen))) - (rejected - torch.log(-torch.expm1(rejected)))
     return reduce_pairs(-stats.chosen.mean_logps - beta * F.logsigmoid(log_odds), stats.valid_pairs, reduction)

@@ -31,7 +31,7 @@ from synpo.model.adapter import CaptionModel, evaluating
 from synpo.model.packing import packed_inputs
 from synpo.train.reference import ReferenceStore, kind_of
 from synpo_kernels import OBJECTIVES, FusedLinearSynPOLoss, SequenceStats, linear_logprobs, sequence_stats
-from synpo_kernels.losses import token_norms
+from synpo_kernels.losses import Objective, token_norms
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Outcome:
 def parameters_of(loss_type: str, given: Mapping[str, float | None]) -> dict[str, float]:
     """All parameters of an objective: those given, and the defaults of the rest.
 
-    Raises ConfigError for an unknown objective, and for a parameter that is given but that it does not have.
+    Raises ConfigError for an unknown objective, a parameter that is given but that it does not have, and a value it refuses.
     """
     if loss_type not in OBJECTIVES:
         raise ConfigError(f"train.loss_type: unknown objective {loss_type!r}; {suggest(loss_type, OBJECTIVES)}")
@@ -69,7 +69,17 @@ def parameters_of(loss_type: str, given: Mapping[str, float | None]) -> dict[str
             has = ", ".join(f"{k} = {v:g}" for k, v in known.items()) or "none"
             raise ConfigError(f"train.{name}: {loss_type} has no such parameter; it has {has}")
         known[name] = float(value)
+    _try(OBJECTIVES[loss_type], known)
     return known
+
+
+def _try(objective: Objective, parameters: Mapping[str, float]) -> None:
+    """Call an objective once, on one pair: what it raises of its parameters is a ConfigError, before anything is loaded."""
+    stats = SequenceStats(*(torch.tensor([[-2.0, -4.0], [-1.0, -2.0], [0.4, 0.2], [2.0, 2.0]])))
+    try:
+        objective(stats, *([stats] if objective.needs_reference else []), **parameters)
+    except ValueError as error:
+        raise ConfigError(f"train: {objective.name}: {error}") from error
 
 
 class PairObjective:

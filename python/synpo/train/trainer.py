@@ -30,11 +30,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from synpo.config import ConfigError, suggest
+from synpo.config import DEFAULT_LOSS, LOSS_PARAMETERS, ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
+from synpo.setting import Range, above, at_least, check, setting
 from synpo.train.checkpoint import last_checkpoint, writing
 from synpo.train.choices import OPEN, half, multiply_with_tf32, settle
 from synpo.train.guard import MODES
@@ -46,6 +47,21 @@ from synpo.train.sharing import collator_for
 
 LOG_NAME = "train_log.jsonl"
 TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+RANGES = {
+    "per_device_eval_batch_size": at_least(1),
+    "max_grad_norm": at_least(0, "0 is off"),
+    "weight_decay": at_least(0),
+    "adam_beta1": Range(lambda value: 0 <= value < 1, "from 0 to less than 1"),
+    "adam_beta2": Range(lambda value: 0 <= value < 1, "from 0 to less than 1"),
+    "adam_epsilon": at_least(0),
+    "dataloader_num_workers": at_least(0),
+    "save_steps": above(0),
+    "eval_steps": above(0),
+    "eval_delay": at_least(0),
+}
+"""Of figures of TrainingArguments, which does not look at them."""
 
 
 class DivergenceError(ValueError):
@@ -64,24 +80,24 @@ class SynPOConfig(TrainingArguments):
     and `weight` are the objective's parameters, None its own defaults (synpo: alpha 30, beta 0.2).
     """
 
-    learning_rate: float = 5e-6
-    lr_scheduler_type: str = "linear"
-    warmup_steps: float = 0.1
-    num_train_epochs: float = 5.0
-    per_device_train_batch_size: int = 4
-    gradient_accumulation_steps: int = 8
+    learning_rate: float = setting(5e-6, "Learning rate after warm-up.", above(0))
+    lr_scheduler_type: str = setting("linear", "Course of the learning rate: linear, cosine, constant_with_warmup …")
+    warmup_steps: float = setting(0.1, "Steps, or below 1 their share, in which the rate rises from 0.", at_least(0))
+    num_train_epochs: float = setting(5.0, "Times that every pair is seen.", above(0))
+    per_device_train_batch_size: int = setting(4, "Pairs that one device takes at a time.", at_least(1))
+    gradient_accumulation_steps: int = setting(8, "Such micro-batches in one optimizer step.", at_least(1))
 
-    loss_type: str = field(default="synpo", metadata={"help": "synpo, dpo, ipo, simpo, cpo, orpo or sft."})
+    loss_type: str = field(default=DEFAULT_LOSS, metadata={"help": "synpo, dpo, ipo, simpo, cpo, orpo or sft."})
     alpha: float | None = field(default=None, metadata={"help": "Sharpness of SynPO's preference term."})
     beta: float | None = field(default=None, metadata={"help": "Weight of SynPO's language reward; β of the others."})
     gamma: float | None = field(default=None, metadata={"help": "SimPO's margin."})
     weight: float | None = field(default=None, metadata={"help": "Weight of CPO's likelihood term."})
     loss_backend: str = field(default="auto", metadata={"help": "Kernels of the loss: auto, chunked or triton."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of prompt and answer; longer pairs are dropped, never cut."}
+    max_length: int | None = setting(
+        None, "Most tokens of prompt and answer; longer pairs are dropped, never cut.", at_least(1)
     )
-    max_completion_length: int | None = field(default=None, metadata={"help": "Most tokens of an answer with its end."})
-    cache_gigabytes: float = field(default=1.0, metadata={"help": "Memory for decoded and tokenized pairs."})
+    max_completion_length: int | None = setting(None, "Most tokens of an answer with its end.", at_least(1))
+    cache_gigabytes: float = setting(1.0, "Memory for decoded and tokenized pairs.", at_least(0))
     reference: str = field(
         default="auto",
         metadata={
@@ -124,26 +140,29 @@ class SynPOConfig(TrainingArguments):
     guard: str = field(
         default="warn", metadata={"help": "off, warn, or stop when negatives dominate or language breaks."}
     )
-    held_out: int = field(default=0, metadata={"help": "Pairs kept from training and evaluated once an epoch."})
-    samples: int = field(default=4, metadata={"help": "Held-out prompts answered greedily at every evaluation."})
-    sample_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
+    held_out: int = setting(0, "Pairs kept from training and evaluated once an epoch.", at_least(0))
+    samples: int = setting(4, "Held-out prompts answered greedily at every evaluation.", at_least(0))
+    sample_tokens: int = setting(64, "Most tokens of such an answer; 0: none is written.", at_least(0))
 
-    logging_steps: float = 1
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
-    report_to: str | list[str] | None = "none"
+    logging_steps: float = setting(1, "Steps from one line of the log to the next; below 1 their share.", above(0))
+    save_strategy: str = setting("epoch", "When to write a checkpoint: epoch, steps, best or no.")
+    save_total_limit: int | None = setting(2, "Checkpoints kept, the newest; null: all.", at_least(1))
+    report_to: str | list[str] | None = setting("none", "tensorboard, wandb or trackio, which must be installed.")
     use_cache: bool = True  # the loss asks for none itself; the model stays ready to generate
     include_num_input_tokens_seen: str | bool = "non_padding"
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False  # batches hold what the objective reads, not what the model's forward names
 
     def __post_init__(self) -> None:
+        self._check()
         parameters_of(self.loss_type, self.loss_parameters)
         if self.guard not in MODES:
             raise ConfigError(f"train.guard: expected {', '.join(MODES)}, got {self.guard!r}")
         kind_of(self.reference, adapter=True)
         check_reporters(self.report_to)
         check_optimizer(str(getattr(self.optim, "value", self.optim)))
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError("train.deepspeed: DeepSpeed is not installed: pip install deepspeed")
         if self.held_out > 0 and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy, self.eval_on_start = "epoch", True
         if self.gradient_checkpointing and self.activation_checkpointing is None:  # its name in earlier releases
@@ -159,7 +178,17 @@ class SynPOConfig(TrainingArguments):
 
     @property
     def loss_parameters(self) -> dict[str, float | None]:
-        return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "weight": self.weight}
+        return {name: getattr(self, name) for name in LOSS_PARAMETERS}
+
+    def _check(self) -> None:
+        """Raise ConfigError for a figure that is out of range, of TrainingArguments as of our own."""
+        try:
+            check(self)
+        except ValueError as error:
+            raise ConfigError(f"train.{error}") from error
+        for name, within in RANGES.items():
+            if (value := getattr(self, name, None)) is not None and not within.fits(value):
+                raise ConfigError(f"train.{name}: expected {within.words}, got {value!r}")
 
 
 def check_reporters(names: str | list[str] | None) -> None:
