@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,22 @@ def test_what_a_local_judge_cannot_do_is_said(
     monkeypatch.setattr(captioner.tokenizer, "chat_template", None)
     with pytest.raises(ConfigError, match=r"judge\.model: .* has no chat template"):
         judge.score(TASK)
-    for wrong, told in (({"model": "./nowhere"}, "nowhere does not exist"), ({"max_tokens": 0}, r"judge\.max_tokens")):
-        with pytest.raises(ConfigError, match=told):
-            LocalJudge(dataclasses.replace(config, **wrong))
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        LocalJudge(dataclasses.replace(config, model="./nowhere"))
+
+
+def test_a_model_without_a_chat_template_is_known_before_it_is_loaded(
+    tiny_captioner_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_module, "load", None)
+    config = JudgeConfig(kind="local", model=str(tiny_captioner_path))
+    LocalJudge(config).check()
+    shutil.copytree(tiny_captioner_path, tmp_path / "model", ignore=shutil.ignore_patterns("*.jinja", "*.safetensors"))
+    with pytest.raises(ConfigError, match=r"judge\.model: .* has no chat template"):
+        LocalJudge(dataclasses.replace(config, model=str(tmp_path / "model"))).check()
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"judge\.model: .* cannot be loaded"):
+        LocalJudge(dataclasses.replace(config, model=str(tmp_path / "model"))).check()
 
 
 def test_a_random_local_judge_fails_and_says_so(captioner: CaptionModel, tiny_captioner_path: Path) -> None:

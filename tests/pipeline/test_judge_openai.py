@@ -243,11 +243,10 @@ def test_the_budget_and_the_rate_are_kept(endpoint: Endpoint, tmp_path: Path, mo
 def test_a_cache_that_cannot_be_used_is_named(endpoint: Endpoint, tmp_path: Path) -> None:
     (tmp_path / "judge_cache.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(JudgeError, match=r"judge_cache\.sqlite cannot be used: .*remove it"):
-        judge_at(endpoint, tmp_path)
+        judge_at(endpoint, tmp_path).check()
     (tmp_path / "folder" / "judge_cache.sqlite").mkdir(parents=True)
     with pytest.raises(JudgeError, match="cannot be used: unable to open"):
-        judge_at(endpoint, tmp_path / "folder")
-    (tmp_path / "other").mkdir()
+        judge_at(endpoint, tmp_path / "folder").check()
     judge = judge_at(endpoint, tmp_path / "other", orders=1)
     with pytest.raises(JudgeError, match="cannot be used"):
         judge._cache._run("INSERT INTO nothing VALUES (1)")
@@ -258,16 +257,74 @@ def test_bad_settings(tmp_path: Path) -> None:
         (JudgeConfig(kind="opnai"), "did you mean 'openai'"),
         (JudgeConfig(kind="openai"), "judge.model: expected the name of a model"),
         (JudgeConfig(kind="local"), "needs a checkpoint"),
-        (JudgeConfig(kind="openai", model="m", requests_per_minute=0), "requests_per_minute"),
-        (JudgeConfig(kind="openai", model="m", concurrency=0), "concurrency"),
-        (JudgeConfig(kind="openai", model="m", max_tokens=0), "judge.max_tokens: expected at least 1, or null"),
-        (JudgeConfig(kind="openai", model="m", timeout=0), "judge.timeout: expected more than 0"),
-        (JudgeConfig(kind="openai", model="m", base_url="localhost:8000/v1"), "judge.base_url: expected http"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_judge(config, tmp_path)
-    with pytest.raises(ValueError, match=r"judge\.orders"):
-        make_judge(JudgeConfig(kind="openai", model="m", orders=0), tmp_path)
+    for name, message in (
+        ("requests_per_minute", "above 0"),
+        ("concurrency", "at least 1"),
+        ("max_tokens", "at least 1"),
+        ("max_requests", "at least 1"),
+        ("timeout", "above 0"),
+        ("orders", "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: expected {message}, got 0"):
+            JudgeConfig(kind="openai", model="m", **{name: 0})  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir())
+
+
+ADDRESSES = [
+    "localhost:8000/v1",
+    "https://…/v1",
+    "http://[::1/v1",
+    "https:///v1",
+    "http://host:99999/v1",
+    "http://a b/v1",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_an_address_that_is_none_is_named(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not left to the client, which may raise what is no OpenAI error at the first question."""
+    with pytest.raises(
+        ConfigError, match=r"judge\.base_url: expected the address .* as in https://api\.example\.com/v1"
+    ):
+        make_judge(JudgeConfig(kind="openai", model="m", base_url=address), tmp_path)
+    monkeypatch.setenv("OPENAI_BASE_URL", address.replace("//", "//me:hush@"))
+    with pytest.raises(ConfigError, match="OPENAI_BASE_URL: expected the address") as caught:
+        make_judge(JudgeConfig(kind="openai", model="m"), tmp_path)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_judge_that_cannot_work_is_known_before_there_is_anything_to_judge(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(openai_module, "RETRIES", 0)
+    judge_at(endpoint, tmp_path).check()
+    judge_at(endpoint, tmp_path).check()
+    assert len(endpoint.requests) == 1, "what it said once is not paid for twice"
+    refusals = (fails(401), "refused model"), (fails(400, "no schemas"), "JSON schemas, judge.structured=false")
+    for number, (reply, told) in enumerate([*refusals, (fails(503), "does not work: .*503")]):
+        endpoint.script = [reply]
+        with pytest.raises(JudgeError, match=told):
+            judge_at(endpoint, tmp_path / str(number)).check()
+    endpoint.script = [says("I would rather not.")]
+    judge_at(endpoint, tmp_path / "4").check()
+    assert "judge judge gave no verdict on a trial question: there is no JSON object" in capsys.readouterr().err
+    monkeypatch.delenv("TEST_JUDGE_KEY")
+    with pytest.raises(JudgeError, match="set the environment variable TEST_JUDGE_KEY, which judge.key_env names"):
+        judge_at(endpoint, tmp_path / "5").check()
+    assert not (tmp_path / "5").exists()
+
+
+def test_a_server_of_ones_own_may_want_no_key(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config = JudgeConfig(kind="openai", model="judge", base_url=endpoint.url)
+    OpenAIJudge(config, tmp_path / "c.sqlite").check()
+    with pytest.raises(JudgeError, match="set the environment variable OPENAI_API_KEY"):
+        OpenAIJudge(dataclasses.replace(config, base_url=None), tmp_path / "d.sqlite").check()
 
 
 def test_an_error_of_the_server_may_mean_that_it_does_not_know_a_setting(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from made_videos import write_latin, write_unfinished
-from synpo.config import Config, ConfigError, ModelConfig, PairsConfig, SamplingConfig
+from synpo.config import Config, ConfigError, JudgeConfig, ModelConfig, PairsConfig, SamplingConfig
 from synpo.model.vision import OneVision
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict
 from synpo.pipeline.judge.offline import OfflineJudge
@@ -338,16 +338,27 @@ def test_a_run_without_a_single_verdict_fails_and_overwrites_nothing(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidates": 1}, "pairs.candidates"),
-        ({"batch_size": 0}, "pairs.batch_size"),
-        ({"refinements": -1}, "refinements"),
+        ({"candidates": 1}, "candidates: expected at least 2, got 1"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"refinements": -1}, "refinements: expected at least 0, got -1"),
+        ({"margin": -1.0}, "margin: expected at least 0"),
+        ({"clip_seconds": 0.0}, "clip_seconds: expected above 0"),
+        ({"max_clips": 1}, "max_clips: expected at least 2"),
     ],
 )
-def test_impossible_settings(
-    videos: Path, tiny_captioner_path: Path, tmp_path: Path, change: Any, message: str
+def test_impossible_settings(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PairsConfig(**change)
+
+
+def test_a_judge_without_its_key_is_said_before_anything_is_made(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        build_pairs(settings(tiny_captioner_path, **change), videos, tmp_path / "pairs.jsonl")
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    config = replace(settings(tiny_captioner_path), judge=JudgeConfig(kind="openai", model="m", key_env="NO_SUCH_KEY"))
+    with pytest.raises(JudgeError, match="NO_SUCH_KEY"):
+        build_pairs(config, videos, tmp_path / "pairs.jsonl")
+    assert not any(tmp_path.iterdir())
 
 
 def test_outputs_that_cannot_be_written_are_said_before_the_work(

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from synpo.config import Config, ConfigError
+from synpo.data.pairs import origin
 from synpo.folders import make_folder, own_folder
 from synpo.model.adapter import CaptionModel, check_paths
 from synpo.pipeline.engine import check_engine
@@ -22,7 +23,7 @@ from synpo.pipeline.judge.audit import audit
 from synpo.pipeline.pairs import make_pairs
 from synpo.pipeline.stages import Run, caption_clips, cut_clips, sample_candidates, score_candidates
 from synpo.pipeline.summary import PairsResult, print_result
-from synpo.records import write_records
+from synpo.records import write_json, write_records
 from synpo.video import VideoError, list_videos
 
 
@@ -49,7 +50,8 @@ def build_pairs(
         FolderInUse: another run writes to the work folder.
         JudgeError: the judge cannot work at all, or had no verdict on anything; what is scored is kept.
     """
-    _check(config)
+    check_engine(config.pairs.engine, config.model, config.pairs.candidate_sampling)
+    check_paths(config.model)
     videos, pairs = Path(videos), Path(pairs)
     if pairs.is_dir():
         raise ConfigError(f"--pairs takes the file to write, got the folder {pairs}")
@@ -57,7 +59,9 @@ def build_pairs(
     names = list_videos(videos)
     make_folder(pairs.parent, "--pairs")
     with own_folder(work, "--work"):
-        judge = judge or make_judge(config.judge, work, config.seed, config.model.device)
+        if judge is None:
+            judge = make_judge(config.judge, work, config.seed, config.model.device)
+            judge.check()
         (work / "problems.jsonl").unlink(missing_ok=True)
 
         run = Run(config, videos, work, lm)
@@ -70,6 +74,7 @@ def build_pairs(
         unjudged = bool(scores) and all(s.failed for s in scores.values())
         if len(run.problems) < len(names) and not unjudged:
             write_records(pairs, made)
+            write_json(origin(pairs), {"videos": str(videos.resolve())})
 
     result = PairsResult(
         path=pairs,
@@ -97,17 +102,3 @@ def build_pairs(
             f"none of the {len(scores)} candidates could be judged; the lines above say why, {pairs} is not written"
         )
     return result
-
-
-def _check(config: Config) -> None:
-    settings = config.pairs
-    for name, value, least in (
-        ("candidates", settings.candidates, 2),
-        ("batch_size", settings.batch_size, 1),
-        ("refinements", settings.refinements, 0),
-        ("margin", settings.margin, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"pairs.{name}: expected at least {least}, got {value}")
-    check_engine(settings.engine, config.model, settings.candidate_sampling)
-    check_paths(config.model)

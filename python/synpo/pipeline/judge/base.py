@@ -78,6 +78,9 @@ class Judge(Protocol):
     workers: int
     order_totals: dict[Task, list[list[float]]]
 
+    def check(self) -> None:
+        """Find out, before there is anything to score, whether it can. Raises ConfigError or JudgeError."""
+
     def prepare(self, tasks: Sequence[Task]) -> None:
         """See the whole pool before the first verdict."""
 

@@ -15,22 +15,22 @@ from synpo.pipeline.judge.base import JudgeError
 class ReplyCache:
     """Answers by the hash of what was asked, in one SQLite file; safe to use from several threads.
 
-    Raises JudgeError when the file is no such database, or cannot be read or written.
+    The file is opened when it is first needed. Raises JudgeError when the file is no such database, or cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
-        self._run("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
 
     def _run(self, statement: str, *values: str) -> Any:
         """The first row of the result, None where there is none."""
         try:
             with self._lock:
                 if self._db is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
                     self._db = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+                    self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
                 return self._db.execute(statement, values).fetchone()
         except sqlite3.Error as error:
             raise JudgeError(

@@ -157,8 +157,6 @@ class ChatJudge(ABC):
     workers = 1
 
     def __init__(self, orders: int, seed: int) -> None:
-        if orders < 1:
-            raise ValueError(f"judge.orders: expected at least 1, got {orders}")
         self.orders = orders
         self.seed = seed
         self.order_totals: dict[Task, list[list[float]]] = {}

@@ -32,6 +32,18 @@ class Client(openai.DefaultHttpxClient):
             raise
 
 
+def is_address(endpoint: str) -> bool:
+    """Whether requests can be sent there: http or https, the name of a host, a port that there can be."""
+    try:
+        httpx2.URL(endpoint)
+        url = urlsplit(endpoint)
+        return (
+            url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0 and not re.search(r"\s", endpoint)
+        )
+    except (httpx2.InvalidURL, ValueError):
+        return False
+
+
 def open_client(key: str, endpoint: str | None, retries: int, timeout: float) -> openai.OpenAI:
     """Raises ValueError where the environment names certificates or a proxy that cannot be used."""
     try:
@@ -44,12 +56,16 @@ def open_client(key: str, endpoint: str | None, retries: int, timeout: float) ->
     return openai.OpenAI(api_key=key, base_url=endpoint, max_retries=retries, timeout=timeout, http_client=http)
 
 
+def without_secrets(endpoint: str) -> str:
+    return re.sub("//[^/]*@", "//", endpoint.partition("?")[0])
+
+
 def shown(endpoint: str | None) -> str:
     """An address for messages: no secret in it, and with the proxy that stands before it, if any."""
     if endpoint is None:
         return "the endpoint"
     url = urlsplit(endpoint)
-    address = re.sub("//[^/]*@", "//", endpoint.partition("?")[0])
+    address = without_secrets(endpoint)
     proxies = getproxies()
     if (url.scheme in proxies or "all" in proxies) and not proxy_bypass(url.hostname or ""):
         name = url.scheme if url.scheme in proxies else "all"

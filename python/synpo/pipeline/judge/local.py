@@ -6,9 +6,12 @@ a model that reasons all the same needs `judge.max_tokens`.
 
 from __future__ import annotations
 
+import os
+
 from synpo.config import ConfigError, JudgeConfig, ModelConfig, SamplingConfig
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
+from synpo.model.vision import processor_template
 from synpo.pipeline.decode import generate
 from synpo.pipeline.judge.base import Verdict
 from synpo.pipeline.judge.chat import (
@@ -39,8 +42,6 @@ class LocalJudge(ChatJudge):
     ) -> None:
         if not config.model:
             raise ConfigError("judge.model: the local judge needs a checkpoint folder or hub id")
-        if config.max_tokens is not None and config.max_tokens < 1:
-            raise ConfigError(f"judge.max_tokens: expected at least 1, or null, got {config.max_tokens}")
         super().__init__(config.orders, seed)
         self.model = ModelConfig(path=config.model, device=device)
         check_paths(self.model)
@@ -49,6 +50,18 @@ class LocalJudge(ChatJudge):
         limit = [] if config.max_tokens is None else [config.max_tokens]
         self.identity = f"local/{record_id(VERSION, fingerprint(self.model), config.orders, seed, *limit)}"
         self._lm = lm
+
+    def check(self) -> None:
+        """Read the tokenizer, which must have a chat template, before other models are loaded."""
+        if self._lm is None:
+            from transformers import AutoTokenizer
+
+            path = os.path.expanduser(self.model.path)
+            try:
+                template = AutoTokenizer.from_pretrained(path).chat_template or processor_template(path, None)
+            except (OSError, ValueError, KeyError) as error:
+                raise ConfigError(f"judge.model: {self.model.path} cannot be loaded: {error}") from error
+            self._check_template(template)
 
     def ask(self, messages: Messages, attempt: int, count: int) -> list[Verdict]:
         lm = self._loaded()
@@ -71,11 +84,14 @@ class LocalJudge(ChatJudge):
     def _loaded(self) -> CaptionModel:
         if self._lm is None:
             self._lm = load(self.model)
-        if not self._lm.tokenizer.chat_template:
+        self._check_template(self._lm.tokenizer.chat_template)
+        return self._lm
+
+    def _check_template(self, template: str | None) -> None:
+        if not template:
             raise ConfigError(
                 f"judge.model: {self.model.path} has no chat template; take a model that was tuned to follow instructions"
             )
-        return self._lm
 
     def stop(self) -> None:
         """There is one worker: nothing is asked that nobody waits for."""

@@ -100,6 +100,9 @@ class OfflineJudge:
         self._pool: dict[Task, tuple[np.ndarray, np.ndarray]] = {}  # task → unscaled figures
         self.identity = f"offline/{VERSION}"
 
+    def check(self) -> None:
+        """It needs nothing."""
+
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Learn from all captions of the pool. Raises ValueError if there are none."""
         if not any(t.candidates for t in tasks):

@@ -10,7 +10,7 @@ environment when it is needed, and is in no file, message or error.
 from __future__ import annotations
 
 import os
-import re
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,14 +30,18 @@ from synpo.pipeline.judge.chat import (
     InvalidAnswer,
     Messages,
     one_message,
+    question,
     read_answer,
 )
-from synpo.pipeline.judge.client import UNTRUSTED, open_client, reason, shown
+from synpo.pipeline.judge.client import UNTRUSTED, is_address, open_client, reason, shown, without_secrets
 from synpo.records import record_id
 
 RETRIES = 5  # by the openai package, 15 s of pauses in all
 PAUSE = 60.0  # seconds nothing is asked where those were all answered with 429: limits are by the minute
 PAUSES = 5  # for one question, before the run is given up
+TRIAL = Task(
+    "trial", ("a red circle moves to the right.",), ("a red circle moves.", "a blue square stands still."), (0.0, 0.0)
+)
 LONGEST_PAUSE = 600.0  # an endpoint that asks for more stops the run
 
 
@@ -45,8 +49,6 @@ class RateLimit:
     """Gives one caller a turn every 60 / `per_minute` seconds."""
 
     def __init__(self, per_minute: float) -> None:
-        if per_minute <= 0:
-            raise ConfigError(f"judge.requests_per_minute: expected more than 0, got {per_minute}")
         self._gap = 60 / per_minute
         self._lock = threading.Lock()
         self._next = 0.0
@@ -75,16 +77,14 @@ class OpenAIJudge(ChatJudge):
 
     def __init__(self, config: JudgeConfig, cache: Path, seed: int = 0) -> None:
         self._endpoint = config.base_url or os.environ.get("OPENAI_BASE_URL") or None
-        for name, fits, expected in (
-            ("model", config.model, "the name of a model, which the openai judge needs"),
-            ("concurrency", config.concurrency >= 1, "at least 1"),
-            ("timeout", config.timeout > 0, "more than 0 seconds"),
-            ("max_tokens", config.max_tokens is None or config.max_tokens >= 1, "at least 1, or null"),
-            ("base_url", re.match("https?://.", self._endpoint or "https://…"), "http://… or https://…"),
-        ):
-            if not fits:
-                got = self._endpoint if name == "base_url" else getattr(config, name)
-                raise ConfigError(f"judge.{name}: expected {expected}, got {got!r}")
+        if not config.model:
+            raise ConfigError("judge.model: expected the name of a model, which the openai judge needs, got ''")
+        if self._endpoint is not None and not is_address(self._endpoint):
+            source = "judge.base_url" if config.base_url else "OPENAI_BASE_URL"
+            raise ConfigError(
+                f"{source}: expected the address of the endpoint, as in https://api.example.com/v1, got "
+                f"{without_secrets(self._endpoint)!r}"
+            )
         super().__init__(config.orders, seed)
         self.config = config
         self.name = config.model
@@ -110,6 +110,25 @@ class OpenAIJudge(ChatJudge):
         roles = [] if config.system_role else ["no system role"]
         asked = record_id(VERSION, self._endpoint, self._parameters, config.orders, seed, *roles)
         self.identity = f"openai/{asked}"
+
+    def check(self) -> None:
+        """Look for the key, and ask one small question, whose answer is kept. An answer that is no verdict is only told of."""
+        self._client()
+        if not self._key and self.config.key_env != type(self.config).key_env:
+            raise JudgeError(
+                f"the judge needs a key: set the environment variable {self.config.key_env}, which judge.key_env names"
+            )
+        try:
+            self.ask(question(TRIAL, range(len(TRIAL.candidates))), 0, len(TRIAL.candidates))
+        except GaveUp as error:
+            if not self._answered:
+                raise JudgeError(f"{self._where} does not work: {error}") from None
+            self._warn(error)
+        except InvalidAnswer as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        print(f"warning: judge {self.name} gave no verdict on a trial question: {error}", file=sys.stderr)
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         super().prepare(tasks)
