@@ -68,6 +68,7 @@ def test_the_records_lie_beside_the_pairs_unless_told(tmp_path, capsys):
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "a.mp4").write_bytes(b"noise")
     (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     assert (
         main(["pairs", "--model", str(tmp_path / "m"), "--videos", str(tmp_path / "v"), "--pairs", str(tmp_path / "p")])
         == 2

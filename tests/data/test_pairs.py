@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from synpo.config import ConfigError
-from synpo.data.pairs import hold_out, load_pairs
-from synpo.records import Pair, RecordError, write_records
+from synpo.data.pairs import hold_out, load_pairs, origin, videos_of
+from synpo.records import Pair, RecordError, write_json, write_records
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -235,3 +235,20 @@ def test_held_out_pairs_share_no_video_with_the_others() -> None:
     assert hold_out(pairs, 0) == (pairs, [])
     with pytest.raises(ConfigError, match="train.held_out: 12 of 12 pairs"):
         hold_out(pairs, 12)
+
+
+def test_the_videos_of_pairs_are_those_they_were_made_from(tmp_path: Path) -> None:
+    path, videos = tmp_path / "pairs.jsonl", tmp_path / "videos"
+    videos.mkdir()
+    seen, unseen = Pair("a", "v.mp4", "p", "c", "r"), Pair("b", None, "p", "c", "r")
+    assert videos_of([unseen], path, None) is None
+    with pytest.raises(ConfigError, match=r"pair a has the video v\.mp4; --videos should name the folder it is in"):
+        videos_of([unseen, seen], path, None)
+    write_json(origin(path), {"videos": str(videos)})
+    assert videos_of([unseen, seen], path, None) == videos
+    assert videos_of([seen], path, tmp_path) == tmp_path
+    videos.rmdir()
+    with pytest.raises(ConfigError, match="--videos should name"):
+        videos_of([seen], path, None)
+    with pytest.raises(ConfigError, match="--videos: .* is not there"):
+        videos_of([seen], path, videos)

@@ -1,6 +1,7 @@
 """The adapter against Hugging Face's own forward passes: prompts, padding, vision, positions and heads of many families."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from transformers import (
 from devices import DEVICE
 from synpo.config import ConfigError, ModelConfig
 from synpo.model import adapter
-from synpo.model.adapter import CaptionModel, load, pad_rows
+from synpo.model.adapter import CaptionModel, check_paths, load, pad_rows
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
 from synpo.train.plan import skeleton
@@ -395,6 +396,31 @@ def test_the_template_of_the_processor_comes_before_the_tokenizers(
 def test_a_folder_that_is_no_adapter(tiny_captioner_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no adapter_config\.json; --adapter takes"):
         load(ModelConfig(path=str(tiny_captioner_path), adapter=str(tmp_path), device="cpu"))
+
+
+def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("adapter", "elsewhere"):
+        (run / name).mkdir(parents=True)
+    base = {"base_model_name_or_path": "org/base"}
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(base))
+    (run / "elsewhere" / "adapter_config.json").write_text("{}")
+    (run / "config.json").write_text("{}")  # of the run
+    (run / "train_log.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    for path, said in (
+        (run / "adapter", f"is an adapter: write --model org/base --adapter {run / 'adapter'}"),
+        (run / "elsewhere", "is an adapter: write --model THE_MODEL_IT_WAS_TRAINED_ON --adapter"),
+        (run, f"what was trained lies in it: write --adapter {run / 'adapter'}"),
+        (tmp_path, "holds no model; --model takes a checkpoint folder"),
+        (tmp_path / "file", "is a file"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            check_paths(ModelConfig(path=str(path)))
+    (run / "model").mkdir()
+    with pytest.raises(ConfigError, match=re.escape(f"write --model {run / 'model'}")):
+        check_paths(ModelConfig(path=str(run)))
+    check_paths(ModelConfig(path="org/base"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -114,6 +114,34 @@ def test_other_settings_do_not_go_on_in_the_same_folder(config: Config, data: Pa
     assert (output / "notes.txt").read_text() == "mine"
 
 
+def test_a_start_that_came_to_nothing_bars_no_other(
+    config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not saved cannot be undone: settings changed as the error said must not be "other settings"."""
+    output = tmp_path / "run"
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return Trainer.training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SynPOTrainer, "training_step", interrupted)
+        train(config, data / "videos", data / "pairs.jsonl", output)
+    assert len((output / "train_log.jsonl").read_text().splitlines()) == 2
+    smaller = replace(config, train=config.train | {"per_device_train_batch_size": 1})
+    result = train(smaller, data / "videos", data / "pairs.jsonl", output)
+    assert [step for step, *_ in steps(result.log)] == list(range(1, 17))
+
+
+def test_a_start_that_cannot_be_leaves_nothing(config: Config, data: Path, tmp_path: Path) -> None:
+    for section, values in (("train", {"alpha": -3}), ("train", {"beta": -1}), ("lora", {"target_modules": "nothing"})):
+        other = build(Config, json.loads(json.dumps(asdict(config) | {section: asdict(config)[section] | values})))
+        with pytest.raises(ConfigError):
+            train(other, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_answers_trained_otherwise_do_not_go_on_in_the_same_folder(config: Config, data: Path, tmp_path: Path) -> None:
     """A run of a release that took the bare answer goes on where that is what the template writes, and nowhere else."""
     output = tmp_path / "run"
@@ -398,9 +426,24 @@ def test_an_adapter_is_trained_further_and_is_then_the_reference(config: Config,
         ({"warmup_ratio": 0.1}, r"train: unknown key 'warmup_ratio'"),
         ({"eval_strategy": "steps"}, r"train\.eval_strategy: there is nothing to evaluate; set train\.held_out"),
         ({"guard": "halt"}, r"train\.guard: expected off, warn, stop, got 'halt'"),
+        ({"num_train_epochs": 0}, r"train\.num_train_epochs: expected above 0, got 0"),
+        ({"per_device_train_batch_size": 0}, r"train\.per_device_train_batch_size: expected at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, r"train\.gradient_accumulation_steps: expected at least 1"),
+        ({"learning_rate": -1e-5}, r"train\.learning_rate: expected above 0"),
+        ({"held_out": -1}, r"train\.held_out: expected at least 0"),
+        ({"max_grad_norm": -1}, r"train\.max_grad_norm: expected at least 0 \(0 is off\)"),
+        ({"save_total_limit": 0}, r"train\.save_total_limit: expected at least 1"),
+        ({"alpha": -3}, r"train: synpo: alpha must be positive, got -3"),
+        ({"beta": -0.1}, r"train: synpo: beta must not be negative"),
+        ({"loss_type": "ipo", "beta": 0}, r"train: ipo: beta must be positive"),
+        ({"deepspeed": "zero3.json"}, r"train\.deepspeed: DeepSpeed is not installed: pip install deepspeed"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_cannot_be_used_are_named(
+    values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "deepspeed" in values:
+        monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(ConfigError, match=message):
         settings(Config(model=ModelConfig(device="cpu"), train=values), tmp_path)
 
@@ -413,6 +456,14 @@ def test_missing_files_are_named(config: Config, data: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="model folder ./gone does not exist"):
         gone = replace(config, model=ModelConfig(path="./gone"))
         train(gone, data / "videos", data / "pairs.jsonl", tmp_path / "run")
+    with pytest.raises(
+        IsADirectoryError, match=r"--pairs takes a JSON Lines file, got the folder .* mean .*pairs\.jsonl\?"
+    ):
+        train(config, data / "videos", data, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"--videos: .*nowhere is not there; name the folder of videos"):
+        train(config, data / "nowhere", data / "pairs.jsonl", tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"pair p0 has the video 0\.mp4; --videos should name the folder it is in"):
+        train(config, None, data / "pairs.jsonl", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="--output: .* is a file; name a folder"):
         train(config, data / "videos", data / "pairs.jsonl", data / "pairs.jsonl")

@@ -16,9 +16,12 @@ template; a conversation (system, user and assistant turns, the last a user's) s
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from synpo.config import ConfigError, PairsConfig
@@ -35,15 +38,45 @@ def load_pairs(path: str | os.PathLike[str], prompt: str = PairsConfig.prompt) -
     """All pairs of a file, in its order; `prompt` is the question of rows that have none (the authors').
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
         RecordError: a row is not a pair (the message names file, line and key), or the file holds none.
     """
+    if os.path.isdir(path):
+        inside = sorted(Path(path).glob("*.jsonl"))
+        hint = f"; did you mean {inside[0]}?" if len(inside) == 1 else ""
+        raise IsADirectoryError(f"--pairs takes a JSON Lines file, got the folder {os.fspath(path)}{hint}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"pairs file {os.fspath(path)} does not exist; --pairs takes a JSON Lines file")
     pairs = [_parse(row, f"{path}:{number}", prompt) for number, row in read_jsonl(path)]
     if not pairs:
         raise RecordError(f"{path} holds no pair")
     return pairs
+
+
+def origin(path: str | os.PathLike[str]) -> Path:
+    """Where `synpo pairs` notes what a pairs file was made from, in the folder of its stages' records."""
+    return Path(f"{os.fspath(path)}.work", "made_from.json")
+
+
+def videos_of(pairs: Sequence[Pair], path: str | os.PathLike[str], given: Path | None) -> Path | None:
+    """The folder that the pairs' video paths are relative to: the one given, else the one `synpo pairs` made the file from.
+
+    None where no pair has a video. Raises ConfigError when it is not known, or not there.
+    """
+    if given is not None:
+        if not given.is_dir():
+            raise ConfigError(
+                f"--videos: {given} is {'a file' if given.exists() else 'not there'}; name the folder of videos"
+            )
+        return given
+    seen = next((pair for pair in pairs if pair.video), None)
+    if seen is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        noted = Path(json.loads(origin(path).read_text(encoding="utf-8"))["videos"])
+        if noted.is_dir():
+            return noted
+    raise ConfigError(f"pair {seen.id} has the video {seen.video}; --videos should name the folder it is in")
 
 
 def hold_out(pairs: Sequence[Pair], count: int) -> tuple[list[Pair], list[Pair]]:

@@ -11,6 +11,7 @@ Decoding (pipeline/decode.py) and training (train/objective.py) both stand on th
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -390,11 +391,14 @@ def _choose_attention(model: Any, name: str, device: torch.device) -> None:
 
 
 def check_paths(config: ModelConfig) -> None:
-    """Raise ConfigError when no model is named, or a folder that is named is missing. Reads nothing."""
+    """Raise ConfigError when no model is named, or a folder that is named is missing or something else. Loads nothing."""
     if not config.path:
         raise ConfigError("no model: give --model a checkpoint folder or hub id (model.path in the config)")
-    if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
-        raise ConfigError(f"model folder {config.path} does not exist")
+    folder = Path(config.path).expanduser()
+    if config.path.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ConfigError(f"model folder {config.path} {'is a file' if folder.exists() else 'does not exist'}")
+    if folder.is_dir() and ((folder / "train_log.jsonl").exists() or not (folder / "config.json").is_file()):
+        raise ConfigError(_what_else(folder))
     if (
         config.chat_template
         and "{" not in config.chat_template
@@ -409,6 +413,20 @@ def check_paths(config: ModelConfig) -> None:
         raise ConfigError(
             f"{config.adapter} holds no adapter_config.json; --adapter takes the `adapter` folder in what training wrote"
         )
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder is that was named as a model and holds none, in words that say what to write."""
+    if (folder / "adapter_config.json").is_file():
+        try:
+            base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError):
+            base = None
+        return f"{folder} is an adapter: write --model {base or 'THE_MODEL_IT_WAS_TRAINED_ON'} --adapter {folder}"
+    for name, how in (("model", f"--model {folder / 'model'}"), ("adapter", f"--adapter {folder / 'adapter'}")):
+        if (folder / name).is_dir():
+            return f"{folder} is no model; what was trained lies in it: write {how}"
+    return f"model folder {folder} holds no model; --model takes a checkpoint folder, with its config.json, or a hub id"
 
 
 def tokenizer_of(config: ModelConfig, described: Any) -> Any:

@@ -94,6 +94,11 @@ def _newest_first(output: Path) -> list[Path]:
     return sorted(folders, key=lambda f: int(f.name.removeprefix("checkpoint-")), reverse=True)
 
 
+def holds_work(output: Path) -> bool:
+    """Whether a run has left something there that another one would undo: a checkpoint, or its end."""
+    return bool(_newest_first(output)) or (output / "metrics.json").exists()
+
+
 def last_checkpoint(output: Path) -> Path | None:
     """The newest whole checkpoint of a run, None when there is none."""
     return next((folder for folder in _newest_first(output) if fault(folder) is None), None)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synpo.config import Config, ConfigError, ModelConfig
-from synpo.data.pairs import hold_out, load_pairs
+from synpo.data.pairs import hold_out, load_pairs, videos_of
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.vision import vision_for
@@ -168,6 +168,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     """
     sizes = {name: gpu_bytes(name) for name in gpus or _present() or COMMON_SIZES}
     loaded = load_pairs(pairs, config.pairs.prompt)
+    videos = videos_of(loaded, pairs, videos)
     away = config if torch.cuda.is_available() else replace(config, model=replace(config.model, device="cpu"))
     args = settings(away, Path("plan"))
     lm = skeleton(config.model)

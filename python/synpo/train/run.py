@@ -31,15 +31,15 @@ from transformers import set_seed
 
 from synpo.config import Config, ConfigError, build, suggest
 from synpo.data.features import VisionCache
-from synpo.data.pairs import hold_out, load_pairs
+from synpo.data.pairs import hold_out, load_pairs, videos_of
 from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.folders import own_folder
-from synpo.model.adapter import CaptionModel, load
+from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.report.table import print_table
-from synpo.train.checkpoint import last_checkpoint, owes_evaluation, set_broken_aside, writing
+from synpo.train.checkpoint import holds_work, last_checkpoint, owes_evaluation, set_broken_aside, writing
 from synpo.train.choices import OPEN, half, in_words, settle
 from synpo.train.diagnostics import read_log, warnings_of
 from synpo.train.guard import Curves, Guard, GuardError
@@ -124,12 +124,12 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     With several processes (torchrun), each calls it; the first one writes.
 
     Args:
-        config: sections model, frames, lora and train are used. videos: folder the pairs' videos are in, None for text.
+        config: sections model, frames, lora and train are used. videos: folder the pairs' videos are in; None: as `videos_of`.
         pairs: file as `load_pairs` reads it. output: folder to write.
         resume: go on from the last whole checkpoint in `output`, or return at once when it is complete; False: start over.
 
     Raises:
-        ConfigError: a setting cannot be used, or `output` holds a run with other settings.
+        ConfigError: a setting cannot be used, or `output` holds a run with other settings that has come to a checkpoint.
         FolderInUse: another run writes to `output`.
         FileNotFoundError, RecordError: the pairs file is not there, or not a file of pairs.
         ValueError: no pair can be used; DivergenceError: the loss is not finite; GuardError: train.guard stopped the run;
@@ -138,9 +138,11 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is a file; name a folder, which is made if it is not there")
     args = settings(config, output)
+    check_paths(config.model)
     first = args.process_index == 0
     console = Console(stderr=True, soft_wrap=True, quiet=not first)
     chosen = load_pairs(pairs, config.pairs.prompt)
+    videos = videos_of(chosen, pairs, videos)
     wanted = {
         "config": asdict(config),
         "videos": str(videos) if videos else None,
@@ -150,7 +152,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
         "lora is null": config.lora is None,
     }
     before: dict[str, Any] | None = None
-    if resume and (output / "config.json").exists():
+    if resume and (output / "config.json").exists() and holds_work(output):
         before = json.loads((output / "config.json").read_text(encoding="utf-8"))
         _check_same(before, wanted, output)
     if resume and (output / "metrics.json").exists():
