@@ -43,7 +43,8 @@ def tone(name: str, systems: Sequence[str]) -> str:
 
 def chart_html(chart: Chart, systems: Sequence[str] = ()) -> str:
     """Dots with whiskers on one scale that spans all of them."""
-    left, right, step = 104, 44, 30
+    names = [_short(name) for name, _, _ in chart.rows]
+    left, right, step = 12 + 7 * max(map(len, names)), 44, 30
     ends = [end for _, value, i in chart.rows for end in ((value,) if i is None else (value, i.low, i.high))]
     low, high = _widened([*ends, 0.0] if chart.zero else ends)
 
@@ -58,10 +59,10 @@ def chart_html(chart: Chart, systems: Sequence[str] = ()) -> str:
             f'<line class="{kind}" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="4" y2="{height - 22}"/>'
             f'<text class="soft" x="{x(tick):.1f}" y="{height - 6}" text-anchor="middle">{_number(tick)}</text>'
         )
-    for r, (name, value, interval) in enumerate(chart.rows):
+    for r, (name, (system, value, interval)) in enumerate(zip(names, chart.rows)):
         y = step * r + 4 + step / 2
-        parts.append(f'<text x="0" y="{y + 4:.0f}">{escape(_short(name))}</text>')
-        parts.append(f'<g class="mark {tone(name, systems)}">')
+        parts.append(f'<text x="0" y="{y + 4:.0f}">{escape(name)}</text>')
+        parts.append(f'<g class="mark {tone(system, systems)}">')
         if interval is not None:
             parts.append(f'<line x1="{x(interval.low):.1f}" x2="{x(interval.high):.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="5"/></g>')
@@ -158,4 +159,4 @@ def _number(value: float, form: str = "g") -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 15 else name[:14] + "…"
+    return name if len(name) <= 20 else name[:19] + "…"

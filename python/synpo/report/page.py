@@ -61,9 +61,9 @@ class Report:
     charts        EvalResult.to_charts() and others
     tables        EvalResult.to_table(), to_difference_table() and others
     captions      captions side by side; words that no reference uses are marked
-    pairs         what was trained on; words that one of the two does not use are marked
     curves        training over its steps
     training      tables about training
+    pairs         what was trained on; words that only one of the two has are marked
     seconds       stage → wall time
     run           versions, machine, seed, command: name → text
     figures       whatever JSON can say (dataclasses, NumPy values, paths and sets too); embedded in the page
@@ -80,9 +80,9 @@ class Report:
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     captions: Sequence[Group] = ()
-    pairs: Sequence[Group] = ()
     curves: Sequence[Curves] = ()
     training: Sequence[Table] = ()
+    pairs: Sequence[Group] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     run: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -107,8 +107,8 @@ def render(report: Report) -> str:
         _head(report),
         _results(report),
         _samples("Captions", report.captions, report.systems),
-        _samples("Preference pairs", report.pairs, report.systems),
         _training(report),
+        _samples("Preference pairs", report.pairs, report.systems),
         _run(report),
     ]
     beside = f"in {escape(report.beside)}, and " if report.beside else ""

@@ -109,14 +109,14 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .86rem; }
   .said dt small { display: inline; margin-left: .6rem; }
 }
 @media print {
-  body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  body { background: none; font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   .card, .tile, figure, tr { break-inside: avoid; }
   h2, h3, h4, .legend, .sample img { break-after: avoid; }
   .sample { break-inside: auto; }
   .sample dd { break-inside: avoid; }
   .tile .value { font-size: 1.4rem; }
-  .triple { grid-template-columns: 1fr 1fr 1fr; }
+  .triple { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   .scroll { overflow: visible; background: none; }
 }
 """

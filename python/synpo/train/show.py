@@ -89,13 +89,12 @@ def show(
         findings=[f"Warning: {text}" for text in metrics["warnings"]],
         highlights=tiles,
         terms=[*([(name, OBJECTIVES[objective])] if objective in OBJECTIVES else []), *WORDS],
-        systems=[name],
-        pairs=_groups(pairs, videos),
         curves=[
             curves(picture, {run: found for run, found in runs.items() if found[0].keys() >= {*picture.lines.values()}})
             for picture in PICTURES  # evaluations have no gradients
         ],
         training=[table],
+        pairs=_groups(pairs, videos),
         run=described() | {key: str(value) for key, value in settings["train"].items()},
         figures={"metrics": metrics, "settings": settings},
         beside=f"metrics.json and {log.name}",
