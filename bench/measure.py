@@ -28,21 +28,12 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+from synpo import onednn
 from synpo.machine import cpu_name, instruction_sets
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBE = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
 
-
-def settle_onednn() -> None:
-    """Keep oneDNN off AMX where a virtual machine advertises it and a bf16 product then dies; leave it alone elsewhere."""
-    if "ONEDNN_MAX_CPU_ISA" in os.environ or "amx_tile" not in instruction_sets():
-        return
-    if subprocess.run([sys.executable, "-c", PROBE], capture_output=True).returncode:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
-
-
-settle_onednn()
+onednn.settle()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402

@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
-# A bf16 matmul through oneDNN dies with SIGILL where a CPU advertises AMX but its host does not grant it.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+from synpo import onednn
+
+onednn.settle()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Where there is no GPU the Triton kernels run in Triton's interpreter. The switch counts when triton is first imported, by
 # whichever test comes first; tests that need it unset (ahead-of-time compilation) start a process of their own.

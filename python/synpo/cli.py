@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from synpo import __version__
+from synpo import __version__, onednn
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -216,9 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows "?" for what it does not know
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # A bf16 matmul through oneDNN dies with SIGILL where a CPU advertises AMX but its host does not grant it.
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
     try:
+        onednn.settle()
         COMMANDS[args.command](args)
     except (ValueError, OSError, FloatingPointError) as error:  # OSError: a file that is missing or barred, a full disk
         if os.environ.get("SYNPO_DEBUG"):
