@@ -33,11 +33,12 @@ def half(lm: CaptionModel) -> CaptionModel:
 def test_by_device_and_weights(text_lm: CaptionModel, open_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "is_torch_tf32_available", lambda: True)
     nothing = dict.fromkeys(OPEN, False)
-    assert settle(open_settings(), text_lm, "cuda") == nothing | {"tf32": True}
+    lora = {"fused_lora": True}
+    assert settle(open_settings(), text_lm, "cuda") == nothing | lora | {"tf32": True}
     assert settle(open_settings(), half(text_lm), "cpu") == nothing
     args = open_settings()
     assert (args.bf16, args.mixed_precision, args.activation_checkpointing) == (False, "no", False)
-    assert settle(args, text_lm, "cuda") == nothing | {"bf16": True, "tf32": True}
+    assert settle(args, text_lm, "cuda") == nothing | lora | {"bf16": True, "tf32": True}
     assert (args.bf16, args.mixed_precision, args.tf32) == (True, "bf16", True)
     assert in_words(args, text_lm) == "bfloat16 weights, bfloat16 autocast, TF32"
     assert settle(args, text_lm, "cuda") == {} and args.bf16  # nothing is open any more
@@ -55,14 +56,19 @@ def test_by_device_and_weights(text_lm: CaptionModel, open_settings: Any, monkey
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_what_is_said_counts(text_lm: CaptionModel, open_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "LARGE", 1000)
-    said = open_settings(bf16=False, tf32=False, activation_checkpointing=False)
+    said = open_settings(**dict.fromkeys(OPEN, False))
     assert settle(said, half(text_lm), "cuda") == {}
-    assert (said.bf16, said.tf32, said.activation_checkpointing) == (False, False, False)
+    assert not any(getattr(said, name) for name in OPEN)
     old = open_settings(gradient_checkpointing=True)  # its name in earlier releases
     assert "activation_checkpointing" not in settle(old, text_lm, "cuda") and old.activation_checkpointing
     assert not settle(open_settings(fp16=True), text_lm, "cuda")["bf16"]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # accelerate launch --mixed_precision bf16
     assert settle(open_settings(), text_lm, "cpu")["bf16"]
+
+
+def test_lora_that_is_held_apart_is_not_fused(text_lm: CaptionModel, trainer_for: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train\.fused_lora reads the weights of LoRA, which FSDP"):
+        trainer_for(text_lm, None, fused_lora=True, fsdp="full_shard")
 
 
 def test_a_gpu_without_bfloat16_products_has_no_autocast(

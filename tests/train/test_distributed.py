@@ -103,6 +103,7 @@ def through_trainer(case: tuple[str, str, str], folder: Path, accumulation: int)
         output_dir=str(folder),
         loss_type=loss_type,
         loss_backend="chunked",
+        fused_lora=kind == "captioner",
         learning_rate=RATE,
         lr_scheduler_type="constant",
         warmup_steps=0,

@@ -19,6 +19,7 @@ from synpo.data.features import VisionCache
 from synpo.data.tokenize import EncodedPair
 from synpo.model import packing
 from synpo.model.adapter import CaptionModel
+from synpo.model.meant import meant_for
 from synpo.model.tiny import byte_tokenizer
 from synpo.model.vision import MODALITIES
 from synpo.train.objective import PairObjective
@@ -196,9 +197,9 @@ def test_when_one_call_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         return packing.one_call(query, query if value is None else value, options | other)
 
     assert not serves()
-    with packing.meant_for("cpu"):
+    with meant_for("cpu"):
         assert not serves()
-    with packing.meant_for("cuda"):
+    with meant_for("cuda"):
         assert serves() and serves(half.half()) and serves(softcap=None)
         assert not serves(half.float()) and not serves(dropout=0.1) and not serves(softcap=30.0)
         assert not serves(half[..., :60]) and not serves(half, half[..., :32])

@@ -15,6 +15,7 @@ from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair, Lengths, PairEncoder
 from synpo.model import packing
 from synpo.model.adapter import CaptionModel, load
+from synpo.model.meant import meant_for
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
 from synpo.records import Pair, write_records
 from synpo.train.lora import apply_lora, make_trainable
@@ -141,7 +142,7 @@ def test_one_call_for_all_pairs_keeps_what_it_is_given_and_gives() -> None:
     )
     lengths = torch.tensor([[[[9, 3, 4], [12, 1, 4]]]])
     counter = SavedBytes(torch.nn.Module())
-    with packing.meant_for("cuda"), counter.counting():
+    with meant_for("cuda"), counter.counting():
         attended = packing._attend(packing._installed["sdpa"], True, None, query, key, value, lengths, {})
     keys = 2 * 9 + 3 + 4 + 2 * 12 + 1 + 4
     numbers = 33 * 8 * 64 + 2 * keys * 2 * 64 + 33 * 8 * 64

@@ -22,8 +22,7 @@ Prior art: Wang & Hegde, arXiv 2410.20305 (one masked row a pair).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,6 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from synpo.model.adapter import CaptionModel
+from synpo.model.meant import computes_in, device_of
 from synpo.model.vision import Vision
 
 MASKED = {"sdpa": True, "flash_attention_2": False, "flash_attention_3": False}
@@ -58,7 +58,6 @@ TAKES = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 _installed: dict[str, Callable[..., Any]] = {}
 _rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_meant_for: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,6 @@ class _Row:
 
 def _bounds(first: Tensor, second: Tensor) -> Tensor:
     return F.pad(torch.stack([first, second], 1).flatten().cumsum(0), (1, 0)).int()
-
-
-@contextmanager
-def meant_for(device: str) -> Iterator[None]:
-    """Inside, tensors without a storage are attended to as they would be on `device`."""
-    _meant_for.append(device)
-    try:
-        yield
-    finally:
-        _meant_for.pop()
 
 
 def implementation(lm: CaptionModel) -> str:
@@ -197,7 +186,7 @@ def _attend(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (1, L, heads, head size)
     key, value = (x.index_select(1, runs.places) for x in (key, value))
     if masked:
-        half = _half(query)
+        half = computes_in(query)
         grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in TAKES else {}  # else it needs no word
         out: Any = varlen.varlen_attn(
             query[0].to(half),
@@ -218,24 +207,15 @@ def _attend(
     return inner(module, query, key, value, None, **options, **bounds, **longest)[0]
 
 
-def _half(query: Tensor) -> torch.dtype:
-    """The dtype that attention computes in."""
-    device = query.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else query.dtype
-
-
 def one_call(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether torch's kernel for runs of unequal length serves: flash attention on a GPU, in half precision, without dropout."""
-    meant = query.is_meta and bool(_meant_for)
-    device = _meant_for[-1] if meant else query.device.type
-    if device != "cuda" or _half(query) not in HALVES or not {"scale", "window_size"} <= TAKES:
+    if device_of(query) != "cuda" or computes_in(query) not in HALVES or not {"scale", "window_size"} <= TAKES:
         return False
     if options.get("dropout", 0.0) > 0 or any(options.get(name) is not None for name in PLAIN):
         return False
     if not query.shape[-1] == value.shape[-1] <= 256 or query.shape[-1] % 8:
         return False
-    return meant or (
+    return query.is_meta or (
         torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 

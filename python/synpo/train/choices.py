@@ -3,8 +3,10 @@
     bf16                        products in bfloat16 under autocast: bfloat16 weights, on a GPU that computes in it
     tf32                        what stays float32 multiplied by the tensor cores, to 10 bits: a GPU that has them
     activation_checkpointing    layers run again in the backward pass: a model of more than a billion parameters, on a GPU
+    fused_lora                  LoRA layers in as few passes as library products allow (model/lora_linear.py): on a GPU
 
-On other devices it leaves all of them off. DeepSpeed and FSDP have settings of their own for precision and checkpointing.
+On other devices it leaves all of them off. DeepSpeed and FSDP have settings of their own for precision and checkpointing, and
+hold the weights of LoRA apart.
 """
 
 from __future__ import annotations
@@ -66,10 +68,15 @@ def _checkpointing(args: SynPOConfig, lm: CaptionModel, device: str) -> bool:
     return device == "cuda" and not _elsewhere(args) and lm.base.num_parameters() > LARGE
 
 
+def _fused_lora(args: SynPOConfig, lm: CaptionModel, device: str) -> bool:
+    return device == "cuda" and not _elsewhere(args) and hasattr(lm.model, "peft_config")
+
+
 RULES: dict[str, Callable[[SynPOConfig, CaptionModel, str], bool]] = {
     "bf16": _autocast,
     "tf32": _tf32,
     "activation_checkpointing": _checkpointing,
+    "fused_lora": _fused_lora,
 }
 OPEN = tuple(RULES)
 

@@ -41,7 +41,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from synpo.data.tokenize import Lengths
-from synpo.model.packing import install, meant_for
+from synpo.model.meant import meant_for
+from synpo.model.packing import install
 from synpo.model.quantize import weight_bytes
 from synpo.train.optimizers import state_bytes
 from synpo_kernels.backends.passes import MAX_ROWS, SLICE_BYTES
@@ -211,7 +212,7 @@ def saved_by_decoder(model: Any, batch: Batch, *, device: str, autocast: torch.d
     training = decoder.training
     decoder.train()
     try:
-        with torch.enable_grad(), counter.counting(), _As(device, autocast), meant_for(device):
+        with torch.enable_grad(), counter.counting(), _As(device, autocast), meant_for(device, autocast):
             decoder(
                 inputs_embeds=embeddings.new_empty(*batch.shape, embeddings.shape[1]),
                 attention_mask=batch.mask(),

@@ -32,6 +32,7 @@ from synpo.config import Config, ConfigError, ModelConfig
 from synpo.data.pairs import hold_out, load_pairs, videos_of
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
+from synpo.model.lora_linear import fuse
 from synpo.model.vision import vision_for
 from synpo.train.choices import half, in_words, settle
 from synpo.train.lora import make_trainable
@@ -178,6 +179,8 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         wrapped = make_trainable(lm, config)
     device = "cpu" if config.model.device == "cpu" else "cuda"
     settle(args, lm, device)
+    if args.fused_lora:
+        fuse(lm.model)
     how: Any = args.activation_checkpointing_kwargs
     model = MemoryModel(
         lm.model,

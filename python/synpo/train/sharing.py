@@ -17,6 +17,7 @@ from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel, evaluating
 from synpo.model.gather import gathering
+from synpo.model.meant import computes_in
 from synpo.model.packing import MASKED, implementation, packed_inputs, window
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -57,9 +58,7 @@ def _differences(lm: CaptionModel) -> str | None:
     seen, most = window(lm), max(len(p.prompt) for p in (first, second)) + LONGEST
     if seen is not None and seen < most:
         return f"{type(lm.base).__name__} has layers that see {seen} tokens, fewer than a short pair has"
-    kind = lm.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.head().weight.dtype
-    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+    tolerance = TOLERANCE.get(computes_in(lm.head().weight), TOLERANCE[torch.float32])
     packed, separate = _states(lm, [first, second], True), _states(lm, [first, second], False)
     if (error := _error(packed, separate)) > tolerance:
         return f"{type(lm.base).__name__} gives other states for packed rows than for separate ones (by {error:.1e})"

@@ -34,6 +34,8 @@ from synpo.config import DEFAULT_LOSS, LOSS_PARAMETERS, ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
+from synpo.model.gather import is_partitioned
+from synpo.model.lora_linear import fuse
 from synpo.records import atomic_path, read_jsonl
 from synpo.setting import Range, above, at_least, check, setting
 from synpo.train.checkpoint import last_checkpoint, writing
@@ -137,6 +139,10 @@ class SynPOConfig(TrainingArguments):
         },
     )
 
+    fused_lora: bool | None = field(
+        default=None, metadata={"help": "LoRA layers in fewer passes over their activations. Left open: on a GPU."}
+    )
+
     guard: str = field(
         default="warn", metadata={"help": "off, warn, or stop when negatives dominate or language breaks."}
     )
@@ -224,6 +230,12 @@ class SynPOTrainer(Trainer):
         settle(args, lm, args.device.type)
         if args.tf32:
             multiply_with_tf32(lm.model)
+        if args.fused_lora:
+            if args.fsdp or is_partitioned(lm.model):
+                raise ConfigError(
+                    "train.fused_lora reads the weights of LoRA, which FSDP and ZeRO-3 hold apart: set it to false"
+                )
+            fuse(lm.model)
         if lm.head().weight.dtype == torch.float16 and not args.fp16:
             raise ConfigError(
                 "float16 weights without loss scaling lose most gradients: set train.fp16 = true, or load the model with "
