@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_head, check_low_rank, in_autocast
+from .head import Head, layer_head, whole
 from .losses import IGNORE_INDEX, check_layout, check_parameters
 from .ops import logprobs
 from .ops.pair_loss import SynPOOutput, synpo_pairs
-from .ops.parallel import from_shards, whole
+from .ops.parallel import from_shards
 from .ops.partial_head import kept
 from .ops.trained_pairs import is_trained, synpo_trained
 
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@from_shards
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | nn.Module | Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -47,8 +47,10 @@ def linear_logprobs(
 
     Args:
         hidden: (..., D) float32, bfloat16, float16, or float64 (all arithmetic is then float64).
-        weight: (V, D), dtype and device of hidden. Under autocast both are cast to the autocast dtype, as in a linear layer
-            (give a weight of that dtype already: the cast is a copy of V·D numbers).
+        head: weight (V, D), dtype and device of hidden; or a linear layer, with its bias and PEFT's LoRA on it; or a `Head`, as
+            `hidden_states_and_head` returns, which knows bias, LoRA, softcap and logit_scale itself. Under autocast hidden and
+            weight are cast to the autocast dtype, as in a linear layer (give a weight of that dtype already: the cast is a
+            copy of V·D numbers).
         labels: (...) int64, aligned: labels[t] is the token that hidden[t] predicts. `ignore_index` marks rows to skip.
         bias: (V,) dtype and device of weight.
         softcap: cap(r) = softcap · tanh(r / softcap), Gemma's final-logit soft cap; None: none.
@@ -77,10 +79,32 @@ def linear_logprobs(
         ValueError: shapes, dtypes or devices disagree; a label is outside [0, V) (checked on CPU; on a CUDA device the
             gather of the label's row fails with a device-side assertion); the backend is unknown or cannot serve.
     """
+    found, low_rank = resolved(hidden, head, Head(hidden, bias, softcap, logit_scale), low_rank)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "backend": backend, "memory": memory, "group": group}
+    options["low_rank"] = low_rank
+    return _logprobs(hidden, found.weight, labels, bias=found.bias, head=found, **options)
+
+
+@from_shards
+def _logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    head: Head,
+    ignore_index: int | None,
+    backend: str,
+    memory: str,
+    low_rank: tuple[Tensor, Tensor] | None,
+    group: ProcessGroup | None,
+) -> Tensor:
+    """`linear_logprobs` of a head in its parts."""
     u, b = (None, None) if low_rank is None else low_rank
     hidden, weight, bias, u, b = in_autocast(hidden, weight, bias, u, b)
     if memory not in ("default", "low"):
         raise ValueError(f"memory must be 'default' or 'low', got {memory!r}")
+    softcap, logit_scale = head.softcap, head.logit_scale
     check_head(hidden, weight, labels, bias, softcap, ignore_index, sharded=group is not None)
     if low_rank is not None:
         check_low_rank(hidden, weight, u, b)
@@ -102,17 +126,28 @@ def linear_logprobs(
     return logps.view(labels.shape)
 
 
-def lora_head(hidden: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """`low_rank` of `linear_logprobs` for LoRA on the head, W' = W + scaling · B A (https://arxiv.org/abs/2106.09685).
+def resolved(
+    hidden: Tensor, given: Head | nn.Module | Tensor, beside: Head, low_rank: tuple[Tensor, Tensor] | None
+) -> tuple[Head, tuple[Tensor, Tensor] | None]:
+    """Whatever was given for a head as a `Head` without LoRA, and what its LoRA adds, as `low_rank` of `linear_logprobs`.
 
     Args:
-        hidden: (..., D), after LoRA's dropout where it has one. lora_a: A (r, D). lora_b: B (V, r). scaling: usually α/r,
-            α/√r with rank stabilisation.
+        beside: bias, softcap and logit_scale that were given beside it (its weight does not count).
 
-    Returns:
-        (scaling · hidden @ A.T (..., r), B (V, r)); several adapters are concatenated, each part along its last dimension.
+    Raises:
+        ValueError: something is given twice; or as `layer_head`.
     """
-    return scaling * (hidden @ lora_a.T), lora_b
+    if isinstance(given, Tensor):
+        return replace(beside, weight=given), low_rank
+    own = {"bias": beside.bias is not None, "low_rank": low_rank is not None}
+    if isinstance(given, nn.Module):
+        found = replace(layer_head(given), softcap=beside.softcap, logit_scale=beside.logit_scale)
+    else:
+        found = given
+        own |= {"softcap": beside.softcap is not None, "logit_scale": beside.logit_scale != 1.0}
+    if twice := [name for name, is_given in own.items() if is_given]:
+        raise ValueError(f"a head given as {type(given).__name__} brings its own {', '.join(twice)}; leave that out")
+    return replace(found, lora=()), found.low_rank(hidden)
 
 
 class FusedLinearSynPOLoss(nn.Module):
@@ -156,7 +191,7 @@ class FusedLinearSynPOLoss(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        head: Head | nn.Module | Tensor,
         labels: Tensor,
         *,
         bias: Tensor | None = None,
@@ -167,9 +202,10 @@ class FusedLinearSynPOLoss(nn.Module):
 
         Args:
             hidden: (2B, T, D), chosen sequences first, then the rejected in the same order; or packed (N, D) with
-                cu_seqlens. weight, bias: the head. labels: (2B, T) or (N,), already aligned to the row that predicts them.
+                cu_seqlens. head: weight, layer or `Head`, as `linear_logprobs`. labels: (2B, T) or (N,), already aligned to
+                the row that predicts them.
             cu_seqlens: (2B + 1,) int bounds of the packed sequences, chosen first; equal neighbours: an empty completion.
-            low_rank: as `linear_logprobs`.
+            bias, low_rank: beside a weight, as `linear_logprobs`.
 
         Raises:
             ValueError: as `linear_logprobs`; an odd number of sequences; a layout that is neither of the two.
@@ -183,16 +219,14 @@ class FusedLinearSynPOLoss(nn.Module):
         sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if sequences % 2 or sequences <= 0:
             raise ValueError(f"pairs need an even number of sequences, chosen first then rejected; got {sequences}")
-        options: dict[str, Any] = {
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
-            "ignore_index": self.ignore_index,
-            "backend": self.backend,
-        }
-        if low_rank is None and self.group is None and self.memory == "default" and is_trained(weight, bias):
-            return self._trained(hidden, weight, labels, bias, cu_seqlens, sequences)
+        found, low_rank = resolved(hidden, head, Head(hidden, bias, self.softcap, self.logit_scale), low_rank)
+        options: dict[str, Any] = {"ignore_index": self.ignore_index, "backend": self.backend}
+        plain = low_rank is None and self.group is None and self.memory == "default"
+        if plain and is_trained(found.weight, found.bias):
+            return self._trained(hidden, found, labels, cu_seqlens, sequences)
         options |= {"memory": self.memory, "low_rank": low_rank, "group": self.group}
-        return self._end(linear_logprobs(hidden, weight, labels, bias=bias, **options), labels, cu_seqlens)[0]
+        logps = _logprobs(hidden, found.weight, labels, bias=found.bias, head=found, **options)
+        return self._end(logps, labels, cu_seqlens)[0]
 
     def _end(self, logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> tuple[SynPOOutput, Tensor]:
         return synpo_pairs(
@@ -209,15 +243,14 @@ class FusedLinearSynPOLoss(nn.Module):
     def _trained(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        head: Head,
         labels: Tensor,
-        bias: Tensor | None,
         cu_seqlens: Tensor | None,
         sequences: int,
     ) -> SynPOOutput:
-        weight, bias = whole(weight), None if bias is None else whole(bias)
+        weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         hidden, weight, bias = in_autocast(hidden, weight, bias)
-        check_head(hidden, weight, labels, bias, self.softcap, self.ignore_index, sharded=False)
+        check_head(hidden, weight, labels, bias, head.softcap, self.ignore_index, sharded=False)
         check_layout(labels, None, cu_seqlens)
         loss, logps, *_ = synpo_trained(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -229,8 +262,8 @@ class FusedLinearSynPOLoss(nn.Module):
             self.alpha,
             self.beta,
             self.reduction,
-            self.softcap,
-            self.logit_scale,
+            head.softcap,
+            head.logit_scale,
             self.ignore_index,
             self.backend,
             hidden.requires_grad,

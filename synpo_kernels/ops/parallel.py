@@ -27,22 +27,10 @@ from torch import Tensor
 from ..backends import passes
 from ..backends.passes import Forward, Tiles, accumulate
 from ..backends.portable import TorchTiles, largest_logits
-from ..head import Head, compute_dtype
+from ..head import Head, compute_dtype, whole
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 ELSEWHERE, IGNORED = -1, -2  # in place of a label that another shard owns, and of one that does not count
-
-
-def whole(parameter: Any) -> Tensor:
-    """A DTensor as a plain tensor, gathered from all processes of its mesh; any other tensor as it is.
-
-    Differentiable: gradients are averaged over the mesh, as FSDP does, and each process keeps its part.
-    """
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
-    from torch.distributed.tensor import Partial
-
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def local(parameter: Any) -> Tensor:

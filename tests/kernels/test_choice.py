@@ -79,7 +79,7 @@ def test_triton_says_why_it_cannot_serve(monkeypatch) -> None:
 
 GOOD = {
     "hidden": torch.zeros(4, 8),
-    "weight": torch.zeros(10, 8),
+    "head": torch.zeros(10, 8),
     "labels": torch.zeros(4, dtype=torch.int64),
 }
 
@@ -87,14 +87,14 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(10, 9)}, r"must share D, got \(4, 8\) and \(10, 9\)"),
-        ({"weight": torch.zeros(0)}, "a sharded weight must be gathered first"),
-        ({"weight": torch.zeros(0, 8)}, "at least one vocabulary entry"),
+        ({"head": torch.zeros(10, 9)}, r"must share D, got \(4, 8\) and \(10, 9\)"),
+        ({"head": torch.zeros(0)}, "a sharded weight must be gathered first"),
+        ({"head": torch.zeros(0, 8)}, "at least one vocabulary entry"),
         (
-            {"weight": torch.zeros(10, 8, dtype=torch.bfloat16)},
+            {"head": torch.zeros(10, 8, dtype=torch.bfloat16)},
             "weight must have the dtype of hidden, torch.float32, got",
         ),
-        ({"weight": torch.zeros(10, 8, device="meta")}, "weight must be on the device of hidden, cpu, got meta"),
+        ({"head": torch.zeros(10, 8, device="meta")}, "weight must be on the device of hidden, cpu, got meta"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels must be int64 of shape \(4,\)"),
         ({"labels": torch.zeros(4, dtype=torch.int32)}, "got torch.int32"),
         ({"labels": torch.tensor([0, 1, 10, -100])}, r"labels must lie in \[0, 10\).*from 0 to 10"),
@@ -103,7 +103,7 @@ GOOD = {
         ({"bias": torch.zeros(8)}, r"bias must be \(10,\)"),
         ({"bias": torch.zeros(10, dtype=torch.float64)}, "bias must have the dtype"),
         ({"softcap": 0.0}, "softcap must be positive"),
-        ({"hidden": torch.zeros(4, 8).int(), "weight": torch.zeros(10, 8).int()}, "hidden must be float64"),
+        ({"hidden": torch.zeros(4, 8).int(), "head": torch.zeros(10, 8).int()}, "hidden must be float64"),
     ],
 )
 def test_bad_input(change, message) -> None:

@@ -189,7 +189,7 @@ def test_qwen_vl_gets_its_three_dimensional_positions(kind: str) -> None:
 def test_the_check_of_the_head_reads_words_alone(kind: str) -> None:
     lm = qwen_vl(kind)
     assert lm.placeholder_ids & set(range(8)), "the first tokens of this tokenizer stand for images and videos"
-    lm.check_head()
+    lm.head()
 
 
 def test_processors_are_told_when_frames_were_taken() -> None:
@@ -231,14 +231,7 @@ def text_model(family: str) -> CaptionModel:
 
 
 def logits_from_head(lm: CaptionModel, ids: Tensor) -> Tensor:
-    head = lm.head()
-    hidden = lm.hidden_states(lm.forward_kwargs(ids, torch.ones_like(ids), [{}] * len(ids)))
-    logits = hidden @ head.weight.T
-    if (low_rank := head.low_rank(hidden)) is not None:
-        logits = logits + low_rank[0] @ low_rank[1].T
-    logits = logits if head.bias is None else logits + head.bias
-    logits = logits * head.logit_scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return lm.head().logits(lm.hidden_states(lm.forward_kwargs(ids, torch.ones_like(ids), [{}] * len(ids))))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])
@@ -247,7 +240,6 @@ def test_hidden_states_and_head_are_the_models_own_logits(family: str) -> None:
     ids = torch.randint(0, 260, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(logits_from_head(lm, ids), lm.model(ids).logits, rtol=1e-5, atol=1e-6)
-    lm.check_head()
     if family != "llama":  # the setting is not one that does nothing
         assert lm.head().softcap is not None or lm.head().logit_scale != 1.0
 
@@ -255,8 +247,8 @@ def test_hidden_states_and_head_are_the_models_own_logits(family: str) -> None:
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
     lm = text_model("llama")
     lm.model.lm_head.register_forward_hook(lambda layer, inputs, output: output * 2)
-    with pytest.raises(ValueError, match="are not those of its output head"):
-        lm.check_head()
+    with pytest.raises(ValueError, match="a forward hook on the output head changes its logits"):
+        lm.head()
 
 
 def test_hidden_states_never_build_the_logits_and_leave_no_hook() -> None:
@@ -278,7 +270,6 @@ def test_the_head_of_a_peft_model() -> None:
     plain = lm.head().weight
     lm.model = get_peft_model(lm.model, LoraConfig(r=2, target_modules=r".*\.q_proj"))
     assert lm.head().weight is plain
-    lm.check_head()
 
 
 def test_the_trained_copy_of_the_head_is_used_and_the_original_while_adapters_are_off() -> None:
@@ -290,10 +281,8 @@ def test_the_trained_copy_of_the_head_is_used_and_the_original_while_adapters_ar
     assert trained.requires_grad
     with torch.no_grad():
         trained += 1.0
-    lm.check_head()
     with lm.model.disable_adapter():
         assert lm.head().weight is plain
-        lm.check_head()
 
 
 def lora_on_the_head(family: str, **options: Any) -> CaptionModel:
@@ -322,7 +311,6 @@ def test_lora_on_the_head_is_a_part_of_it(family: str, options: dict[str, Any]) 
             assert lm.head().weight is plain.weight
             torch.testing.assert_close(logits_from_head(lm, ids), off, rtol=1e-5, atol=1e-5)
         assert (own - off).abs().max() > 1e-2
-        lm.check_head()
         if family == "llama" and "lora_bias" not in options:  # the others are tied, or have no bias to merge into
             lm.model.merge_adapter()
             torch.testing.assert_close(logits_from_head(lm, ids), own, rtol=1e-4, atol=1e-4)

@@ -64,7 +64,7 @@ def test_nf4_quantizes_the_language_model_alone(captioner_path: Path) -> None:
 def test_int8_quantizes_the_language_model_alone_and_lora_trains(captioner_path: Path) -> None:
     config = ModelConfig(path=str(captioner_path), device="cpu", dtype="float32", quantization="int8")
     lm = load(config)
-    lm.check_head()
+    lm.head()
     found, wanted = quantized_names(lm.model)
     assert found == wanted and len(found) == 14
     apply_lora(lm, LoraSection(r=2, alpha=4, dropout=0.0))

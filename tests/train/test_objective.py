@@ -100,8 +100,8 @@ def test_the_generic_balance_agrees_with_the_fused_losses_own(text_lm: CaptionMo
     batch = PairCollator(0)(pairs_for(text_lm))
     objective = PairObjective(text_lm, "synpo", {"alpha": 5.0})
     fused = objective(text_lm.model, batch)
-    hidden = objective._forward(text_lm.model, batch, batch["vision"], lambda hidden: hidden)
-    generic = objective._any(hidden, batch["targets"], batch["cu_seqlens"], None)
+    hidden = objective._forward(text_lm.model, batch, batch["vision"], lambda hidden, head: hidden)
+    generic = objective._any(hidden, text_lm.head(), batch["targets"], batch["cu_seqlens"], None)
     torch.testing.assert_close(generic.loss, fused.loss)
     for name, value in generic.statistics.items():
         torch.testing.assert_close(fused.statistics[name], value, rtol=1e-4, atol=1e-7)
@@ -141,7 +141,7 @@ def test_the_reference_sees_no_dropout_and_training_mode_comes_back(text_lm: Cap
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5  # the base model's own dropout, which switching LoRA off leaves on
     text_lm.model.train()
-    noisy = [objective._forward(text_lm.model, batch, batch["vision"], lambda hidden: hidden) for _ in range(2)]
+    noisy = [objective._forward(text_lm.model, batch, batch["vision"], lambda hidden, head: hidden) for _ in range(2)]
     assert not torch.equal(*noisy)
     first, second = (objective._reference(text_lm.model, batch, batch["vision"]) for _ in range(2))
     assert torch.equal(first.logps, second.logps)

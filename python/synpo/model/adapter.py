@@ -29,8 +29,9 @@ from synpo.model import quantize
 from synpo.model.chat import Chat, Message, conversation, read_template
 from synpo.model.gather import gathering
 from synpo.model.vision import OneVision, Processor, Vision, processor_template, sequential_positions, vision_for
-from synpo_kernels import lora_head
-from synpo_kernels.ops.parallel import gathered, whole
+from synpo_kernels import Head, hidden_states_and_head
+from synpo_kernels.model import base_of, head_of
+from synpo_kernels.ops.parallel import gathered
 
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
 """What configurations call the tokens that stand for what a model sees or hears."""
@@ -42,25 +43,6 @@ class Prompt:
 
     input_ids: Tensor
     vision: Vision
-
-
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states into logits: z = cap(scale · (h Wᵀ + Σ s · drop(h) Aᵀ Bᵀ + b)); weight (V, D), bias (V,)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    lora: tuple[tuple[Any, Tensor, Tensor, float], ...] = ()  # (dropout, A (r, D), B (V, r), s) of each active adapter
-
-    def low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What LoRA adds to the logits of hidden (..., D), as `synpo_kernels.linear_logprobs` takes it."""
-        if not self.lora:
-            return None
-        parts = [lora_head(drop(hidden.to(a.dtype)), whole(a), whole(b), s) for drop, a, b, s in self.lora]
-        u, b = (torch.cat(side, -1).to(hidden.dtype) for side in zip(*parts))
-        return u, b
 
 
 def pad_rows(rows: Sequence[Tensor], pad: int, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
@@ -241,121 +223,26 @@ class CaptionModel:
     @property
     def base(self) -> Any:
         """The Hugging Face model under any PEFT wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_of(self.model)
 
     def head(self) -> Head:
         """The output head as it is now (PEFT's trained copy, or the original one while adapters are disabled).
 
-        Raises ValueError where PEFT has put a variant of LoRA on it that is not W + s B A (DoRA, for one).
+        Raises ValueError where the fused loss does not support it, as `synpo_kernels.model.head_of`.
         """
-        layer = self.base.get_output_embeddings()
-        bias, lora = getattr(layer, "bias", None), []
-        if hasattr(layer, "lora_A") and not (layer.disable_adapters or layer.merged):
-            for name in (n for n in layer.active_adapters if n in layer.lora_A):
-                if name in layer.lora_variant:
-                    raise ValueError(
-                        f"{type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')} on the output head is not "
-                        "supported by the fused loss, plain LoRA is; take lm_head out of target_modules, or train it whole "
-                        "with modules_to_save"
-                    )
-                a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-                lora.append((layer.lora_dropout[name], a.weight, b.weight, scaling))
-                if b.bias is not None:
-                    shift = scaling * whole(b.bias).to(layer.weight.dtype)
-                    bias = shift if bias is None else whole(bias) + shift
-        config = self.base.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
-        divisor = getattr(config, "logits_scaling", None) or 1.0
-        return Head(
-            weight=layer.weight,
-            bias=bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            logit_scale=scale / divisor,
-            lora=tuple(lora),
-        )
+        return head_of(self.model, self._look)
 
-    def hidden_states(self, inputs: Mapping[str, Any], model: Any = None) -> Tensor:
-        """Hidden states (B, L, D) that enter the output head, without the logits; arguments as `in_place_of_logits`."""
-        return self.in_place_of_logits(inputs, lambda hidden: hidden, model)
+    def hidden_states(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Hidden states (B, L, D) that enter the output head, without the logits; `inputs` is what `forward_kwargs` made."""
+        return hidden_states_and_head(self.model, **inputs)[0]
 
-    def in_place_of_logits(
-        self, inputs: Mapping[str, Any], function: Callable[[Tensor], Tensor], model: Any = None
-    ) -> Tensor:
-        """`function` of the hidden states (B, L, D), called where the output head would make logits of them.
-
-        The call goes through the top-level forward of `model` (the one to train as its trainer wrapped it; `self.model`
-        by default), and its result leaves as that forward's output. So everything a wrapper does to a forward pass is done
-        to the loss: the head is whole inside `function` (FSDP, ZeRO-3), and found in the graph of the output (DDP). The
-        head itself is given one position, and its result dropped.
-
-        Args:
-            inputs: what `forward_kwargs` made.
-        """
-        entered: list[Tensor] = []
-        left: list[Tensor] = []
-        shape: list[torch.Size] = []
-
-        def shorten(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            entered.append(arguments[0])
-            return (arguments[0][:1, :1], *arguments[1:])
-
-        def compute(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            result = function(entered[-1])
-            shape.append(result.shape)
-            # what comes after the head expects three dimensions; FSDP2 wants no view
-            return result.reshape(1, 1, -1).clone()
-
-        def keep(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            left.append(output)
-
-        def hand_out(base: Any, arguments: tuple[Any, ...], output: Any) -> Any:
-            output.logits = left[-1]  # whatever the model did to what it took for logits
-            return output
-
-        layer = self.base.get_output_embeddings()
-        hooks = [
-            layer.register_forward_pre_hook(shorten),  # last, when the wrappers have gathered the head
-            layer.register_forward_hook(compute, prepend=True),  # first, before they let go of it
-            layer.register_forward_hook(keep),
-            self.base.register_forward_hook(hand_out, prepend=True),
-        ]
-        try:
-            output = (self.model if model is None else model)(**inputs, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if len(entered) != 1:
-            raise RuntimeError(f"{type(self.base).__name__} called its output head {len(entered)} times; expected once")
-        return output.logits.view(shape[0])
-
-    @torch.no_grad()
-    def check_head(self) -> None:
-        """Compare `head()` with the model's own logits on a few tokens.
-
-        Raises ValueError when they differ: the model does something to its logits that `Head` does not know.
-        """
+    def _look(self) -> None:
+        """Run the model on a few words, so that it is known what it does to its logits."""
         shown = self.placeholder_ids
         plain = [token for token in range(4 + len(shown)) if token not in shown]
         ids = torch.tensor([plain[:4]], device=self.device)
-        inputs = self.forward_kwargs(ids, torch.ones_like(ids), [{}])
-        with evaluating(self.model), gathering(self.model):
-            seen: list[Tensor] = []
-            self.in_place_of_logits(inputs, lambda hidden: seen.append(hidden) or hidden)  # type: ignore[func-returns-value]
-            hidden, head = seen[0][0], self.head()
-            logits = self.model(**inputs, use_cache=False).logits[0]
-        with gathered(head.weight, head.bias):
-            expected = hidden @ head.weight.T if head.bias is None else hidden @ head.weight.T + head.bias
-        if (low_rank := head.low_rank(hidden)) is not None:
-            expected = expected + low_rank[0] @ low_rank[1].T
-        expected = expected * head.logit_scale
-        if head.softcap is not None:
-            expected = head.softcap * (expected / head.softcap).tanh()
-        if not torch.allclose(logits.float(), expected.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
-            raise ValueError(
-                f"the logits of {type(self.base).__name__} are not those of its output head (largest difference "
-                f"{(logits - expected).abs().max():.3g}); the fused loss supports a linear head with bias, "
-                "final_logit_softcapping, logit_scale and logits_scaling"
-            )
+        with torch.no_grad(), evaluating(self.model), gathering(self.model):
+            hidden_states_and_head(self.model, **self.forward_kwargs(ids, torch.ones_like(ids), [{}]))
 
 
 def _device(name: str) -> torch.device:

@@ -30,7 +30,15 @@ from synpo.data.collate import PairBatch
 from synpo.model.adapter import CaptionModel, evaluating
 from synpo.model.packing import packed_inputs
 from synpo.train.reference import ReferenceStore, kind_of
-from synpo_kernels import OBJECTIVES, FusedLinearSynPOLoss, SequenceStats, linear_logprobs, sequence_stats
+from synpo_kernels import (
+    OBJECTIVES,
+    FusedLinearSynPOLoss,
+    Head,
+    SequenceStats,
+    in_place_of_logits,
+    linear_logprobs,
+    sequence_stats,
+)
 from synpo_kernels.losses import Objective, token_norms
 
 
@@ -123,44 +131,33 @@ class PairObjective:
         reference = self._reference(model, batch, visions) if self.objective.needs_reference else None
         outcomes: list[Outcome] = []
 
-        def score(hidden: Tensor) -> Tensor:
+        def score(hidden: Tensor, head: Head) -> Tensor:
             if self.objective.name == "synpo":
-                outcomes.append(self._synpo(hidden, batch["targets"], batch["cu_seqlens"]))
+                outcomes.append(self._synpo(hidden, head, batch["targets"], batch["cu_seqlens"]))
             else:
-                outcomes.append(self._any(hidden, batch["targets"], batch["cu_seqlens"], reference))
+                outcomes.append(self._any(hidden, head, batch["targets"], batch["cu_seqlens"], reference))
             return outcomes[-1].loss
 
         loss = self._forward(model, batch, visions, score)
         return replace(outcomes[-1], loss=loss)
 
     def _forward(
-        self, model: Any, batch: PairBatch, visions: list[Any], function: Callable[[Tensor], Tensor]
+        self, model: Any, batch: PairBatch, visions: list[Any], function: Callable[[Tensor, Head], Tensor]
     ) -> Tensor:
-        """`function`, inside the forward, of the rows (N, D) that predict completion tokens, in the dtype of the head."""
+        """`function`, inside the forward, of the rows (N, D) that predict completion tokens, in the dtype of the head, and it."""
         if batch["lengths"] is None:
             inputs = self.lm.forward_kwargs(batch["input_ids"], batch["attention_mask"], [*visions, *visions])
         else:
             inputs = packed_inputs(self.lm, batch["input_ids"], batch["lengths"], batch["sequences"], visions)
 
-        def completion_rows(hidden: Tensor) -> Tensor:
+        def completion_rows(hidden: Tensor, head: Head) -> Tensor:
             rows = hidden.flatten(0, 1).index_select(0, batch["rows"])
-            return function(rows.to(self.lm.head().weight.dtype))
+            return function(rows.to(head.weight.dtype), head)
 
-        return self.lm.in_place_of_logits(inputs, completion_rows, model)
+        return in_place_of_logits(model, completion_rows, **inputs)
 
-    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        head = self.lm.head()
-        return linear_logprobs(
-            hidden,
-            head.weight,
-            targets,
-            bias=head.bias,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            ignore_index=None,
-            backend=self.backend,
-            low_rank=head.low_rank(hidden),
-        )
+    def _logprobs(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+        return linear_logprobs(hidden, head, targets, ignore_index=None, backend=self.backend)
 
     def reference_stats(self, batch: PairBatch) -> SequenceStats:
         """Statistics of the 2B answers under the reference model, outside of training (start: before it)."""
@@ -183,21 +180,14 @@ class PairObjective:
         """Statistics under the model without its dropout, and with its adapter off where the reference is base."""
         off = self.lm.model.disable_adapter() if self.reference == "base" else nullcontext()
         with off, evaluating(model):
-            logps = self._forward(model, batch, visions, lambda hidden: self._logprobs(hidden, batch["targets"]))
+            logps = self._forward(model, batch, visions, lambda h, head: self._logprobs(h, head, batch["targets"]))
         return sequence_stats(logps, cu_seqlens=batch["cu_seqlens"])
 
-    def _synpo(self, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Outcome:
-        head = self.lm.head()
+    def _synpo(self, hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor) -> Outcome:
         fused = FusedLinearSynPOLoss(
-            alpha=self.parameters["alpha"],
-            beta=self.parameters["beta"],
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            ignore_index=None,
-            backend=self.backend,
+            self.parameters["alpha"], self.parameters["beta"], ignore_index=None, backend=self.backend
         )
-        low_rank = head.low_rank(hidden)
-        out = fused(hidden, head.weight, targets, bias=head.bias, cu_seqlens=cu_seqlens, low_rank=low_rank)
+        out = fused(hidden, head, targets, cu_seqlens=cu_seqlens)
         means = torch.cat([out.chosen_logps, out.rejected_logps])
         statistics = _statistics(means, means * cu_seqlens.diff(), means, out.language_reward)
         if torch.is_grad_enabled():
@@ -206,8 +196,10 @@ class PairObjective:
         statistics["synpo/saturation"] = 1 - 4 * s * (1 - s)
         return Outcome(out.loss, statistics, out.nonfinite_pairs)
 
-    def _any(self, hidden: Tensor, targets: Tensor, cu_seqlens: Tensor, reference: SequenceStats | None) -> Outcome:
-        logps = self._logprobs(hidden, targets)
+    def _any(
+        self, hidden: Tensor, head: Head, targets: Tensor, cu_seqlens: Tensor, reference: SequenceStats | None
+    ) -> Outcome:
+        logps = self._logprobs(hidden, head, targets)
         stats = sequence_stats(logps, cu_seqlens=cu_seqlens)
         loss = self.objective(stats, *([] if reference is None else [reference]), **self.parameters)
         now = stats.detach()

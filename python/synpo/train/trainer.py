@@ -226,7 +226,6 @@ class SynPOTrainer(Trainer):
         eval_dataset: Dataset[EncodedPair] | None = None,
         **options: Any,
     ) -> None:
-        lm.check_head()
         settle(args, lm, args.device.type)
         if args.tf32:
             multiply_with_tf32(lm.model)
