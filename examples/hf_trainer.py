@@ -3,7 +3,6 @@
     python examples/hf_trainer.py
 
 Trains the same small Llama twice, with the naive loss and with the fused one, and checks that every step agrees.
-On several GPUs the hidden states must come through the wrapped model (`synpo.train.trainer.SynPOTrainer` does that).
 """
 
 import tempfile
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from synpo_kernels import FusedLinearSynPOLoss
+from synpo_kernels import FusedLinearSynPOLoss, hidden_states_and_head
 
 END = 256  # after the 256 bytes
 PAIRS = [
@@ -53,8 +52,8 @@ class FusedTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs.pop("labels")
-        hidden = model.base_model(**inputs).last_hidden_state  # 2
-        return self.loss(hidden, model.lm_head.weight, labels).loss  # 3
+        hidden, head = hidden_states_and_head(model, **inputs)  # 2
+        return self.loss(hidden, head, labels).loss  # 3
 
 
 def collate(pairs: list[dict[str, str]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from synpo_kernels import FusedLinearSynPOLoss
+from synpo_kernels import FusedLinearSynPOLoss, hidden_states_and_head
 from synpo_kernels.reference import naive_synpo
 
 END = 256  # after the 256 bytes
@@ -41,9 +41,9 @@ def main() -> None:
 
     ids, labels = batch(PAIRS)
     for step in range(20):
-        hidden = model.base_model(input_ids=ids).last_hidden_state  # causal: no mask for padding on the right
-        out = loss_fn(hidden, model.lm_head.weight, labels)
-        naive = naive_synpo(hidden.detach(), model.lm_head.weight, labels)
+        hidden, head = hidden_states_and_head(model, input_ids=ids)  # causal: no mask for padding on the right
+        out = loss_fn(hidden, head, labels)
+        naive = naive_synpo(hidden.detach(), head.weight, labels)
         torch.testing.assert_close(out.loss.detach(), naive.loss, rtol=1e-5, atol=1e-6)
         out.loss.backward()
         optimizer.step()
