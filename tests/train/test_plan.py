@@ -255,6 +255,19 @@ def test_tokens_and_what_is_dropped_are_counted(folders: dict[str, Path], pairs:
     assert (configured.micro_batch, configured.checkpointing) == (2, False)
 
 
+def test_a_budget_of_tokens_is_counted_in_its_batches(folders: dict[str, Path], pairs: Path) -> None:
+    train = {"max_completion_length": 120, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+    values = {"model": {"path": str(folders["llama"])}, "lora": {"r": 4}, "train": train}
+    longest = plan(build(Config, values), None, pairs, ["24GB"]).tokens["pair, shared"]["max"]
+    values["train"] = train | {"tokens_per_batch": 2 * longest}
+    found = plan(build(Config, values), None, pairs, ["24GB"])
+    assert all(e.micro_batch == 2 for e in found.estimates)
+    assert found.steps in (6, 9)  # nine pairs of up to half a batch: three to five batches, two a step
+    values["train"] = train | {"tokens_per_batch": longest - 1}
+    with pytest.raises(ConfigError, match=r"train\.tokens_per_batch: a pair has \d+ tokens, more than the"):
+        plan(build(Config, values), None, pairs, ["24GB"])
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

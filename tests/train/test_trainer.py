@@ -174,6 +174,78 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_does(
         assert torch.equal(value, expected[name]), name
 
 
+def test_batches_of_tokens_are_those_of_their_epoch_when_a_run_goes_on(
+    text_lm: CaptionModel, pairs_for: Any, trainer_for: Any
+) -> None:
+    data, start = pairs_for(text_lm, 7), trained(text_lm)
+    tokens = {p.id: len(p.prompt) + len(p.chosen) + len(p.rejected) for p in data}
+    budget = max(tokens.values()) + min(tokens.values())
+    shared = {"tokens_per_batch": budget, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}
+    seen: list[list[str]] = []
+    for checkpoint in (None, "checkpoint-3"):
+        restore(text_lm, start)
+        trainer = trainer_for(text_lm, data, "run", save_total_limit=None, **shared)
+        folder = Path(trainer.args.output_dir)
+        compute = trainer.compute_loss
+
+        def watched(model: Any, inputs: Any, *args: Any, compute: Any = compute, **kwargs: Any) -> Any:
+            seen.append(inputs["pair_ids"])
+            assert inputs["tokens"] <= budget
+            return compute(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = watched
+        trainer.train(resume_from_checkpoint=str(folder / checkpoint) if checkpoint else None)
+        rows = read(folder / "train_log.jsonl")
+        losses = [row["loss"] for row in rows if "loss" in row]
+        steps = len(losses)
+        if checkpoint is None:
+            whole = losses
+    assert losses == whole and steps % 2 == 0 and steps > 6
+    first, again = seen[:steps], seen[steps:]
+    assert again == first[3:]
+    for epoch in (first[: steps // 2], first[steps // 2 :]):
+        assert sorted(name for batch in epoch for name in batch) == sorted(tokens)
+        assert {len(batch) for batch in epoch} != {1}
+    assert first[: steps // 2] != first[steps // 2 :]
+
+
+def test_a_step_of_unequal_batches_is_the_mean_over_its_pairs(text_lm: Any, pairs_for: Any, trainer_for: Any) -> None:
+    data, start = pairs_for(text_lm, 4), trained(text_lm)
+    tokens = sorted(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in data)
+    found = []
+    for settings in (
+        {"tokens_per_batch": tokens[-1] + tokens[0], "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 4},
+    ):
+        restore(text_lm, start)
+        trainer = trainer_for(text_lm, data, max_grad_norm=0.0, optim="sgd", **settings)
+        sizes = [len(batch["pair_ids"]) for batch in trainer.get_train_dataloader()]
+        assert sizes == [4] if found else 1 < len(sizes) <= 4
+        trainer.train()
+        found.append(trained(text_lm))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"tokens_per_batch": 10},
+            r"train\.tokens_per_batch: a pair has \d+ tokens, more than the 10 of a batch; raise it",
+        ),
+        ({"tokens_per_batch": 0}, r"expected at least 1,"),
+        ({"tokens_per_batch": 500, "auto_find_batch_size": True}, r"no train\.auto_find_batch_size"),
+        ({"tokens_per_batch": 500, "prefix_sharing": False}, r"counts tokens of packed rows"),
+    ],
+)
+def test_budgets_of_tokens_that_cannot_be_are_refused(
+    settings: dict[str, Any], words: str, text_lm: Any, pairs_for: Any, trainer_for: Any
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        trainer_for(text_lm, pairs_for(text_lm, 2), **settings)
+
+
 def test_a_new_run_in_the_same_folder_starts_its_log_anew(text_lm: Any, pairs_for: Any, trainer_for: Any) -> None:
     for _ in range(2):
         trainer = trainer_for(text_lm, pairs_for(text_lm, 2))

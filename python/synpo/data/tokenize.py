@@ -72,6 +72,11 @@ class Lengths:
     def prompt(self) -> int:
         return self.visual + self.text
 
+    @property
+    def shared(self) -> int:
+        """Tokens of the pair where its prompt is there once."""
+        return self.prompt + self.chosen + self.rejected
+
 
 class PairEncoder:
     """Encodes pairs for one model.

@@ -164,7 +164,7 @@ class Batch:
         n = self.lengths
         if self.layout == "padded":
             return 2 * self.pairs, n.prompt + max(n.chosen, n.rejected)
-        return 1, self.pairs * (n.prompt + n.chosen + n.rejected)
+        return 1, self.pairs * n.shared
 
     @property
     def tokens(self) -> int:

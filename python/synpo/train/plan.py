@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synpo.config import Config, ConfigError, ModelConfig
+from synpo.data.batches import TokenBatches
 from synpo.data.pairs import hold_out, load_pairs, videos_of
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
@@ -193,7 +194,10 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     )
     used = dataset.lengths
     chosen_layout = "shared" if getattr(args, "prefix_sharing", False) else "padded"
-    micro = args.per_device_train_batch_size
+    micro, batches = args.per_device_train_batch_size, None
+    if args.tokens_per_batch is not None:
+        batches = batches_of([n.shared for n in used], args.tokens_per_batch)
+        micro = max(1, args.tokens_per_batch // max(n.shared for n in used))
     estimates = []
     for layout in LAYOUTS:
         worst = max(used, key=lambda lengths: Batch(1, lengths, layout).tokens)
@@ -203,7 +207,8 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
             configured = (layout, checkpointing) == (chosen_layout, args.activation_checkpointing)
             estimates.append(Estimate(layout, checkpointing, configured, micro, memory, memory.total, largest))
     at = max(range(len(used)), key=lambda i: Batch(1, used[i], chosen_layout).tokens)
-    batches = len(used) // micro if args.dataloader_drop_last else -(-len(used) // micro)
+    if batches is None:
+        batches = len(used) // micro if args.dataloader_drop_last else -(-len(used) // micro)
     windows = -(-batches // args.gradient_accumulation_steps)
     return Plan(
         pairs=len(loaded),
@@ -228,6 +233,13 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         optimizer=model.optimizer,
         estimates=estimates,
     )
+
+
+def batches_of(tokens: Sequence[int], budget: int) -> int:
+    try:
+        return len(TokenBatches(tokens, budget))
+    except ValueError as error:
+        raise ConfigError(f"train.tokens_per_batch: {error}; raise it, or lower train.max_length") from error
 
 
 def _reference(args: SynPOConfig, config: Config, pairs: int) -> str:

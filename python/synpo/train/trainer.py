@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from synpo.config import DEFAULT_LOSS, LOSS_PARAMETERS, ConfigError, suggest
+from synpo.data.batches import TokenBatches
 from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
@@ -119,6 +120,14 @@ class SynPOConfig(TrainingArguments):
         default=True, metadata={"help": "Compute the prompt of a pair once; models that cannot say why."}
     )
 
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "As many pairs a micro-batch as have so many tokens, long beside short; "
+            "per_device_train_batch_size does not count then."
+        },
+    )
+
     # left open (None), choices.py sees to them
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
@@ -177,6 +186,10 @@ class SynPOConfig(TrainingArguments):
             self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
         )
         self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
+        if self.tokens_per_batch is not None and (self.tokens_per_batch < 1 or self.auto_find_batch_size):
+            raise ConfigError(
+                f"train.tokens_per_batch: expected at least 1, and no train.auto_find_batch_size, got {self.tokens_per_batch}"
+            )
         self.left_open = tuple(name for name in OPEN if getattr(self, name) is None)
         self.bf16 = bool(self.bf16)
         super().__post_init__()
@@ -275,6 +288,7 @@ class SynPOTrainer(Trainer):
         # the second one before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self._batches = self._of_tokens(args.tokens_per_batch)
         self._means = {"train": _Means(), "eval": _Means()}
         self.unreadable: set[str] = set()  # what was said of pairs that others stood in for
         self.remove_callback(PrinterCallback)
@@ -291,12 +305,51 @@ class SynPOTrainer(Trainer):
             self.pair_objective.references = precompute(self, resuming=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _of_tokens(self, budget: int | None) -> TokenBatches | None:
+        """How pairs are put together where micro-batches are as large as their tokens allow."""
+        data: Any = self.train_dataset
+        if budget is None or data is None:
+            return None
+        collate: Any = self.data_collator
+        if not collate.prefix_sharing:
+            raise ConfigError(
+                "train.tokens_per_batch counts tokens of packed rows, and here every prompt is computed twice, in rows of its "
+                "own: set train.per_device_train_batch_size instead"
+            )
+        if hasattr(data, "lengths"):
+            tokens = [lengths.shared for lengths in data.lengths]
+        else:
+            tokens = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in (data[i] for i in range(len(data)))]
+        try:
+            return TokenBatches(tokens, budget, self.args.data_seed or self.args.seed, self.args.world_size)
+        except ValueError as error:
+            raise ConfigError(f"train.tokens_per_batch: {error}; raise it, or lower train.max_length") from error
+
     def get_train_dataloader(self) -> Any:
         """As the Trainer's; batches stay on the host until their turn: it fetches those of a whole optimizer step at once."""
-        loader = super().get_train_dataloader()
+        loader = self._loader_of_tokens() if self._batches is not None else super().get_train_dataloader()
         if isinstance(loader, DataLoaderShard):
             loader.device = None
         return loader
+
+    def _loader_of_tokens(self) -> Any:
+        """Batches of `train.tokens_per_batch`, each process its own."""
+        args, data = self.args, self.train_dataset
+        loader: Any = DataLoader(
+            data,  # type: ignore[arg-type]
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        even = self.accelerator.even_batches
+        self.accelerator.even_batches = False  # they are: as many for every process
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            self.accelerator.even_batches = even
 
     def _prepare_input(self, data: Any) -> Any:
         """As the Trainer's; what is pinned goes to the GPU without a wait for what runs there."""
