@@ -107,11 +107,12 @@ def show(
 def _groups(pairs: Sequence[Pair], videos: Path | None) -> list[Group]:
     """Three pairs: by the judge's margin the widest, the middle one and the narrowest, or the first, middle and last."""
     margins = {pair.id: pair.margin for pair in pairs if pair.margin is not None}
-    order = sorted(pairs, key=lambda pair: -margins[pair.id]) if len(margins) == len(pairs) else list(pairs)
+    judged = all(pair.id in margins for pair in pairs)
+    order = sorted(pairs, key=lambda pair: -margins[pair.id]) if judged else list(pairs)
     picked = [order[i] for i in sorted({0, len(order) // 2, len(order) - 1})]
     note = f"Of {count(len(pairs), 'pair')} " + (
         "the one with the widest margin of the judge's scores, the middle one, and the one with the narrowest."
-        if margins
+        if judged
         else "the first, the middle one and the last."
     )
     shown = [
