@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import errno
-import io
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from synpo import __version__, onednn
+from synpo.text import printable, tolerant
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -213,9 +213,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 0, 2 with a one-line message for input that cannot be used, or 130 when interrupted."""
     args = build_parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows "?" for what it does not know
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    tolerant(sys.stdout)
+    tolerant(sys.stderr)
     try:
         onednn.settle()
         COMMANDS[args.command](args)
@@ -227,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         said = str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             said = f"{error.filename}: {error.strerror}"
-        print(f"synpo {args.command}: {said}{hint}", file=sys.stderr)
+        print(f"synpo {args.command}: {printable(said)}{hint}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         package = (error.name or "synpo").partition(".")[0]

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import yaml
 
 from synpo.setting import Range, above, at_least, check, one_of, setting
+from synpo.text import cleaned
 from synpo.video import FrameSampling
 
 
@@ -256,7 +257,7 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
         if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         if kind in (bool, str, dict, list) and isinstance(value, kind):
-            return value
+            return cleaned(value)
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
     raise ConfigError(f"{where}: expected {names}, got {value!r}")
 

@@ -6,8 +6,9 @@ import importlib.metadata
 import os
 import platform
 
-from rich.console import Console
 from rich.table import Table
+
+from synpo.terminal import console
 
 PACKAGES = (
     "torch",
@@ -70,4 +71,4 @@ def report() -> None:
     table = Table("what", "found", title="synpo doctor")
     for name, value in facts().items():
         table.add_row(name, value)
-    Console().print(table)
+    console().print(table)

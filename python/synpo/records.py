@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,16 +22,28 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from synpo.text import clean, cleaned
+
 
 def record_id(*parts: Any) -> str:
     """16 hexadecimal digits that identify `parts` (anything JSON can express, dataclasses included)."""
     plain = [asdict(p) if is_dataclass(p) and not isinstance(p, type) else p for p in parts]
     text = json.dumps(plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(clean(text).encode()).hexdigest()[:16]
+
+
+class Kept:
+    """What a record is: whoever made it, its texts are text (synpo/text.py), so that what is kept is what was given."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if (text := cleaned(value)) != value:
+                object.__setattr__(self, field.name, text)
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Kept):
     """A stretch of one video. `video` is a POSIX path relative to the videos folder; `start`, `end` are seconds."""
 
     id: str
@@ -41,7 +54,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Caption:
+class Caption(Kept):
     """A text the model wrote about a video or a clip.
 
     `draft` is what it said before the self-retrospective pass (equal to `text` when there was none);
@@ -58,7 +71,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Kept):
     """A judge's verdict on one candidate: factuality 0–5, fluency 0–5, consistency 0–3; `total` is their weighted sum.
 
     A verdict that could not be had is `failed` with the reason in `note` and no figures: it is never ranked.
@@ -84,7 +97,7 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Kept):
     """One preference: for `prompt` (about `video`, or about nothing when it is None) `chosen` is better than `rejected`.
 
     A prompt is one user turn, or a conversation that ends with one.
@@ -150,20 +163,33 @@ def parse_record(kind: type[Record], row: Any, where: str) -> Record:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, JSON value). A last line without its newline, left by a killed writer, is skipped."""
+    """Yield (line number, JSON value). A last line without its newline, left by a killed writer, is skipped.
+
+    Texts are made text, and a warning tells of the lines in which that changed something.
+    """
+    mended: list[int] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
                 if not line.endswith(b"\n"):
                     return
                 raise RecordError(
                     f"{path}:{number}: not JSON ({error}), which every line has to be by itself"
                 ) from error
-            yield number, value
+            text = cleaned(value)
+            if text != value:
+                mended.append(number)
+            yield number, text
+    if mended:
+        others = f" and {len(mended) - 1} more" if len(mended) > 1 else ""
+        print(
+            f"warning: {path}:{mended[0]}{others}: half of a surrogate pair, or NUL, is no text and was read as U+FFFD",
+            file=sys.stderr,
+        )
 
 
 def read_records(kind: type[Record], path: str | os.PathLike[str]) -> list[Record]:
@@ -240,7 +266,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     """Write a whole JSON Lines file at once: it is there complete, or not at all."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(cleaned(row), ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -253,4 +279,4 @@ def write_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write one JSON document at once, indented."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(cleaned(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -189,6 +189,27 @@ def test_one_java_program_loads_while_all_systems_are_scored(monkeypatch: pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="no java: METEOR needs one")
+def test_captions_that_are_no_line_of_text_score_in_meteor_as_their_words_do() -> None:
+    """Captions go to Java as lines whose parts "|||" divides."""
+    odd = {
+        "a": "the man\nis\r\n\u2028running \ud83d",
+        "b": "the dog\0 ||| sits",
+        "c": "see http://a.b|||c",
+        "d": "\ud83d|||\n",
+    }
+    plain = {"a": "the man is running", "b": "the dog | | | sits", "c": "see http://a.b | | | c", "d": "| | |"}
+    references = {
+        "a": ["a man\nruns \udcff", "||| a man"],
+        "b": ["a dog sits |||"],
+        "c": ["see http://a.b"],
+        "d": ["a cat"],
+    }
+    clean = {"a": ["a man runs", "| | | a man"], "b": ["a dog sits | | |"], "c": ["see http://a.b"], "d": ["a cat"]}
+    found, expected = caption_metrics(odd, references, meteor=True), caption_metrics(plain, clean, meteor=True)
+    assert found.per_video == expected.per_video and found.corpus == expected.corpus
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="no java: METEOR needs one")
 def test_meteor() -> None:
     references = {"a": ["a man runs fast", "the man is running"], "b": ["a dog"], "c": ["a cat"]}
     scores = caption_metrics({"a": "the man is running", "b": "the dog sits", "c": ""}, references, meteor=True)

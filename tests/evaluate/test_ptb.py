@@ -23,6 +23,10 @@ RECORDED = {
     "The end.\" (the end.) What?! x!!": "the end -lrb- the end -rrb- what ?! x !!",
     "no. No. 5 on main st. and vitamin C. at 5:30pm": "no no. 5 on main st. and vitamin c. at 5:30 pm",
     "café naïve 6ft 3D 1980s '90s don't've 5'6\"": "café naïve 6ft 3d 1980s '90s do n't 've 5 6",
+    "see http://a.b/x|||y, (http://c.d/e) www.x.com, d@e.f|g (h@i.jk)": (
+        "see http://a.b/x | | | y -lrb- http://c.d/e -rrb- www.x.com d@e.f | g -lrb- h@i.jk -rrb-"
+    ),
+    "\ufeffa \ufffd b\x01c \x1b[31m d\u200ce \u202e f\ue000g so\xadft h\x7fi": "a b c -lsb- 31m d e f g soft h i",
     "a  b\tc\u00a0d\u200be 😀 男人": "a b c d e 男人",
 }  # fmt: skip
 

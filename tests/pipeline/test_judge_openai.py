@@ -106,6 +106,19 @@ def test_a_broken_reply_costs_one_question(endpoint: Endpoint, tmp_path: Path, n
     assert len(endpoint.requests) == 3
 
 
+@pytest.mark.parametrize("half", ["\ud83d", "\udcff", "\0"])
+def test_a_verdict_beside_what_is_no_text_counts_and_is_kept(endpoint: Endpoint, tmp_path: Path, half: str) -> None:
+    endpoint.script = [says(f"Fine {half}. {GOOD}")]
+    task = Task(f"{half}.mp4", (half, "clip"), (f"a {half}", "b", "c"), (0.0, 0.0, 0.0))
+    first = judge_at(endpoint, tmp_path, structured=False, orders=1).score(task)
+    assert all(isinstance(v, Verdict) for v in first) and len(endpoint.requests) == 1
+    assert judge_at(endpoint, tmp_path, structured=False, orders=1).score(task) == first
+    assert len(endpoint.requests) == 1, "it is kept like any other"
+    endpoint.script = [fails(413, f"too long {half}")]
+    (failure, *_) = judge_at(endpoint, tmp_path, orders=1).score(Task("b.mp4", (), ("x", "y"), (0.0, 0.0)))
+    assert isinstance(failure, Failure) and "too long \ufffd" in failure.reason
+
+
 @pytest.mark.parametrize(
     ("reply", "told"),
     [

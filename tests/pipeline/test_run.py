@@ -205,10 +205,12 @@ def test_bad_videos_are_left_out_and_named(
     (root / "torn.mp4").write_bytes(whole[: len(whole) // 3])
     write_unfinished(root / "unfinished.mp4")
     write_latin(root / "latin.mp4")
+    (root / os.fsdecode(b"named \xff.mp4")).write_bytes(whole)
     out = tmp_path / "pairs.jsonl"
     result = build_pairs(settings(tiny_captioner_path), root, out)
-    assert result.videos == 9 and result.candidates == 15
-    assert set(result.problems) == {"noise.mp4", "empty.mp4", "torn.mp4", "unfinished.mp4"}
+    assert result.videos == 10 and result.candidates == 15
+    assert set(result.problems) == {"noise.mp4", "empty.mp4", "torn.mp4", "unfinished.mp4", "named \ufffd.mp4"}
+    assert "under no name that is UTF-8" in result.problems["named \ufffd.mp4"]
     assert "of the 8 wanted frames do not decode" in result.problems["unfinished.mp4"]
     rows = [row for _, row in read_jsonl(tmp_path / "pairs.jsonl.work" / "problems.jsonl")]
     assert {r["video"] for r in rows} == set(result.problems) and all(r["reason"] for r in rows)

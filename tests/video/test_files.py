@@ -45,12 +45,21 @@ def test_links_to_videos_and_to_folders_of_videos_are_followed(
     assert list_videos(tmp_path / "linked") == names
 
 
-def test_a_name_that_no_record_can_hold_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [os.fsdecode(b"b\xff.mp4"), "b\ufffd.mp4"])
+def test_a_name_that_no_record_can_hold_costs_that_video_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / "fine \u00a0\u200d.mp4").touch()
-    assert len(list_videos(tmp_path)) == 1
-    (tmp_path / os.fsdecode(b"b\xff.mp4")).touch()
-    with pytest.raises(VideoError, match=r"b\\udcff\.mp4.*rename that file"):
-        list_videos(tmp_path)
+    (tmp_path / name).touch()
+    assert list_videos(tmp_path) == ["b\ufffd.mp4", "fine \u00a0\u200d.mp4"]
+    if name.isprintable():
+        return
+    with pytest.raises(VideoError, match=r"b\ufffd\.mp4' is in .* under no name that is UTF-8; rename the file"):
+        resolve_video(tmp_path, "b\ufffd.mp4")
+
+
+@pytest.mark.parametrize("name", ["a\0b.mp4", "a" * 300 + ".mp4", "a/" * 3000 + "b.mp4"])
+def test_a_name_that_no_file_can_have_is_not_there(name: str, tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="is not in"):
+        resolve_video(tmp_path, name)
 
 
 def test_paths_from_records_stay_below_the_root(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.text import Text
 
+from synpo import terminal
 from synpo.config import Config, ConfigError, EvalConfig, LoraSection, ModelConfig, PairsConfig, SamplingConfig
 from synpo.demo.captioner import CaptionerConfig, train_captioner
 from synpo.demo.language import parse, references
@@ -114,7 +116,7 @@ class Clock:
     @contextmanager
     def stage(self, console: Console, name: str) -> Iterator[None]:
         """Time a stage. One that had been finished before keeps the longer time it took then."""
-        console.rule(f"[bold]{name}", align="left")
+        console.rule(Text(name, "bold"), align="left")
         start = time.perf_counter()
         yield
         self.seconds[name] = max(time.perf_counter() - start, self.seconds.get(name, 0.0))
@@ -193,7 +195,7 @@ def demo(output: Path, seed: int = 0, scale: float = 1.0, resume: bool = True) -
 
 def _stages(output: Path, plan: Plan) -> Path:
     """Everything from rendering to the report, whose path is returned."""
-    console = Console()
+    console = terminal.console()
     clock = Clock(output / "seconds.json")
     scenes = {split: make_split(plan.seed, split, count) for split, count in plan.videos.items()}
     with clock.stage(console, "videos"):

@@ -160,6 +160,6 @@ def show(
     for table in [*tables, *training]:
         print_table(table, console)
     for sentence in findings:
-        console.print(sentence, markup=False)
-    console.print(f"{sum(seconds.values()):.0f} s in all; report: {path}", markup=False)
+        console.print(sentence)
+    console.print(f"{sum(seconds.values()):.0f} s in all; report: {path}")
     return path

@@ -20,6 +20,7 @@ from typing import Any
 from synpo.evaluate.ptb import tokenize
 from synpo.evaluate.scores import count, some
 from synpo.records import RecordError, read_jsonl
+from synpo.text import cleaned
 
 EXPECTED = (
     'expected VATEX (JSON list of {"videoID", "enCap"}), MSR-VTT (JSON object with "videos" and "sentences"), '
@@ -83,8 +84,8 @@ def _only(references: References, split: str, path: str | os.PathLike[str]) -> R
 
 def _detect(path: Path) -> References:
     try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
-    except json.JSONDecodeError:
+        whole = cleaned(json.loads(path.read_text(encoding="utf-8-sig")))  # with or without a byte order mark
+    except (json.JSONDecodeError, RecursionError):
         return _from_lines(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error

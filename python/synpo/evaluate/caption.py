@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from tqdm import tqdm
 
+from synpo import terminal
 from synpo.config import Config, ConfigError
 from synpo.evaluate.benchmarks import match_videos, read_references
 from synpo.evaluate.run import EvalResult, evaluate, read_captions
@@ -27,7 +27,7 @@ from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
-from synpo.records import RecordStore, record_id, write_json, write_jsonl
+from synpo.records import Kept, RecordStore, record_id, write_json, write_jsonl
 from synpo.report.frames import strip
 from synpo.report.table import print_table
 from synpo.video import VideoError, list_videos, probe, read_frames, resolve_video, video_size
@@ -44,7 +44,7 @@ COUNTED_BY = (
 
 
 @dataclass(frozen=True)
-class VideoCaption:
+class VideoCaption(Kept):
     """What a model said of a video in an evaluation. `logp` is the mean log-probability of its tokens."""
 
     id: str
@@ -118,7 +118,7 @@ def evaluate_model(
             be read, and captions that an earlier evaluation lacks, is found before a model is loaded.
         FolderInUse: another run writes to `output`.
     """
-    console = Console()
+    console = terminal.console()
     _check(config, references, against or {})
     names = list_videos(videos)
     wanted = {name: name for name in names}
@@ -134,24 +134,20 @@ def evaluate_model(
         run["references"] = {"file": str(references), "format": found.format, "videos": len(found.captions)}
         run["not_in_the_folder"] = matched.missing
         if matched.missing:
-            console.print(
-                f"{len(matched.missing)} of {len(found.captions)} referenced videos are not in {videos}",
-                markup=False,
-                soft_wrap=True,
-            )
+            console.print(f"{len(matched.missing)} of {len(found.captions)} referenced videos are not in {videos}")
     with own_folder(output, "--output"):
         lm = load(config.model)
         if not lm.sees_video:
             raise ConfigError(f"model {config.model.path} takes no video; captions of videos need a video model")
         captions, problems = caption_videos(lm, config, videos, sorted(wanted.values()), output / "captions.work.jsonl")
         for video, reason in problems.items():
-            console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"left out {video}: {reason}")
         if not captions:
             raise VideoError(f"none of the {len(wanted)} videos in {videos} can be read; the lines above say why")
         for name in ("scores.json", "report.html"):  # of earlier captions
             (output / name).unlink(missing_ok=True)
         write_jsonl(output / "captions.jsonl", ({"video": v, "caption": c} for v, c in captions.items()))
-        console.print(f"{count(len(captions), 'caption')} in {output / 'captions.jsonl'}", markup=False, soft_wrap=True)
+        console.print(f"{count(len(captions), 'caption')} in {output / 'captions.jsonl'}")
         if references is None:
             return None
         usable = {video: file for video, file in wanted.items() if file in captions}
@@ -180,7 +176,7 @@ def evaluate_model(
         write_json(output / "scores.json", figures)
     for table in result.to_tables():
         print_table(table)
-    console.print(f"scores.json and {page}", markup=False, soft_wrap=True)
+    console.print(f"scores.json and {page}")
     return result
 
 

@@ -8,22 +8,28 @@ Penn Treebank conventions that occur in captions:
 
 Brackets stay because the reference evaluation removes their upper-case names, which its tokenizer writes in lower case.
 Left out is what captions do not hold: currency names (£ becomes # there), HTML entities, file names, missing spaces after
-a full stop. tests/evaluate/test_ptb.py compares the two on real captions wherever Java is installed.
+a full stop. Control and formatting codes, private characters and U+FFFD part words and are none.
+tests/evaluate/test_ptb.py compares the two on real captions wherever Java is installed.
 """
 
 from __future__ import annotations
 
 import re
 
-_SAME = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "..."})
+from synpo.text import clean
+
+_SAME = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "–": "--", "—": "--", "…": "...", "\xad": ""})
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_NOTHING = re.compile(
+    "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ue000-\uf8ff\ufeff\ufffd]"
+)
 _DROPPED = re.compile(r"[.,:;'\"-]+|[?!]")
 
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b-?", re.IGNORECASE)
 _FUSED = re.compile(r"\b(can(?=not\b)|(?:gon|wan)(?=na\b)|got(?=ta\b)|(?:lem|gim)(?=me\b))", re.IGNORECASE)
 _TOKEN = re.compile(
     r"""
-    https?://\S+ | www\.\S+ | \S+@\S+\.\w+                                # addresses
+    (?:https?://|www\.)[^\s"<>|()]*[^\s"<>|().,!?{}-] | [^\s"<>|()]+@[^\s"<>|()]+\.\w+   # addresses
   | '(?:s|m|d|re|ve|ll|em|n|\d0s)\b | n't\b                               # clitics, 'em, '90s
   | (?:[a-z]\.){2,} | (?<!\w)[b-hj-z]\.(?![\w.])                           # u.s., p.m., vitamin c.
   | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|inc|ltd|co|corp|dept|prof|gen|col|capt|sgt|lt|gov|sen|rev|ave|blvd|ft
@@ -31,7 +37,7 @@ _TOKEN = re.compile(
   | (?<!\w)[-+]?\d+(?:[.,:/]\d+)+ | (?<!\w)[-+]\d+(?!\w)            # 1,000  10:30  3/4  -5
   | (?-i:[A-Z]+&[A-Z]+)                                                   # AT&T, but a & b
   | [#@]?[^\W\d_][^\W_]*(?:(?:[-./'_])[^\W_]+)* | [^\W_]+(?:[-./][^\W_]+)* # well-dressed, and/or, o'clock, 6ft
-  | \.{2,} | -{2,} | [!?]{2,} | \*{2,} | [^\w\s\U00010000-\U0010ffff\u200b] | _
+  | \.{2,} | -{2,} | [!?]{2,} | \*{2,} | [^\w\s\U00010000-\U0010ffff] | _
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -39,6 +45,7 @@ _TOKEN = re.compile(
 
 def tokenize(caption: str) -> list[str]:
     """Lower-case Penn Treebank words of a caption, punctuation removed; [] for a blank one."""
-    text = _FUSED.sub(r"\1 ", _CLITIC.sub(r" \1 ", caption.translate(_SAME)))
+    text = _NOTHING.sub(" ", clean(caption)).translate(_SAME)
+    text = _FUSED.sub(r"\1 ", _CLITIC.sub(r" \1 ", text))
     tokens = (_BRACKETS.get(token, token.lower()) for token in _TOKEN.findall(text))
     return [token for token in tokens if not _DROPPED.fullmatch(token)]

@@ -25,6 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from synpo.text import clean
+
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant", "content": text}"""
 
@@ -120,7 +122,7 @@ class Chat:
 
     def without_lead(self, words: str, ids: Sequence[int]) -> str:
         """The words of generated `ids` less those that the template itself puts before an answer."""
-        lead, words = self.turn.lead.strip(), words.strip()
+        lead, words = self.turn.lead.strip(), clean(words).strip()
         if lead and self.tokenizer.decode(list(ids), skip_special_tokens=False).lstrip().startswith(lead):
             for token in self.tokenizer.added_tokens_decoder.values():
                 lead = lead.replace(token.content, "") if token.special else lead

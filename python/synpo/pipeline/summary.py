@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from synpo import terminal
 from synpo.pipeline.judge.audit import Agreement
 
 
@@ -49,7 +49,7 @@ class PairsResult:
 
 def print_result(result: PairsResult, console: Console | None = None) -> None:
     """Print the figures, the videos that were left out, and how far the judge agrees."""
-    console = console or Console()
+    console = console or terminal.console()
     table = Table(title="Preference pairs", title_justify="left")
     table.add_column("")
     table.add_column("count", justify="right")
@@ -74,16 +74,14 @@ def print_result(result: PairsResult, console: Console | None = None) -> None:
     if result.audit:
         console.print(_audit_table(result.audit))
     for reason, count in result.failures.items():
-        console.print(f"failed {count}×: {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"failed {count}×: {reason}")
     for video, reason in result.problems.items():
-        console.print(f"left out {video}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"left out {video}: {reason}")
     if not result.pairs and result.below_margin:
-        console.print(
-            "no candidates of a video are pairs.margin apart: lower it, or raise pairs.candidates", soft_wrap=True
-        )
+        console.print("no candidates of a video are pairs.margin apart: lower it, or raise pairs.candidates")
     if len(result.problems) < result.videos and (result.scored or not result.failed):
         pairs = f"{result.pairs} pair{'' if result.pairs == 1 else 's'}"
-        console.print(f"{pairs} in {result.path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{pairs} in {result.path}")
 
 
 def _audit_table(rows: list[Agreement]) -> Table:
@@ -92,5 +90,5 @@ def _audit_table(rows: list[Agreement]) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for row in rows:
         figures = (row.spearman, row.accuracy, row.kappa)
-        table.add_row(Text(row.name), str(row.count), *("–" if x is None else f"{x:.2f}" for x in figures))
+        table.add_row(row.name, str(row.count), *("–" if x is None else f"{x:.2f}" for x in figures))
     return table

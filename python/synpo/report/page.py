@@ -27,6 +27,7 @@ from synpo.report.draw import Curves, chart_html, curves_html, tone
 from synpo.report.parts import PairSample, Sample
 from synpo.report.style import CSS
 from synpo.report.table import Chart, Table
+from synpo.text import clean, cleaned
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ def write_report(path: str | os.PathLike[str], report: Report) -> None:
     """
     page = render(report)
     with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(clean(page), encoding="utf-8")
 
 
 def render(report: Report) -> str:
     """The page as text."""
-    embedded = json.dumps(plain(dict(report.figures)), ensure_ascii=False).replace("<", "\\u003c")
+    embedded = json.dumps(cleaned(plain(dict(report.figures))), ensure_ascii=False).replace("<", "\\u003c")
     body = [
         _head(report),
         _results(report),

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from synpo import terminal
 from synpo.evaluate.bootstrap import Interval
+from synpo.text import printable, tolerant
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Chart:
 
 def print_table(table: Table, console: Console | None = None) -> None:
     """Print to the terminal (or to `console`), figures right-aligned, notes below."""
-    console = console or Console()
+    console = console or terminal.console()
+    tolerant(console.file)
     shown = RichTable(
         title=Text(table.title, style="bold"),
         title_justify="left",
@@ -70,13 +73,13 @@ def print_table(table: Table, console: Console | None = None) -> None:
         shown.add_column(Text(name), justify="left" if number == 0 else "right", overflow="fold")
     for r, row in enumerate(table.rows):
         shown.add_row(*(_cell(text, table.style(r, c)) for c, text in enumerate(row)))
-    console.print(shown)
+    console.print(shown, soft_wrap=False)
     for note in table.notes:
-        console.print(Text(f"  {note}", style="dim"))
+        console.print(Text(f"  {printable(note)}", style="dim"), soft_wrap=False)
 
 
 def _cell(text: str, style: str) -> Text:
-    first, *rest = text.split("\n")
+    first, *rest = printable(text).split("\n")
     cell = Text(first, style={"best": "bold", "good": "bold green", "bad": "bold red"}.get(style, ""))
     for line in rest:
         cell.append("\n" + line, style="not bold dim default")

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from synpo import terminal
 from synpo.config import Config, ConfigError, ModelConfig
 from synpo.data.batches import TokenBatches
 from synpo.data.pairs import hold_out, load_pairs, videos_of
@@ -265,7 +265,7 @@ def show(found: Plan, as_json: bool = False) -> None:
         json.dump(asdict(found), sys.stdout, indent=2)
         print()
         return
-    console = Console(soft_wrap=True)
+    console = terminal.console()
     for table in (_pairs_table(found), _tokens_table(found), _memory_table(found)):
         console.print(table)
     longest = found.longest
@@ -277,12 +277,10 @@ def show(found: Plan, as_json: bool = False) -> None:
         + (" (its states stay on the host where the GPU is full)" if found.optimizer.startswith("paged") else ""),
         *([f"\nreference: {found.reference}"] if found.reference else []),
         f"\nas trained: {found.answers}",
-        markup=False,
     )
     console.print(
         f"* as configured; checkp.: with activation checkpointing. Each total holds {_gib(RESERVE)} GiB for the CUDA context "
         "and the allocator. No GPU has confirmed these figures yet.",
-        markup=False,
     )
 
 

@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from transformers import set_seed
 
+from synpo import terminal
 from synpo.config import Config, ConfigError, build, suggest
 from synpo.data.features import VisionCache
 from synpo.data.pairs import hold_out, load_pairs, videos_of
@@ -39,6 +40,7 @@ from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.report.table import print_table
+from synpo.text import cleaned
 from synpo.train.checkpoint import holds_work, last_checkpoint, owes_evaluation, set_broken_aside, writing
 from synpo.train.choices import OPEN, half, in_words, settle
 from synpo.train.diagnostics import read_log, warnings_of
@@ -140,7 +142,7 @@ def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume
     args = settings(config, output)
     check_paths(config.model)
     first = args.process_index == 0
-    console = Console(stderr=True, soft_wrap=True, quiet=not first)
+    console = terminal.console(stderr=True, quiet=not first)
     chosen = load_pairs(pairs, config.pairs.prompt)
     videos = videos_of(chosen, pairs, videos)
     wanted = {
@@ -180,7 +182,7 @@ def _train(
     wanted = {**wanted, "answers": lm.chat.describe()}
     if before is not None:
         _check_answers(before, wanted["answers"], lm, output)
-    console.print(f"as trained: {wanted['answers']}", markup=False)
+    console.print(f"as trained: {wanted['answers']}")
     earlier = None if before is None else before.get("chosen", {})
     wanted = {**wanted, "chosen": {**(earlier or {}), **settle(args, lm, lm.device.type, earlier)}}
     features = VisionCache(output / "vision", lm, half(args)) if args.cache_vision else None
@@ -202,8 +204,9 @@ def _train(
     )
     if config.lora is None and lm.head().weight.dtype == torch.bfloat16:
         console.print(
-            "[yellow]warning:[/yellow] bfloat16 weights lose updates below a 256th of their size: better model.dtype = "
-            "float32 with train.bf16 = true"
+            "warning: bfloat16 weights lose updates below a 256th of their size: better model.dtype = "
+            "float32 with train.bf16 = true",
+            style="yellow",
         )
 
     with args.main_process_first(local=False):
@@ -211,7 +214,7 @@ def _train(
             if not resume:
                 _clear(output)
             write_json(output / "config.json", wanted)
-            set_broken_aside(output, say=lambda text: console.print(text, markup=False))
+            set_broken_aside(output, say=console.print)
         checkpoint = last_checkpoint(output)
     log = output / LOG_NAME
     if checkpoint is not None:
@@ -243,8 +246,8 @@ def _train(
         write_json(output / "metrics.json", metrics)
         print_table(summary(rows), console)
         for warning in warnings:
-            console.print(f"[yellow]warning:[/yellow] {warning}")
-        console.print(f"trained: {_result(output).adapter}; report.html, plots and {LOG_NAME} beside it", markup=False)
+            console.print(f"warning: {warning}", style="yellow")
+        console.print(f"trained: {_result(output).adapter}; report.html, plots and {LOG_NAME} beside it")
     trainer.accelerator.wait_for_everyone()
     return _result(output)
 
@@ -320,7 +323,7 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) ->
 
     trained = {f.name: f.default for f in dataclasses.fields(SynPOConfig) if f.default is not dataclasses.MISSING}
     defaults = flat({"config": asdict(Config()) | {"train": trained}, "processes": 1, "lora is null": False})
-    before, now = (defaults | flat(json.loads(json.dumps(given))) for given in (old, new))
+    before, now = (defaults | flat(cleaned(json.loads(json.dumps(given)))) for given in (old, new))
     for name in OPEN:
         for values in (before, now):
             if values.get(key := f"config.train.{name}") is None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from synpo.text import clean
+
 VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"})
 
 
@@ -20,10 +22,11 @@ def list_videos(root: str | os.PathLike[str]) -> list[str]:
 
     Links are followed: who owns the folder put them there, as for videos on another disk. A folder that can be reached in
     several ways is listed once, under its own name if it lies below `root`. Of links that lead nowhere, those with the name
-    of a video are listed too, so that their use is an error, and a warning tells of the others.
+    of a video are listed too, so that their use is an error, and a warning tells of the others. So is a name that is not UTF-8,
+    as text, under which no file is found.
 
     Raises:
-        VideoError: no such folder, one below it that cannot be read, no video in it, or one whose name is not UTF-8.
+        VideoError: no such folder, one below it that cannot be read, or no video in it.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -35,7 +38,7 @@ def list_videos(root: str | os.PathLike[str]) -> list[str]:
     found = []
     for path in _files(folder, barred):
         if path.suffix.lower() in VIDEO_SUFFIXES and (path.is_file() or path.is_symlink()):
-            found.append(path.relative_to(folder).as_posix())
+            found.append(clean(path.relative_to(folder).as_posix()))
         elif path.is_symlink() and not path.exists():
             print(
                 f"warning: {path} leads to {os.readlink(path)}, where nothing is: no video is taken from there",
@@ -44,11 +47,6 @@ def list_videos(root: str | os.PathLike[str]) -> list[str]:
     found.sort()
     if not found:
         raise VideoError(f"no video below {folder}; looked for {', '.join(sorted(VIDEO_SUFFIXES))}")
-    for name in found:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:  # bytes that are no UTF-8 fit in no record
-            raise VideoError(f"{name!r} below {folder} is no UTF-8 name; rename that file") from error
     return found
 
 
@@ -80,7 +78,11 @@ def resolve_video(root: str | os.PathLike[str], relative: str) -> Path:
             f"video path {relative!r} leaves the videos folder {folder}; it should be relative to --videos and stay below it"
         )
     path = folder / inside
-    if not path.is_file():
+    if not os.path.isfile(path):  # for a name that no file can have, too
+        if "\ufffd" in relative:
+            raise VideoError(
+                f"video {relative!r} is in {folder} under no name that is UTF-8; rename the file, and name it so"
+            )
         raise VideoError(
             f"video {relative!r} is not in {folder}; --videos should name the folder its path is relative to"
         )

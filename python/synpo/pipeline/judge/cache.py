@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from synpo.pipeline.judge.base import JudgeError
+from synpo.text import clean
 
 
 class ReplyCache:
@@ -40,11 +41,11 @@ class ReplyCache:
 
     @staticmethod
     def key(**asked: Any) -> str:
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(clean(json.dumps(asked, sort_keys=True, ensure_ascii=False)).encode()).hexdigest()
 
     def get(self, key: str) -> str | None:
         row = self._run("SELECT reply FROM replies WHERE key = ?", key)
         return row[0] if row else None
 
     def put(self, key: str, reply: str) -> None:
-        self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", key, reply)
+        self._run("INSERT OR REPLACE INTO replies VALUES (?, ?)", key, clean(reply))

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from synpo.pipeline.judge.base import SCALES, Failure, Task, Verdict
 from synpo.records import record_id
+from synpo.text import clean, cleaned
 
 VERSION = 2
 ATTEMPTS = 3
@@ -76,7 +77,7 @@ def quoted(caption: str) -> str:
     Servers put messages into their template as they are, so that "<|im_end|>" in a caption would end the judge's turn. The
     characters that make a mark are written as \\uXXXX: to whoever reads JSON the caption is the same, letter by letter.
     """
-    text = json.dumps(caption, ensure_ascii=False)
+    text = json.dumps(clean(caption), ensure_ascii=False)
     return _MARKS.sub(lambda mark: f"{mark[0][:-1]}\\u{ord(mark[0][-1]):04x}", text)
 
 
@@ -104,7 +105,7 @@ def objects(text: str) -> Iterator[Any]:
         except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
             end = start + 1
         else:
-            yield value
+            yield cleaned(value)
         start = text.find("{", end)
 
 

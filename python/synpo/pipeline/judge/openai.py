@@ -35,6 +35,7 @@ from synpo.pipeline.judge.chat import (
 )
 from synpo.pipeline.judge.client import UNTRUSTED, is_address, open_client, reason, shown, without_secrets
 from synpo.records import record_id
+from synpo.text import clean
 
 RETRIES = 5  # by the openai package, 15 s of pauses in all
 PAUSE = 60.0  # seconds nothing is asked where those were all answered with 429: limits are by the minute
@@ -256,7 +257,7 @@ class OpenAIJudge(ChatJudge):
             raise GaveUp(f"the model refused: {self._clean(refusal)}")
         if not isinstance(said, str | None):
             raise InvalidAnswer("its content is no text")
-        return said or ""
+        return clean(said or "")
 
     def _client(self) -> openai.OpenAI:
         """The client, opened with the key from the environment when it is first needed."""
@@ -278,5 +279,5 @@ class OpenAIJudge(ChatJudge):
 
     def _clean(self, said: object) -> str:
         """What was said, without the key, in one line."""
-        text = " ".join(str(said).split())
+        text = clean(" ".join(str(said).split()))
         return (text.replace(self._key, "…") if self._key else text)[:300]
