@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ import yaml
 
 from synpo.cli import COMMANDS as COMMANDS_OF_CLI
 from synpo.cli import _config, build_parser, main
-from synpo.config import Config
+from synpo.config import load_config, preset_names
+from synpo.keys import keys
+from synpo.train.run import settings
 
-COMMANDS = ("demo", "pairs", "plan", "train", "eval", "presets", "doctor")
+COMMANDS = ("demo", "pairs", "plan", "train", "eval", "presets", "config", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -44,21 +46,30 @@ def test_help_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "pairs", "plan", "train", "eval", "presets", "doctor"])
+def float_or_text(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_help_says_is_true(command):
     """A default it states is the default, a key it names is a key."""
     options = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
-    flags = {"seed": Config().seed, "engine": Config().pairs.engine}
+    known = {key.name: yaml.safe_load(key.default) for key in keys()}
     for action in options._actions:
-        for stated in re.findall(r"default ([\w.]+)\b(?!\.)", action.help or ""):
-            if stated != "FILE.work":  # below
-                value = flags[action.dest] if action.default is None else action.default
-                assert stated == f"{value:g}" if isinstance(value, float) else stated == str(value), (
-                    action.dest,
-                    stated,
-                )
-        for section, key in re.findall(r"\b(model|pairs|eval|train|judge|frames)\.(\w+)", action.help or ""):
-            assert key in {f.name for f in fields(getattr(Config(), section))}, (action.dest, section, key)
+        if "." in action.dest:
+            assert f"({action.dest}; default" in action.help or f"({action.dest})" in action.help, action.dest
+        if action.default is None:
+            stated = re.findall(r"\(([a-z_.]+); default ([\w.-]+)", action.help or "")
+            for key, value in stated:
+                assert action.dest in (key, "seed") and float_or_text(value) == known[key], (key, value)
+        else:
+            for value in re.findall(r"default ([\w.]+)\b(?!\.)", action.help or ""):
+                assert float_or_text(value) == float_or_text(str(action.default)), (action.dest, value)
+        for key in re.findall(r"\b(?:model|pairs|eval|train|judge|frames)\.\w+", (action.help or "")):
+            assert key in known, (action.dest, key)
         if isinstance(action, argparse.BooleanOptionalAction):
             assert action.default is True and "(default)" in (action.help or "")
 
@@ -75,6 +86,64 @@ def test_the_records_lie_beside_the_pairs_unless_told(tmp_path, capsys):
     )
     assert "none of the 1 videos can be used" in capsys.readouterr().err
     assert (tmp_path / "p.work" / "problems.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_what_is_changed_most_has_a_flag(command):
+    arguments = [command, "--pairs", "p.jsonl", *(["--output", "o"] if command == "train" else [])]
+    flags = ["--loss", "dpo", "--learning-rate", "1e-5", "--epochs", "2", "--batch-size", "3"]
+    config = _config(build_parser().parse_args([*arguments, *flags, "--preset", "llama3-lora"]))
+    args = settings(replace(config, model=replace(config.model, device="cpu")), Path("o"))
+    assert (args.loss_type, args.learning_rate, args.num_train_epochs) == ("dpo", 1e-5, 2.0)
+    assert (args.per_device_train_batch_size, args.alpha, args.beta) == (3, None, None)
+
+
+def test_batches_of_the_other_commands():
+    pairs = build_parser().parse_args(["pairs", "--videos", "v", "--pairs", "p", "--batch-size", "3"])
+    assert _config(pairs).pairs.batch_size == 3
+    evaluate = build_parser().parse_args(["eval", "--videos", "v", "--output", "o", "--batch-size", "5"])
+    assert _config(evaluate).eval.batch_size == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lr", "1e-4"], "--lr: write --set train.learning_rate=1e-4 ("),
+        (["--lr=1e-4"], "write --set train.learning_rate=1e-4 ("),
+        (["--lora-rank", "8"], "write --set lora.r=8 ("),
+        (["--dropout", "0.1"], "write --set lora.dropout=0.1 ("),
+        (["--max-length", "--no-resume"], "write --set train.max_length=INT_OR_NULL ("),
+        (["--weight-decay", "0.1"], "write --set train.weight_decay=0.1 ("),
+        (["--lerning-rate", "1"], "write --set train.learning_rate=1 ("),
+        (["--candidates", "4"], "there is no --candidates; `synpo train --help`"),
+        (["--zzz"], "there is no --zzz; `synpo train --help`"),
+    ],
+)
+def test_a_flag_that_there_is_not_is_answered_with_what_to_write(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--pairs", "p", "--output", "o", *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        (["pairs", "--videos", "v", "--pairs", "p"], "pairs.candidate_sampling.temperature"),
+        (["eval", "--videos", "v", "--output", "o"], "eval.sampling.temperature"),
+    ],
+)
+def test_the_nearest_section_is_meant(command, key, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--temperature", "0.5"])
+    assert f"write --set {key}=0.5" in capsys.readouterr().err
+
+
+def test_other_commands_know_no_settings(capsys):
+    for command in ("demo", "doctor", "config"):
+        with pytest.raises(SystemExit):
+            main([command, "--lr", "1"])
+        assert "unrecognized arguments: --lr" in capsys.readouterr().err
 
 
 def test_flags_lie_over_set_and_set_over_the_file(tmp_path):
@@ -181,6 +250,13 @@ def test_presets_are_listed_and_printed(capsys):
     assert values["train"]["learning_rate"] == 5e-6
     assert main(["presets", "smok"]) == 2
     assert "did you mean 'smoke'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_printed_preset_is_that_preset(name, tmp_path, capsys):
+    assert main(["presets", name]) == 0
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "c.yaml") == load_config(preset=name)
 
 
 def test_file_set_and_flags_lie_over_a_preset(tmp_path):

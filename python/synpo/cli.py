@@ -6,6 +6,7 @@ synpo plan     config and pairs → token counts, memory, largest micro-batch; n
 synpo train    preference pairs → LoRA adapter
 synpo eval     held-out videos → captions → CIDEr and the rest
 synpo presets  settings to start from
+synpo config   every setting: its default, its type, what it does
 synpo doctor   what this machine has, and which backends will be used
 """
 
@@ -22,8 +23,8 @@ from synpo import __version__, onednn
 from synpo.text import printable, tolerant
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    """Flags of every command that loads a model; each overrides the key of the config file it names."""
+def _files(parser: argparse.ArgumentParser) -> None:
+    """Flags that name settings."""
     parser.add_argument("--config", metavar="YAML", type=Path, help="configuration file; flags override it")
     parser.add_argument(
         "--preset", metavar="NAME", help="start from a preset, see `synpo presets`; --config goes over it"
@@ -31,10 +32,50 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. pairs.candidates=4"
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or hub id (model.path)")
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter to put on the model (model.adapter)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (model.device; default: CUDA if there is one)")
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command that loads a model. A flag that sets a key of the configuration has its name for a `dest`."""
+    _files(parser)
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", dest="model.path", help="checkpoint folder or hub id (model.path)"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", dest="model.adapter", help="PEFT adapter to put on the model (model.adapter)"
+    )
+    parser.add_argument(
+        "--device", dest="model.device", help="cpu, cuda, cuda:1 … (model.device; default: CUDA if there is one)"
+    )
     parser.add_argument("--seed", type=int, help="seed of everything random (seed; default 0)")
+
+
+def _training(parser: argparse.ArgumentParser) -> None:
+    """The settings of training that are changed most."""
+    parser.add_argument(
+        "--loss", metavar="NAME", dest="train.loss_type", help="synpo, dpo, … (train.loss_type; default synpo)"
+    )
+    parser.add_argument(
+        "--learning-rate", metavar="RATE", dest="train.learning_rate", help="(train.learning_rate; default 5e-06)"
+    )
+    parser.add_argument(
+        "--epochs", metavar="N", dest="train.num_train_epochs", help="(train.num_train_epochs; default 5)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        dest="train.per_device_train_batch_size",
+        help="pairs a device takes at a time (train.per_device_train_batch_size; default 4); an optimizer step takes "
+        "train.gradient_accumulation_steps (default 8) of them",
+    )
+
+
+def _batch(parser: argparse.ArgumentParser, section: str) -> None:
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        dest=f"{section}.batch_size",
+        help=f"videos or captions worked on together ({section}.batch_size; default 8)",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,11 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
     pairs.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file to write")
     pairs.add_argument("--work", metavar="DIR", type=Path, help="where stages keep their records (default FILE.work)")
     pairs.add_argument(
-        "--engine", choices=["hf", "vllm"], help="what samples the candidates (pairs.engine; default hf)"
+        "--engine",
+        choices=["hf", "vllm"],
+        dest="pairs.engine",
+        help="what samples the candidates (pairs.engine; default hf)",
     )
+    _batch(pairs, "pairs")
 
     plan = commands.add_parser("plan", help="count tokens and estimate memory of a training run, without training")
     _common(plan)
+    _training(plan)
     plan.add_argument("--videos", metavar="DIR", type=Path, help="folder the pairs' video paths are relative to")
     plan.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file of pairs")
     plan.add_argument(
@@ -89,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a LoRA adapter on preference pairs")
     _common(train)
+    _training(train)
     train.add_argument("--videos", metavar="DIR", type=Path, help="folder the pairs' video paths are relative to")
     train.add_argument("--pairs", metavar="FILE", type=Path, required=True, help="JSON Lines file of pairs")
     train.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of adapter, logs and plots")
@@ -101,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="caption videos and score the captions")
     _common(evaluate)
+    _batch(evaluate, "eval")
     evaluate.add_argument(
         "--videos", metavar="DIR", type=Path, required=True, help="folder of held-out videos; links are followed"
     )
@@ -117,7 +165,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     presets = commands.add_parser("presets", help="list the presets, or print one")
-    presets.add_argument("name", nargs="?", metavar="NAME", help="print every setting of this preset as YAML")
+    presets.add_argument("name", nargs="?", metavar="NAME", help="print what this preset sets, as a file for --config")
+
+    config = commands.add_parser("config", help="list every setting with its default, its type and what it does")
+    _files(config)
+    config.add_argument(
+        "keys", nargs="*", metavar="KEY", help="only these, e.g. train.learning_rate, or judge for a section"
+    )
+    config.add_argument("--markdown", action="store_true", help="as a page")
 
     commands.add_parser("doctor", help="report versions, devices, extension and backends")
     return parser
@@ -128,13 +183,12 @@ def _config(args: argparse.Namespace) -> Any:
     from synpo.config import load_config
 
     flags: dict[str, Any] = {}
-    model = {"path": args.model, "adapter": args.adapter, "device": args.device}
-    if given := {k: v for k, v in model.items() if v is not None}:
-        flags["model"] = given
-    if args.seed is not None:
+    for name, value in vars(args).items():
+        section, _, key = name.partition(".")
+        if key and value is not None:
+            flags.setdefault(section, {})[key] = value
+    if getattr(args, "seed", None) is not None:
         flags["seed"] = args.seed
-    if getattr(args, "engine", None) is not None:
-        flags["pairs"] = {"engine": args.engine}
     return load_config(args.config, args.set, flags, args.preset)
 
 
@@ -180,17 +234,24 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def run_presets(args: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    import yaml
-
-    from synpo.config import load_config, preset_names, preset_text
+    from synpo.config import preset_names, preset_text
 
     if args.name is not None:
-        print(yaml.safe_dump(asdict(load_config(preset=args.name)), sort_keys=False), end="")
+        print(preset_text(args.name), end="")
         return
     for name in preset_names():
         print(f"{name:18}{preset_text(name).splitlines()[0].lstrip('# ')}")
+
+
+def run_config(args: argparse.Namespace) -> None:
+    from synpo.keys import keys, lines, named, page, values
+
+    if args.markdown:
+        print(page(), end="")
+        return
+    given = args.config or args.preset or args.set
+    for line in lines(named(keys(), args.keys), values(_config(args)) if given else {}):
+        print(line)
 
 
 def run_doctor(args: argparse.Namespace) -> None:
@@ -199,6 +260,7 @@ def run_doctor(args: argparse.Namespace) -> None:
     report()
 
 
+SET = ("pairs", "plan", "train", "eval")  # the commands that take --set for a run
 COMMANDS = {
     "demo": run_demo,
     "pairs": run_pairs,
@@ -206,15 +268,32 @@ COMMANDS = {
     "train": run_train,
     "eval": run_eval,
     "presets": run_presets,
+    "config": run_config,
     "doctor": run_doctor,
 }
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; a flag that there is not ends with the --set to write in its place."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if not unknown:
+        return args
+    flag, sign, value = unknown[0].partition("=")
+    if flag.startswith("--") and args.command in SET:
+        from synpo.keys import advice
+
+        if not sign and unknown[1:] and not unknown[1].startswith("--"):
+            value = unknown[1]
+        parser.exit(2, f"synpo {args.command}: {advice(flag, value or None, args.command)}\n")
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns 0, 2 with a one-line message for input that cannot be used, or 130 when interrupted."""
-    args = build_parser().parse_args(argv)
     tolerant(sys.stdout)
     tolerant(sys.stderr)
+    args = _parse(argv)
     try:
         onednn.settle()
         COMMANDS[args.command](args)
