@@ -42,10 +42,10 @@ ERRORS = {
     "wrong direction": "what moves left is said to move right, what moves up to move down",
 }
 ONE_RUN = (
-    "This is one seed on one processor. The captioner is taught in 4,000 steps; how each is rounded differs between processors, "
-    "and that adds up: elsewhere the same seed renders the same videos but schools another captioner, as another seed does. "
-    "In six runs (seeds 0 to 3 on one processor, seed 0 on two others) SynPO raised fact F1 by 5.7 to 11.7 points over the base "
-    "of the same run."
+    "This is one seed on one processor. The captioner is taught in 4,000 steps; how each is rounded differs between processors "
+    "and with the number of threads, and that adds up: elsewhere the same seed renders the same videos but schools another "
+    "captioner, as another seed does. In seven runs (seeds 0 to 3 on one processor, seed 0 there with one thread and on two "
+    "others) SynPO raised fact F1 by 5.7 to 11.7 points over the base of the same run."
 )
 
 
@@ -61,8 +61,8 @@ def _error_table(shares: Mapping[str, Mapping[str, float]], systems: Sequence[st
         values = [shares[system].get(kind, 0.0) for system in systems]
         best |= {(row, column) for row, value in enumerate(values) if value == min(values) < max(values)}
     notes = [
-        "per cent of the videos where the error could be made; the last two rows are the captions of the pairs: an error as "
-        "frequent in the chosen as in the rejected ones cannot be unlearnt from them",
+        "per cent of the videos where the error could be made; the last two rows are the captions of the pairs: an error that "
+        "is no rarer in the chosen than in the rejected ones cannot be unlearnt from them",
         *(f"{kind}: {meaning}" for kind, meaning in ERRORS.items() if kind in kinds),
     ]
     return Table("Learnt errors", ["", *kinds], rows, best=best, notes=notes)
