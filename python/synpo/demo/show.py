@@ -44,8 +44,9 @@ ERRORS = {
 ONE_RUN = (
     "This is one seed on one processor. The captioner is taught in 4,000 steps; how each is rounded differs between processors "
     "and with the number of threads, and that adds up: elsewhere the same seed renders the same videos but schools another "
-    "captioner, as another seed does. In seven runs (seeds 0 to 3 on one processor, seed 0 there with one thread, and on another "
-    "with all its instructions and with MKL held to AVX2) SynPO raised fact F1 by 5.7 to 11.7 points over the base of the same run."
+    "captioner, as another seed does. In seven runs (seeds 0 to 3 on one processor, seed 0 there with one thread, and on "
+    "another with all its instructions and with MKL held to AVX2) SynPO raised fact F1 by 5.7 to 11.7 points over the base of "
+    "the same run."
 )
 
 
