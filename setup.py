@@ -4,12 +4,17 @@ Nothing is compiled when this file is imported, and torch is never imported or d
 found on disk, in this interpreter's site-packages even when the build runs in pip's isolated environment. The tensor ops
 use libtorch's stable ABI, so one binary serves every torch from 2.11 on.
 
-Where torch or a C++ compiler is missing, or compiling fails, the package is installed without the extension, a warning says why
-(pip 26 shows it; older ones with -v), and the torch code path does the work. SYNPO_REQUIRE_EXT=1 makes it an error instead.
+Where there is no C++ compiler, the package is installed without the extension, a warning says so (pip 26 shows it; older ones
+with -v), and the torch code path does the work: same results, slower. Where there is one, what else is missing can be had: then
+no extension is an error, which every pip shows.
+
+    SYNPO_REQUIRE_EXT=0     never an error: a warning
+    SYNPO_REQUIRE_EXT=1     always an error, without a compiler too
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.machinery
 import os
 import re
@@ -30,7 +35,7 @@ STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest release the tensor o
 
 def required() -> bool:
     """Whether a package without the extension is an error."""
-    value = os.environ.get("SYNPO_REQUIRE_EXT") or "0"
+    value = os.environ.get("SYNPO_REQUIRE_EXT") or ("0" if shutil.which(compiler()) is None else "1")
     if value not in ("0", "1"):
         raise SystemExit(f"synpo: SYNPO_REQUIRE_EXT={value!r}; expected 0 or 1")
     return value == "1"
@@ -51,8 +56,16 @@ def compiler() -> str:
     return (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
 
 
+def fingerprint() -> str:
+    """Of the sources, so that a binary is not taken for that of others (synpo_kernels/_ext.py compares)."""
+    digest = hashlib.sha256()
+    for path in sorted(path for kind in ("*.cpp", "*.h") for path in (ROOT / "csrc").glob(kind)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class BuildExtension(build_ext):
-    """Finds torch, pybind11 and a compiler, compiles; a failure leaves a pure-Python package unless SYNPO_REQUIRE_EXT=1."""
+    """Finds torch, pybind11 and a compiler, compiles; a failure is an error, or leaves a pure-Python package (`required`)."""
 
     def build_extension(self, ext: Extension) -> None:
         insist = required()
@@ -61,11 +74,14 @@ class BuildExtension(build_ext):
             super().build_extension(ext)
         except Exception as error:
             if insist:
-                raise
+                raise PlatformError(
+                    f"synpo: the C++ extension cannot be built: {textwrap.shorten(str(error), 300)}. To install without it (same "
+                    "results, slower), set SYNPO_REQUIRE_EXT=0 in the environment"
+                ) from error
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an earlier build, of other sources
             warnings.warn(
                 f"synpo: the C++ extension was not built: {textwrap.shorten(str(error), 120)}. The torch code path will be used: "
-                "same results, slower. pip install -v shows the compiler's output; SYNPO_REQUIRE_EXT=1 makes this an error.",
+                "same results, slower. pip install -v shows the compiler's output.",
                 stacklevel=2,
             )
             ext.optional = True  # setuptools then leaves the missing file out of the wheel and of an editable install
@@ -79,10 +95,17 @@ class BuildExtension(build_ext):
     def configure(self, ext: Extension) -> None:
         found = find_torch()
         if found is None:
-            raise PlatformError("there is no torch in this environment")
+            raise PlatformError(
+                "there is no torch in this environment; first install it (pip install torch), then again"
+            )
         if shutil.which(compiler()) is None:
             raise PlatformError(f"there is no C++ compiler ({compiler()})")
-        import pybind11
+        try:
+            import pybind11
+        except ImportError:
+            raise PlatformError(
+                'pybind11 is missing; with --no-build-isolation first pip install "setuptools>=77" wheel "pybind11>=2.13"'
+            ) from None
 
         torch, version = found
         # pybind11's own headers first: the copy some torch releases ship (2.11) refuses TORCH_TARGET_VERSION.
@@ -106,6 +129,7 @@ class BuildExtension(build_ext):
             ("SYNPO_VERSION", f'"{self.distribution.get_version()}"'),
             ("SYNPO_TORCH_VERSION", f'"{version}"'),
             ("SYNPO_COMPILE_FLAGS", f'"{" ".join(ext.extra_compile_args)}"'),
+            ("SYNPO_SOURCES", f'"{fingerprint()}"'),
         ]
 
 

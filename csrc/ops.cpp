@@ -157,6 +157,7 @@ STABLE_TORCH_LIBRARY_IMPL(synpo_kernels, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ extension of synpo_kernels; importing it registers torch.ops.synpo_kernels.*";
+  m.attr("sources") = SYNPO_SOURCES;  // a hash of these files
   m.def(
       "build_info",
       [] {

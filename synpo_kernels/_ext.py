@@ -6,25 +6,56 @@ Loading `_C` registers the tensor ops `torch.ops.synpo_kernels.*`. Its absence n
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch  # before _C, which resolves its symbols in the libraries torch loads
 
 logger = logging.getLogger("synpo_kernels")
 
-_C: ModuleType | None = None
-reason = ""
-try:
-    _C = importlib.import_module("._C", __package__)
-except ModuleNotFoundError:
-    reason = (
-        "the C++ extension is not built (pip install --no-build-isolation -e . builds it where there is a C++ compiler)"
-    )
-except ImportError as error:
-    reason = f"the C++ extension cannot be loaded ({error})"
+ROOT = Path(__file__).resolve().parent.parent  # the checkout, where this was not copied out of it
+
+
+def _fingerprint() -> str | None:
+    """Of the sources beside this package, as setup.py takes it; None where there are none."""
+    digest, found = hashlib.sha256(), sorted(p for kind in ("*.cpp", "*.h") for p in (ROOT / "csrc").glob(kind))
+    for path in found:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16] if found else None
+
+
+def _way_out() -> str:
+    """What builds the extension, to be copied into a shell."""
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+    lacking = "" if shutil.which(compiler) else f"there is no C++ compiler ({compiler}): install g++, then "
+    here = f"-e {shlex.quote(str(ROOT))}" if (ROOT / "setup.py").is_file() else "FOLDER_OF_THE_CHECKOUT"
+    return f"{lacking}run {shlex.quote(sys.executable)} -m pip install --force-reinstall --no-deps {here}"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or None and why not."""
+    try:
+        module = importlib.import_module("._C", __package__)
+    except ModuleNotFoundError:
+        return None, f"the C++ extension is not built; {_way_out()}"
+    except ImportError as error:
+        return None, f"the C++ extension cannot be loaded ({error}); {_way_out()}"
+    sources = _fingerprint()
+    if sources is not None and getattr(module, "sources", None) != sources:
+        return None, f"the C++ extension was built from other sources than those in {ROOT / 'csrc'}; {_way_out()}"
+    return module, ""
+
+
+_C, reason = _load()
 
 
 def available() -> bool:

@@ -77,32 +77,43 @@ def test_source_distribution_is_complete(checkout: Path, tmp_path: Path) -> None
     assert not [name for name in names if name.endswith(".so")]
 
 
+HIDDEN = "import runpy, sys; sys.modules['pybind11'] = None; sys.argv[0] = 'setup.py'; "
+HIDDEN += "runpy.run_path('setup.py', run_name='__main__')"
+BUILD = ["--quiet", "build_ext", "--inplace"]
+
+
 @pytest.mark.parametrize(
-    ("compiler", "reason"),
+    ("compiler", "program", "reason", "without"),
     [
-        ("no-such-compiler", "there is no C++ compiler (no-such-compiler)"),
-        ("false", "false'"),
-    ],  # as setuptools words it
-    ids=["missing", "failing"],
+        ("no-such-compiler", ["setup.py"], "there is no C++ compiler (no-such-compiler)", True),
+        ("false", ["setup.py"], "false'", False),  # as setuptools words it
+        ("true", ["-c", HIDDEN], 'pip install "setuptools>=77" wheel "pybind11>=2.13"', False),
+    ],
+    ids=["no compiler", "a compiler that fails", "no pybind11"],
 )
-def test_a_build_that_cannot_be_is_one_warning_or_an_error(compiler: str, reason: str, checkout: Path) -> None:
-    """And an earlier build for this interpreter, of other sources, is not left to be loaded."""
+def test_no_extension_is_an_error_unless_there_is_no_compiler(
+    compiler: str, program: list[str], reason: str, without: bool, checkout: Path
+) -> None:
+    """pip shows errors; warnings it shows from release 26 on. An earlier build, of other sources, is not left to be loaded."""
     stale = checkout / "synpo_kernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     other = checkout / "synpo_kernels" / "_C.cpython-399-x86_64-linux-gnu.so"
 
     def build(required: str) -> subprocess.CompletedProcess[str]:
         stale.touch()
         other.touch()
-        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         environment = os.environ | {"CXX": compiler, "SYNPO_REQUIRE_EXT": required}
+        command = [sys.executable, *program, *BUILD]
         return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
 
-    done = build("")
-    assert done.returncode == 0 and done.stderr.count("the C++ extension was not built: ") == 1
-    assert reason in done.stderr
-    assert other.exists() and not stale.exists()
-    done = build("1")
-    assert done.returncode != 0 and reason in done.stderr
+    for required in ("", "0", "1"):
+        done = build(required)
+        said = " ".join(done.stderr.split())
+        assert reason in said
+        if required == "0" or (without and required == ""):
+            assert done.returncode == 0 and said.count("the C++ extension was not built: ") == 1
+            assert other.exists() and not stale.exists()
+        else:
+            assert done.returncode != 0 and "set SYNPO_REQUIRE_EXT=0 in the environment" in said
     done = build("yes")
     assert done.returncode != 0 and "SYNPO_REQUIRE_EXT='yes'; expected 0 or 1" in done.stderr
 
@@ -113,6 +124,12 @@ def test_torch_is_found_where_build_isolation_hides_it(build: dict[str, Any], mo
     monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
     folder, version = build["find_torch"]()
     assert folder == Path(torch.__file__).parent and version == torch.__version__
+
+
+def test_the_binary_says_what_it_was_built_from(build: dict[str, Any]) -> None:
+    from synpo_kernels import _ext
+
+    assert build["fingerprint"]() == _ext._fingerprint()
 
 
 def test_ci_runs_the_tests_and_nothing_else() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,27 @@ def test_instruction_sets_are_checked() -> None:
     _C.use_isa("portable")
     assert _ext.build_info()["isa"] == "portable"
     _C.use_isa(before)
+
+
+@needs_extension
+def test_a_binary_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a pull, where nothing was built again: its functions may have other arguments."""
+    assert _ext._load()[0] is not None
+    monkeypatch.setattr(_ext, "_fingerprint", lambda: "of others")
+    module, reason = _ext._load()
+    assert module is None and "was built from other sources than those in" in reason and "-m pip install" in reason
+    monkeypatch.setattr(_ext, "_fingerprint", lambda: None)  # installed, without sources
+    assert _ext._load()[0] is not None
+
+
+def test_the_way_to_an_extension_can_be_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_ext, "ROOT", tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    command = f"run {sys.executable} -m pip install --force-reinstall --no-deps FOLDER_OF_THE_CHECKOUT"
+    assert _ext._way_out() == f"there is no C++ compiler (no-such-compiler): install g++, then {command}"
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setenv("CXX", sys.executable)
+    assert _ext._way_out() == command.replace("FOLDER_OF_THE_CHECKOUT", f"-e {tmp_path}")
 
 
 def test_import_without_the_extension_warns_once() -> None:
