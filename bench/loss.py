@@ -5,17 +5,19 @@
 
 A provider first has to reproduce loss and gradients of a small problem of the same kind in float64, then the gradient of
 one pair of the very problem that is timed; one that does not prints no speed. Times are of one forward and backward,
-providers taking turns. Writes OUT.json, OUT.csv and OUT.png, anew after every case. See bench/README.md.
+providers taking turns: ours first, on all shapes, then the others', each time beside the products alone, by which the two are
+compared. Writes OUT.json and OUT.csv, anew after every table, and OUT.png at the end. See bench/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,33 +27,10 @@ import torch  # isort: skip
 from torch import Tensor  # isort: skip
 
 from bench import cases, floor, peers, report, truth
-from bench.report import reason_of
+from bench.report import Row, reason_of
 
 WARM_UPS = {"cpu": 1, "cuda": 2}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider on one case; times in milliseconds, memory in MiB, errors relative in norm."""
-
-    case: str
-    head: str
-    provider: str
-    objective: str
-    status: str  # ok, wrong, absent, failed
-    reason: str = ""
-    loss_error: float | None = None  # on the small problem, with the next two
-    dx_error: float | None = None
-    dw_error: float | None = None
-    pair_dx_error: float | None = None  # on the problem that is timed, of its first pair
-    p20_ms: float | None = None
-    p50_ms: float | None = None
-    p80_ms: float | None = None
-    runs: int = 0
-    over_floor: float | None = None  # p50 / the best time of the products alone
-    peak_mib: float | None = None  # above the inputs, gradients included
-    extra_mib: float | None = None  # the same less the gradients
-    load: float | None = None  # of the machine when the case was begun: processes running or waiting, over a minute
+TURNS = ("ours", "peers")  # timed in this order: compiling what belongs to others eats none of the time of ours
 
 
 class Abort(RuntimeError):
@@ -94,32 +73,43 @@ class Bench:
         self.rows: list[Row] = []
         self.loaded: dict[str, tuple[peers.Provider, peers.LossFunction]] = {}
         self.absent: dict[str, str] = {}
-        self.gated: dict[tuple[cases.Case, str], list[Row]] = {}
+        self.gated: dict[tuple[cases.Case, str, str], list[Row]] = {}
         chosen = [p for p in peers.providers() if not wanted or any(p.name.startswith(word) for word in wanted)]
         if not chosen:
             raise SystemExit(f"no provider is called {wanted}; there are {[p.name for p in peers.providers()]}")
-        for provider in chosen:
+        self.chosen = {turns: [p for p in chosen if p.ours == (turns == "ours")] for turns in TURNS}
+
+    def load(self, turns: str) -> None:
+        """Import the providers of `turns`, once: others' packages take a while."""
+        for provider in self.chosen[turns]:
+            if provider.name in self.loaded or provider.name in self.absent:
+                continue
             try:
-                self.loaded[provider.name] = provider, provider.load(device)
+                self.loaded[provider.name] = provider, provider.load(self.device)
             except Exception as error:  # whatever a foreign package raises on import is its reason to be absent
                 self.absent[provider.name] = reason_of(error)
                 print(f"absent: {provider.name:18} {reason_of(error)}", flush=True)
 
-    def gate(self, case: cases.Case, head: str) -> list[Row]:
+    def gate(self, case: cases.Case, head: str, turns: str, until: float = math.inf) -> list[Row]:
         """Every loaded provider against float64 on a small problem of the same kind; done once for a kind."""
-        key = case.small(), head
+        key = case.small(), head, turns
         if key not in self.gated:
-            self.gated[key] = self._gate(cases.make(case.small(), self.device).with_head(head == "trained"), head)
+            problem = cases.make(case.small(), self.device).with_head(head == "trained")
+            self.gated[key] = self._gate(problem, head, turns, until)
         return [replace(row, case=case.name) for row in self.gated[key]]
 
-    def _gate(self, problem: cases.Problem, head: str) -> list[Row]:
+    def _gate(self, problem: cases.Problem, head: str, turns: str, until: float) -> list[Row]:
+        self.load(turns)
         case = problem.case
         expected: dict[str, truth.Truth] = {}
         rows = []
-        for name, (provider, loss_of) in self.loaded.items():
-            if head not in provider.heads:
+        for provider in self.chosen[turns]:
+            blank = Row(case.name, head, provider.name, provider.objective, "ok", turns=turns)
+            if provider.name in self.absent or head not in provider.heads:
+                reason = self.absent.get(provider.name, f"not for a {head} head")
+                rows.append(replace(blank, status="absent", reason=reason))
                 continue
-            blank = Row(case.name, head, name, provider.objective, "ok")
+            loss_of = self.loaded[provider.name][1]
 
             def check(
                 blank: Row = blank, objective: str = provider.objective, loss_of: peers.LossFunction = loss_of
@@ -137,20 +127,20 @@ class Bench:
                     dw_error=found.weight,
                 )
 
-            row = attempt(check, blank, "failed")
-            assert row is not None
-            rows.append(row)
-        for name, (provider, _) in self.loaded.items():
-            if head not in provider.heads:
-                rows.append(Row(case.name, head, name, provider.objective, "absent", f"not for a {head} head"))
-        return rows + [Row(case.name, head, name, "", "absent", reason) for name, reason in self.absent.items()]
+            rows.append(_late(blank, until) or attempt(check, blank, "failed") or blank)
+        return rows
 
-    def measure(self, problem: cases.Problem, head: str, seconds: float) -> None:
-        """Gate, warm up, check at full size, time and weigh every provider on `problem`."""
+    def measure(
+        self, problem: cases.Problem, head: str, turns: str, seconds: float, until: float = math.inf
+    ) -> list[Row]:
+        """Gate, warm up, check at full size, time and weigh every provider of `turns` on `problem`; the rows that are new.
+
+        until: when (time.monotonic) to begin with no other provider, which may compile for long, but to time those that are warm.
+        """
         case = problem.case
         problem = problem.with_head(head == "trained")
         load = measure.load()
-        rows = {row.provider: replace(row, load=load) for row in self.gate(case, head)}
+        rows = {row.provider: replace(row, load=load) for row in self.gate(case, head, turns, until)}
         pair = truth.first_pair(problem)
         objectives = {row.objective for row in rows.values() if row.status == "ok"}
         expected = {objective: truth.truth(pair, objective).hidden / case.pairs for objective in objectives}
@@ -169,7 +159,7 @@ class Bench:
                 return replace(row, pair_dx_error=off)
 
             print(f"warming up {name} on {case.name}, {head} head", file=sys.stderr, flush=True)
-            rows[name] = attempt(warm, row, "failed") or row
+            rows[name] = _late(row, until) or attempt(warm, row, "failed") or row
         expected.clear()
         timed = [name for name, row in rows.items() if row.status == "ok"]
         runs = {name: partial(step, self.loaded[name][1], problem) for name in timed}
@@ -179,9 +169,10 @@ class Bench:
         title = f"{case.name} {head}"
         timings = measure.interleave({**products, **runs}, device=self.device, seconds=seconds, title=title)
         least = min(timings[name].p50 for name in products)
+        found = []
         for name in products:
-            blank = Row(case.name, head, name, "", "floor", "matrix products alone", load=load)
-            self.rows.append(_timed(blank, timings[name], least))
+            blank = Row(case.name, head, name, "", "floor", "matrix products alone", turns, load=load)
+            found.append(_timed(blank, timings[name], least))
         del products
         gradients = problem.hidden.nbytes + (problem.weight.nbytes if problem.trained else 0)
         for name, row in rows.items():
@@ -191,8 +182,14 @@ class Bench:
                 peak = measure.peak_bytes(runs[name], self.device)
                 if peak is not None:
                     row = replace(row, peak_mib=peak / 2**20, extra_mib=max(0, peak - gradients) / 2**20)
-            self.rows.append(row)
+            found.append(row)
         problem.hidden.grad = problem.weight.grad = None
+        self.rows += found
+        return found
+
+
+def _late(row: Row, until: float) -> Row | None:
+    return replace(row, status="left out", reason="the time was spent") if time.monotonic() > until else None
 
 
 def _timed(row: Row, timing: measure.Timing, least: float) -> Row:
@@ -256,37 +253,37 @@ def run(
         f"{measure.copy_rate(bench.device, seconds=min(1.0, budget / 20)) / 1e9:.1f} GB/s, bytes read and written"
     )
     left_out: list[str] = []
-    todo = [(case, head) for head in heads for case in wanted]
+    todo = [(case, head, turns) for turns in TURNS if bench.chosen[turns] for head in heads for case in wanted]
     aborted = None
-    needed: dict[cases.Case, float] = {}  # seconds that a case took beyond its timing: compiling, the gate, memory
-    for done, (case, head) in enumerate(todo):
+    needed: dict[tuple[cases.Case, str], float] = {}  # seconds beyond its timing: compiling, the gate, memory
+    for done, (case, head, turns) in enumerate(todo):
+        name = f"{case.name}, {head} head"
         begun = time.monotonic()
         left = end - begun
-        if left <= needed.get(case, min(needed.values(), default=0.0)):
-            left_out.append(f"{case.name}, {head} head: the time budget of {budget:.0f} s was spent")
+        if left <= needed.get((case, turns), min(needed.values(), default=0.0)):
+            left_out.append(f"{name}, {turns}: the time budget of {budget:.0f} s was spent")
             continue
         seconds = 0.5 * left / (len(todo) - done)  # the other half is for warming up, the gate and memory
         try:
-            bench.measure(cases.make(case, bench.device), head, seconds)
+            found = bench.measure(cases.make(case, bench.device), head, turns, seconds, begun + 0.5 * left)
         except Abort as lost:
             aborted = str(lost)
-            left_out += [f"{case.name}, {head} head: {aborted}" for case, head in todo[done:]]
+            left_out += [f"{case.name}, {head} head, {turns}: {aborted}" for case, head, turns in todo[done:]]
             break
         except (torch.OutOfMemoryError, MemoryError) as error:
-            left_out.append(f"{case.name}, {head} head: {reason_of(error)}")
+            left_out.append(f"{name}, {turns}: {reason_of(error)}")
             continue
-        needed[case] = time.monotonic() - begun - seconds
-        report.print_table(bench.rows, case.name, head)
+        needed[case, turns] = time.monotonic() - begun - seconds
+        report.print_table(found, name)
         report.write(out, facts, [asdict(row) for row in bench.rows], left_out)
-        report.plot(out, facts, bench.rows)
     report.write(out, facts, [asdict(row) for row in bench.rows], left_out)
+    report.plot(out, facts, bench.rows)
     for line in left_out:
         print(f"left out: {line}")
     print(f"written: {out}.json, .csv" + (", .png" if out.with_name(out.name + ".png").exists() else ""))
     if aborted:
         return 3
-    wrong = [row for row in bench.rows if row.provider.startswith("synpo ") and row.status in ("wrong", "failed")]
-    return 1 if wrong else 0
+    return 1 if any(row.ours and row.status in ("wrong", "failed") for row in bench.rows) else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 A provider maps (hidden (S, T, D), weight (V, D), labels (S, T)) to a scalar whose backward fills the gradients. Packages
 are imported when a provider is loaded; one that is missing, or refuses the device, is listed as absent with its reason.
 
-Objective. All compute SynPO, but for Liger's preference loss: its functions see a completion's mean log-probability only,
-so they cannot express the language reward (a mean of probabilities). Its SimPO is the nearest work of the same cost.
+Objective. All compute SynPO, but for
+- Liger's preference loss: its functions see a completion's mean log-probability only, so they cannot express the language
+  reward (a mean of probabilities). Its SimPO is the nearest work of the same cost;
+- quack's and, in one of its two ways, torch's chunked cross-entropy: they finish their gradients in the forward pass, which a
+  mean over tokens alone allows. Their cross-entropy is less work than SynPO.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from synpo_kernels import FusedLinearSynPOLoss
 from synpo_kernels.backends import choice
 
 HEADS = ("frozen", "trained")
+CHUNK = 4096  # rows that quack takes at a time, its own choice
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -109,6 +113,37 @@ def _liger_hopper(device: torch.device) -> LossFunction:
     return _per_token(LigerFusedScaledCrossEntropySM90Function.apply)
 
 
+def _mean(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> LossFunction:
+    """The cross-entropy of a peer that maps (N, D), (V, D), (N,) to a mean over the labels that count."""
+    return lambda hidden, weight, labels: cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())
+
+
+def _torch(reduction: str, device: torch.device) -> LossFunction:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise RuntimeError(f"torch 2.13 has linear_cross_entropy in chunks, this is {torch.__version__}")
+    function = partial(
+        torch.nn.functional.linear_cross_entropy,
+        reduction=reduction,
+        ignore_index=IGNORE_INDEX,
+        options=torch.nn.LinearCrossEntropyOptions(),  # its own choice of chunks and of accumulation
+    )
+    return _per_token(function) if reduction == "none" else _mean(function)
+
+
+def _quack(scaled: bool, device: torch.device) -> LossFunction:
+    _needs_cuda(device, "its CuTe kernel")
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy, scaled_exp_lce_supported
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if scaled and not scaled_exp_lce_supported(hidden, weight, CHUNK, "mean"):
+            raise RuntimeError("its scaled exponentials need sm_90, bfloat16 and a vocabulary in multiples of 128")
+        return chunked_linear_cross_entropy(
+            hidden, weight, labels, ignore_index=IGNORE_INDEX, chunk_size=CHUNK, use_scaled_exp=scaled
+        )
+
+    return _mean(loss)
+
+
 def _cut_cross_entropy(filter_eps: str | None, device: torch.device) -> LossFunction:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -144,12 +179,23 @@ def providers() -> Iterator[Provider]:
     low = partial(_mode, memory="low")
     yield Provider("synpo low-memory", low, "memory='low': slices computed again in backward", heads=("frozen",))
     yield Provider("synpo streaming", low, "memory='low': the logits twice, four products", heads=("trained",))
+    # what compiles longest comes last
     yield Provider("naive", _naive, "full logits in fp32, log-softmax, gather")
-    yield Provider("naive compiled", _compiled, "torch.compile of naive")
-    yield Provider("liger simpo", partial(_liger_simpo, True), "SimPO: the nearest work of the same cost", "simpo")
-    yield Provider("liger simpo eager", partial(_liger_simpo, False), "the same without its torch.compile", "simpo")
+    yield Provider("torch lce", partial(_torch, "none"), "linear_cross_entropy(reduction='none') in chunks, torch 2.13")
+    yield Provider(
+        "torch lce mean", partial(_torch, "mean"), "the same with reduction='mean', one pass fewer", "cross-entropy"
+    )
+    yield Provider("trl", _trl, "ChunkedLogProbFunction, the chunked log-probability head")
+    yield Provider("liger simpo eager", partial(_liger_simpo, False), "SimPO without its torch.compile", "simpo")
     yield Provider("liger fused ce", _liger_cross_entropy, "LigerFusedLinearCrossEntropyLoss(reduction='none')")
-    yield Provider("liger hopper", _liger_hopper, "fused scaled cross entropy in CuTe, sm_90 only")
     yield Provider("cce", partial(_cut_cross_entropy, "high"), "cut-cross-entropy; skips small gradients on CUDA")
     yield Provider("cce exact", partial(_cut_cross_entropy, None), "cut-cross-entropy with filter_eps=None")
-    yield Provider("trl", _trl, "ChunkedLogProbFunction, the chunked log-probability head")
+    yield Provider(
+        "quack", partial(_quack, False), "chunked_linear_cross_entropy(use_scaled_exp=False)", "cross-entropy"
+    )
+    yield Provider(
+        "quack scaled", partial(_quack, True), "the same with its scaled exponentials, sm_90", "cross-entropy"
+    )
+    yield Provider("liger hopper", _liger_hopper, "fused scaled cross entropy in CuTe, sm_90 only")
+    yield Provider("naive compiled", _compiled, "torch.compile of naive")
+    yield Provider("liger simpo", partial(_liger_simpo, True), "SimPO: the nearest work of the same cost", "simpo")

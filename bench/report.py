@@ -1,4 +1,7 @@
-"""Rows of the loss benchmark as a table in the terminal, as JSON and CSV, and as bars."""
+"""Rows of the loss benchmark as a table in the terminal, as JSON and CSV, and as bars.
+
+python -m bench.report FILE.json ...        draw the bars of a run that was cut off
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,40 @@ import csv
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from bench.loss import Row
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case; times in milliseconds, memory in MiB, errors relative in norm."""
+
+    case: str
+    head: str
+    provider: str
+    objective: str
+    status: str  # ok, wrong, absent, failed, left out; floor: the products alone
+    reason: str = ""
+    turns: str = ""  # ours, peers: who was timed in turn with it
+    loss_error: float | None = None  # on the small problem, with the next two
+    dx_error: float | None = None
+    dw_error: float | None = None
+    pair_dx_error: float | None = None  # on the problem that is timed, of its first pair
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    runs: int = 0
+    over_floor: float | None = None  # p50 / the best time of the products alone in the same turns
+    peak_mib: float | None = None  # above the inputs, gradients included
+    extra_mib: float | None = None  # the same less the gradients
+    load: float | None = None  # of the machine when the case was begun: processes running or waiting, over a minute
+
+    @property
+    def ours(self) -> bool:
+        return self.provider.startswith("synpo ")
 
 
 def reason_of(error: BaseException) -> str:
@@ -20,15 +51,15 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
 
 
-def print_table(rows: Sequence[Row], case: str, head: str) -> None:
-    """The rows of one case and head; a provider that failed the gate shows why, and no speed."""
-    print(f"\n{case}, {head} head, forward + backward")
+def print_table(rows: Sequence[Row], title: str) -> None:
+    """Rows of one case and head that took turns; a provider that failed the gate shows why, and no speed."""
+    print(f"\n{title}, forward + backward")
     print(
         f"{'provider':<18} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'/floor':>7} {'extra MiB':>10} {'dX error':>9} "
         f"{'dW error':>9} {'loss err':>9} {'runs':>5}"
     )
     for row in rows:
-        if (row.case, row.head) != (case, head) or row.status == "absent":
+        if row.status == "absent":
             continue
         if row.p50_ms is None:
             print(f"{row.provider:<18} {row.status}: {row.reason}")
@@ -38,10 +69,9 @@ def print_table(rows: Sequence[Row], case: str, head: str) -> None:
             f"{_or_dash(row.extra_mib, '10.1f')} {_or_dash(row.dx_error, '9.1e')} {_or_dash(row.dw_error, '9.1e')} "
             f"{_or_dash(row.loss_error, '9.1e')} {row.runs:5d}"
         )
-
-    floors = [row for row in rows if (row.case, row.head, row.status) == (case, head, "floor")]
-    if any((row.p80_ms or 0.0) > 1.5 * (row.p20_ms or 0.0) for row in floors):
+    if any(row.status == "floor" and (row.p80_ms or 0.0) > 1.5 * (row.p20_ms or 0.0) for row in rows):
         print("the machine was too busy for these times: the products alone spread by more than half (p80 / p20)")
+    print(end="", flush=True)
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -81,6 +111,10 @@ def plot(out: Path, facts: dict[str, str], rows: Sequence[Row]) -> None:
     from matplotlib import pyplot as plt
 
     timed = [row for row in rows if row.p50_ms is not None]
+    first = {(row.case, row.head): row.turns for row in reversed(timed)}
+    timed = [
+        row for row in timed if row.status != "floor" or row.turns == first[row.case, row.head]
+    ]  # the products once
     panels = list(dict.fromkeys((row.case, row.head) for row in timed))
     if not panels:
         return
@@ -122,4 +156,10 @@ def plot(out: Path, facts: dict[str, str], rows: Sequence[Row]) -> None:
 def _colour(row: Row) -> str:
     if row.status == "floor":
         return "#bbbbbb"
-    return "#c0392b" if row.provider.startswith("synpo ") else "#5b7fa6"
+    return "#c0392b" if row.ours else "#5b7fa6"
+
+
+if __name__ == "__main__":
+    for given in map(Path, sys.argv[1:]):
+        held = json.loads(given.read_text())
+        plot(given.with_suffix(""), held["machine"], [Row(**row) for row in held["rows"]])

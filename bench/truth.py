@@ -31,7 +31,11 @@ def simpo(logps: Tensor, labels: Tensor) -> Tensor:
     return losses.simpo(losses.sequence_stats(logps, labels), beta=2.0, gamma=1.0)
 
 
-OBJECTIVES: dict[str, Objective] = {"synpo": synpo, "simpo": simpo}
+def cross_entropy(logps: Tensor, labels: Tensor) -> Tensor:
+    return -logps[labels != IGNORE_INDEX].mean()
+
+
+OBJECTIVES: dict[str, Objective] = {"synpo": synpo, "simpo": simpo, "cross-entropy": cross_entropy}
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,24 @@ def refuses(device: torch.device) -> peers.LossFunction:
     raise ImportError("No module named 'nobody'")
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    """Ten runs say as much here as a hundred, and the rate of copies and the plot are tests of their own."""
+    interleave = measure.interleave
+    monkeypatch.setattr(measure, "interleave", lambda runs, **options: interleave(runs, **{"most": 10} | options))
+    monkeypatch.setattr(measure, "copy_rate", lambda device, seconds: 1e9)
+
+
 def measured(monkeypatch, tmp_path: Path, *extra: peers.Provider, head: str = "frozen") -> tuple[int, dict[str, dict]]:
     """Exit code and rows by provider of a run over a tiny shape."""
     monkeypatch.setattr(peers, "providers", lambda: iter([NAIVE, *extra]))
-    arguments = ["--shapes", TINY, "--head", head, "--device", "cpu", "--time-budget", "20", "--out", f"{tmp_path}/out"]
+    arguments = ["--shapes", TINY, "--head", head, "--device", "cpu", "--time-budget", "90", "--out", f"{tmp_path}/out"]
     code = loss.main(arguments)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     return code, {row["provider"]: row for row in rows}
 
 
-@pytest.mark.parametrize("objective", ["synpo", "simpo"])
+@pytest.mark.parametrize("objective", truth.OBJECTIVES)
 def test_truth_is_autograd_of_full_logits(objective: str) -> None:
     problem = cases.make(cases.Case(64, 50, 16, "float64", ignored=0.25), CPU).with_head(True)
     logps = naive_logprobs(problem.hidden, problem.weight, problem.labels)
@@ -111,6 +119,38 @@ def test_a_run_prints_and_writes_everything(monkeypatch, tmp_path, capsys) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json", "out.png"]
 
 
+def test_ours_are_timed_before_others_are_imported(monkeypatch, tmp_path) -> None:
+    """So a run that is cut off while others compile has told what it found of ours; the products are in both turns."""
+    written = tmp_path / "out.json"
+
+    def late(device: torch.device) -> peers.LossFunction:
+        turns = [row["turns"] for row in json.loads(written.read_text())["rows"]]
+        assert turns == ["ours"] * 3, "ours are not yet written"
+        return naive
+
+    ours = next(p for p in peers.providers() if p.name == "synpo chunked")
+    monkeypatch.setattr(peers, "providers", lambda: iter([peers.Provider("late", late, ""), ours]))
+    options = ["--head", "frozen", "--device", "cpu", "--time-budget", "90", "--out", f"{tmp_path}/out"]
+    assert loss.main(["--shapes", TINY, *options]) == 0
+    rows = json.loads(written.read_text())["rows"]
+    assert [(row["provider"], row["turns"]) for row in rows] == [
+        ("products whole", "ours"), ("products", "ours"), ("synpo chunked", "ours"),
+        ("products whole", "peers"), ("products", "peers"), ("late", "peers"),
+    ]  # fmt: skip
+    for turns in loss.TURNS:
+        assert min(row["over_floor"] for row in rows if row["turns"] == turns) == 1.0
+
+
+def test_others_that_compile_for_too_long_leave_time_for_the_rest(monkeypatch) -> None:
+    monkeypatch.setattr(peers, "providers", lambda: iter([NAIVE]))
+    bench = loss.Bench(CPU, [])
+    problem = cases.make(cases.parse(TINY)[0], CPU)
+    rows = bench.measure(problem, "frozen", "peers", 0.01, until=time.monotonic() - 1)
+    assert [(row.provider, row.status) for row in rows] == [
+        ("products whole", "floor"), ("products", "floor"), ("naive", "left out"),
+    ]  # fmt: skip
+
+
 def test_a_wrong_provider_shows_no_speed(monkeypatch, tmp_path, capsys) -> None:
     def wrong_gradient(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return naive(Swollen.apply(hidden), weight, labels)
@@ -145,7 +185,7 @@ def test_a_wrong_provider_shows_no_speed(monkeypatch, tmp_path, capsys) -> None:
 def test_append_keeps_other_cases(monkeypatch, tmp_path) -> None:
     measured(monkeypatch, tmp_path)
     measured(monkeypatch, tmp_path)
-    other = ["--shapes", "32x300x32:float32", "--head", "frozen", "--device", "cpu", "--time-budget", "20", "--append"]
+    other = ["--shapes", "32x300x32:float32", "--head", "frozen", "--device", "cpu", "--time-budget", "90", "--append"]
     loss.main([*other, "--out", f"{tmp_path}/out"])
     loss.main([*other, "--out", f"{tmp_path}/out"])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -170,16 +210,17 @@ def test_a_case_that_would_outlast_the_budget_is_not_begun(monkeypatch, tmp_path
     """The first took 0.5 s, 0.2 s of them by plan for timing: 0.2 s are left, and 0.3 s are needed beside the timing."""
     begun = []
 
-    def slow(bench: loss.Bench, problem: cases.Problem, head: str, seconds: float) -> None:
+    def slow(bench: loss.Bench, problem: cases.Problem, head: str, *rest: object) -> list[loss.Row]:
         begun.append(head)
         time.sleep(0.5)
+        return []
 
-    monkeypatch.setattr(measure, "copy_rate", lambda device, seconds: 1.0)
+    monkeypatch.setattr(peers, "providers", lambda: iter([NAIVE]))
     monkeypatch.setattr(loss.Bench, "measure", slow)
     assert loss.main(["--shapes", TINY, "--device", "cpu", "--time-budget", "0.7", "--out", str(tmp_path / "out")]) == 0
     assert begun == ["frozen"]
     (left_out,) = json.loads((tmp_path / "out.json").read_text())["left_out"]
-    assert "trained head: the time budget of 1 s was spent" in left_out
+    assert "trained head, peers: the time budget of 1 s was spent" in left_out
 
 
 def test_turns_rotate_and_a_slow_run_does_not_starve_the_rest() -> None:
