@@ -14,8 +14,8 @@ Second looks, milliseconds of a whole batch, vision tower included: drafts alone
 The model is a small LLaVA-OneVision built from a configuration and shown noise, or the one given (the demo's captioner is in its
 folder `captioner`) and shown scenes of the demo's world or the videos given; `long` has 2,500 visual tokens and answers of 100. A
 random model never repeats its draft: what guessing ahead gives shows only with a trained one.
-A time is printed only after greedy tokens agreed. How times are taken: bench/measure.py. Medians, [20th, 80th percentile].
-Memory is the peak of one run above what was held before it. The file is written anew after every table.
+A time is printed only after greedy tokens agreed, and as soon as it is there. How times are taken: bench/measure.py. Medians,
+[20th, 80th percentile]. Memory is the peak of one run above what was held before it. The file is written anew after every row.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -203,63 +204,79 @@ def streams(
     }
 
 
-AGREE = (("two loops", "contrastive"), ("hf generate", "plain"), ("text hf guidance", "text contrastive"))
+# In the order in which they are shown, the first two at once: a peer, and ours that must write the same.
+AGREE = (("hf generate", "plain"), ("two loops", "contrastive"), ("text hf guidance", "text contrastive"))
 
 
 class Disagreement(RuntimeError):
-    """Two ways wrote different tokens: there is no table."""
+    """Two ways wrote different tokens: neither gets a time."""
 
 
-def check(runs: dict[str, Callable[..., Tensor]]) -> dict[str, str]:
-    """Greedy tokens of every peer are ours: rounding may part one row in fifty. Why a peer that failed did, by name."""
-    reasons: dict[str, str] = {}
-    for peer, own in AGREE:
-        expected = runs[own](GREEDY, 8)
-        try:
-            found = runs[peer](GREEDY, 8).cpu()
-        except Exception as error:  # whatever another package raises is its reason
-            reasons[peer] = reason_of(error)
-            continue
-        differ = int((found != expected).any(1).sum())
-        if differ > len(found) / 50:
-            raise Disagreement(f"{peer} and {own} disagree in {differ} of {len(found)} rows: no times are printed")
-    return reasons
+def check(runs: dict[str, Callable[..., Tensor]], peer: str, own: str) -> str | None:
+    """Greedy tokens of a peer are ours: rounding may part one row in fifty. Why it failed, where it did."""
+    expected = runs[own](GREEDY, 8)
+    try:
+        found = runs[peer](GREEDY, 8).cpu()
+    except Exception as error:  # whatever another package raises is its reason
+        return reason_of(error)
+    differ = int((found != expected).any(1).sum())
+    if differ > len(found) / 50:
+        raise Disagreement(f"{peer} and {own} disagree in {differ} of {len(found)} rows")
+    return None
 
 
 def stream_table(
     lm: CaptionModel, views: Sequence[Tensor], rows: int, length: int, seconds: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """A row for each way, printed and handed over when it is measured: in turn with the plain way of its model."""
     text = CaptionModel(tiny_text_model(lm.tokenizer, width=128, layers=3).to(lm.device), lm.tokenizer, None)
     runs = streams(lm, text, views, rows)
-    reasons = check(runs)
-    runs = {name: run for name, run in runs.items() if name not in reasons}
-    timed: dict[str, Run] = {}
-    for name, run in runs.items():
-        timed[name] = lambda run=run: run(SAMPLED, length)
-        timed[name + " 2"] = lambda run=run: run(SAMPLED, 2)
-    took = measure.interleave(timed, device=lm.device, seconds=seconds, least=3, most=50, title=f"{rows} rows")
     print(
         f"\n{rows} rows, {length} tokens each\n{'':18}{'ms/token':>10}{'/ plain':>9}{'whole answer, ms':>32}{'runs':>6}"
-        f"{'peak MiB':>10}"
+        f"{'peak MiB':>10}",
+        flush=True,
     )
-    table: list[dict[str, Any]] = []
-    for name, reason in reasons.items():
-        print(f"{name:18} failed: {reason}")
-        table.append({"rows": rows, "way": name, "reason": reason})
-    for name in runs:
-        whole, start = took[name], took[name + " 2"]
-        token = (whole.p50 - start.p50) / (length - 2)
+
+    def timed(name: str) -> dict[str, Any]:
         base = "text plain" if name.startswith("text") else "plain"
-        plain = (took[base].p50 - took[base + " 2"].p50) / (length - 2)
-        peak = measure.peak_bytes(timed[name], lm.device)
+        turns: dict[str, Run] = {}
+        for way in dict.fromkeys((name, base)):
+            turns[way] = partial(runs[way], SAMPLED, length)
+            turns[way + " 2"] = partial(runs[way], SAMPLED, 2)
+            turns[way + " 2"]()
+        title = f"{rows} rows, {name}"
+        took = measure.interleave(turns, device=lm.device, seconds=seconds / len(runs), least=3, most=50, title=title)
+        token, plain = ((took[way].p50 - took[way + " 2"].p50) / (length - 2) for way in (name, base))
+        peak, whole = measure.peak_bytes(turns[name], lm.device), took[name]
         print(
             f"{name:18}{token:10.3f}{token / plain:9.2f}{whole.p50:12.1f} [{whole.p20:8.1f} {whole.p80:8.1f}]{whole.runs:6d}"
-            f"{'-' if peak is None else format(peak / 2**20, '.1f'):>10}"
+            f"{'-' if peak is None else format(peak / 2**20, '.1f'):>10}",
+            flush=True,
         )
-        table.append(
-            {"rows": rows, "way": name, "ms_a_token": token, "to_plain": token / plain, "peak": peak, **asdict(whole)}
-        )
-    return table
+        return {
+            "rows": rows,
+            "way": name,
+            "ms_a_token": token,
+            "to_plain": token / plain,
+            "peak": peak,
+            **asdict(whole),
+        }
+
+    for peer, own in AGREE:
+        try:
+            reason = check(runs, peer, own)
+        except Disagreement as found:
+            print(f"{found}: no times are printed", flush=True)
+            yield {"rows": rows, "way": peer, "reason": str(found)}
+            continue
+        if own == "text contrastive":
+            yield timed("text plain")
+        yield timed(own)
+        if reason is None:
+            yield timed(peer)
+        else:
+            print(f"{peer:18} failed: {reason}", flush=True)
+            yield {"rows": rows, "way": peer, "reason": reason}
 
 
 def before(
@@ -279,32 +296,35 @@ def before(
 
 def look_table(
     title: str, lm: CaptionModel, views: Sequence[Tensor], answers: int, length: int, seconds: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """Three rows for plain decoding, then three for contrastive, each three timed in turn."""
     sampling = replace(SAMPLED, max_new_tokens=length)
     keys = [[f"{i} {j}" for j in range(answers)] for i in range(len(views))]
-    timed: dict[str, Run] = {}
+    length_of = len(lm.prompt(QUESTION, views[0]).input_ids)
+    print(
+        f"\n{title}: {len(views)} videos, {answers} answers each, prompt {length_of} tokens, at most {length} a text",
+        flush=True,
+    )
     for contrast in (None, CONTRAST):
         kind = "contrastive" if contrast else "plain"
-        for name, count in (("draft", 0), ("draft, look", 1)):
-            timed[f"{kind} {name}"] = lambda n=count, c=contrast: describe(
-                lm, views, keys, QUESTION, sampling, contrast=c, refinements=n
+        draft = partial(describe, lm, views, keys, QUESTION, sampling, contrast=contrast)
+        timed: dict[str, Run] = {
+            f"{kind} draft": partial(draft, refinements=0),
+            f"{kind} draft, look": partial(draft, refinements=1),
+            f"{kind} before": partial(before, lm, views, keys, sampling, contrast),
+        }
+        for run in timed.values():
+            run()
+        took = measure.interleave(timed, device=lm.device, seconds=seconds / 2, least=2, most=30, title=title)
+        for name, t in took.items():
+            ratio = t.p50 / took[f"{kind} draft"].p50
+            peak = measure.peak_bytes(timed[name], lm.device)
+            print(
+                f"{name:24}{t.p50:10.1f} ms [{t.p20:8.1f} {t.p80:8.1f}]{ratio:8.2f} x draft{t.runs:5d} runs"
+                f"{'-' if peak is None else format(peak / 2**20, '.1f'):>10} MiB",
+                flush=True,
             )
-        timed[f"{kind} before"] = lambda c=contrast: before(lm, views, keys, sampling, c)
-    for run in timed.values():
-        run()
-    took = measure.interleave(timed, device=lm.device, seconds=seconds, least=2, most=30, title=title)
-    length_of = len(lm.prompt(QUESTION, views[0]).input_ids)
-    print(f"\n{title}: {len(views)} videos, {answers} answers each, prompt {length_of} tokens, at most {length} a text")
-    table = []
-    for name, t in took.items():
-        ratio = t.p50 / took[name.split()[0] + " draft"].p50
-        peak = measure.peak_bytes(timed[name], lm.device)
-        print(
-            f"{name:24}{t.p50:10.1f} ms [{t.p20:8.1f} {t.p80:8.1f}]{ratio:8.2f} x draft{t.runs:5d} runs"
-            f"{'-' if peak is None else format(peak / 2**20, '.1f'):>10} MiB"
-        )
-        table.append({"case": title, "answers": answers, "what": name, "ratio": ratio, "peak": peak, **asdict(t)})
-    return table
+            yield {"case": title, "answers": answers, "what": name, "ratio": ratio, "peak": peak, **asdict(t)}
 
 
 def main() -> int:
@@ -313,8 +333,9 @@ def main() -> int:
     parser.add_argument(
         "--videos",
         type=Path,
-        help="folder whose first eight videos are shown (scenes of the demo; noise without --model)",
+        help="folder whose first videos are shown (scenes of the demo; noise without --model)",
     )
+    parser.add_argument("--views", type=int, default=8, help="how many videos are shown")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--tokens", type=int, default=48)
@@ -337,25 +358,20 @@ def main() -> int:
         print(f"{key:20} {value}")
     lm = load(ModelConfig(path=args.model, device=args.device)) if args.model else small(96, 128, 3, device)
     ends = lm.base.generation_config.eos_token_id
-    views = scenes(8) if args.model else noise(8, 8, 96)
+    views = scenes(args.views) if args.model else noise(args.views, 8, 96)
     if args.videos:
-        paths = [args.videos / name for name in list_videos(args.videos)[:8]]
+        paths = [args.videos / name for name in list_videos(args.videos)[: args.views]]
         views = [read_frames(p, FrameSampling().times(0.0, probe(p).duration)) for p in paths]
     table: list[dict[str, Any]] = []
 
-    def note(rows: list[dict[str, Any]]) -> None:
-        table.extend(rows)
-        if args.json:
-            args.json.write_text(json.dumps({"machine": where, "rows": table}, indent=1))
+    def note(rows: Iterator[dict[str, Any]]) -> None:
+        for row in rows:
+            table.append(row)
+            if args.json:
+                args.json.write_text(json.dumps({"machine": where, "rows": table}, indent=1))
 
-    disagreed = False
     for rows in args.rows:
-        try:
-            note(stream_table(lm, views, rows, args.tokens, args.seconds))
-        except Disagreement as found:
-            disagreed = True
-            print(f"\n{rows} rows: {found}", flush=True)
-            note([{"rows": rows, "reason": str(found)}])
+        note(stream_table(lm, views, rows, args.tokens, args.seconds))
     lm.base.generation_config.eos_token_id = ends
     for answers in args.answers:
         note(look_table("short", lm, views, answers, args.tokens, args.seconds))
@@ -363,7 +379,7 @@ def main() -> int:
         long = small(336, 512, 3, device)  # 13 frames of 14 x 14 visual tokens
         for answers in (2, 8):
             note(look_table("long", long, noise(1, 13, 336), answers, 100, args.seconds))
-    return int(disagreed)
+    return int(any("disagree" in row.get("reason", "") for row in table))
 
 
 if __name__ == "__main__":
