@@ -106,6 +106,7 @@ def layer_head(layer: nn.Module) -> Head:
                 shifts.append((scaling, b.bias))
     trained = [] if getattr(layer, "merged", False) else [n for n, p in layer.named_parameters() if p.requires_grad]
     known = {id(p) for p in (weight, bias, *(p for _, a, b, _ in lora for p in (a, b)), *(p for _, p in shifts))}
+    known |= {id(p) for p in getattr(active, "token_adapter", nn.Module()).parameters()}  # of which `weight` is made
     if unknown := [name for name in trained if id(layer.get_parameter(name)) not in known]:
         raise ValueError(
             f"the output head trains {', '.join(unknown)}, which the fused loss does not know: it supports the head's own weight "

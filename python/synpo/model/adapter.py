@@ -384,7 +384,7 @@ def load(config: ModelConfig) -> CaptionModel:
 
         with warnings.catch_warnings():  # of a name that transformers renamed under PEFT
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            model = PeftModel.from_pretrained(model, config.adapter)
+            model = PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
     if not quantized:  # else it is on its device already, and 8-bit weights refuse to move
         model = model.to(device)
     return wrap(config, model.eval(), tokenizer, vision)

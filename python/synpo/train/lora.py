@@ -1,11 +1,14 @@
-"""What is trained: LoRA on the language model, its output head if asked, or both of them whole; never anything else."""
+"""What is trained: a new LoRA on the language model, its output head if asked; or both of them whole; or, of a model that comes
+with an adapter, whatever PEFT trains of that adapter (biases, modules saved with it, single tokens), wherever it is."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from synpo.config import Config, ConfigError, LoraSection
@@ -42,7 +45,7 @@ def make_trainable(lm: CaptionModel, config: Config) -> list[str]:
 
 
 def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
-    """Put a fresh, trainable LoRA on `lm.model`, everything else frozen; a model that has one already trains that further.
+    """Put a fresh, trainable LoRA on `lm.model`, everything else frozen; a model that has an adapter already goes on with that.
 
     `section.target_modules` is a regular expression over full module names; only matches inside the language model, and
     its output head, count, so that `.*q_proj` does not reach a vision tower that names its layers the same way.
@@ -51,19 +54,11 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
         Names of the wrapped modules.
 
     Raises:
-        ConfigError: the model's adapter is not LoRA, nothing matches, a match is not a linear layer PEFT can wrap, or it
-            belongs to a vision tower.
+        ConfigError: the model's adapter is not LoRA or not one for every token, nothing matches, a match is not a linear layer
+            PEFT can wrap, or it belongs to a vision tower.
     """
     if isinstance(lm.model, PeftModel):
-        wrapped = [name for name, module in lm.base.named_modules() if hasattr(module, "lora_A")]
-        for name, parameter in lm.model.named_parameters():
-            parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
-        if not wrapped:
-            kind = type(next(iter(lm.model.peft_config.values()))).__name__
-            raise ConfigError(
-                f"model.adapter: an adapter of kind {kind} holds no LoRA, and nothing else is trained here"
-            )
-        return _checked(wrapped, section)
+        return _going_on(lm.model)
     prefix = language_prefix(lm.model)
     head = next(name for name, module in lm.model.named_modules() if module is lm.model.get_output_embeddings())
     target = re.compile(rf"(?={re.escape(prefix)}\.|{re.escape(head)}$)(?:{section.target_modules})")
@@ -74,7 +69,12 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
             f"lora.target_modules: {section.target_modules!r} matches no module of the language model ({prefix}); "
             f"its projections are named like {', '.join(examples[:7]) or 'nothing that ends in _proj'}"
         )
-    _checked(matches, section)
+    outside = [name for name in matches if re.match(NOT_LANGUAGE, name)]
+    if outside:
+        raise ConfigError(
+            f"lora.target_modules: {section.target_modules!r} reaches {outside[0]} and {len(outside) - 1} more modules "
+            "outside the language model; name the language model's layers in the expression"
+        )
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -91,11 +91,35 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
     return matches
 
 
-def _checked(names: list[str], section: LoraSection) -> list[str]:
-    outside = [name for name in names if re.match(NOT_LANGUAGE, name)]
-    if outside:
+def _going_on(model: Any) -> list[str]:
+    """Names of the modules with LoRA in a PEFT model. What PEFT trains of it requires gradients already, unless it was loaded to
+    be used (`is_trainable` False): then it does from now on."""
+    wrapped = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    if not wrapped:
+        kind = type(next(iter(model.peft_config.values()))).__name__
+        raise ConfigError(f"model.adapter: an adapter of kind {kind} holds no LoRA, and nothing else is trained here")
+    if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
         raise ConfigError(
-            f"lora.target_modules: {section.target_modules!r} reaches {outside[0]} and {len(outside) - 1} more modules "
-            "outside the language model; name the language model's layers in the expression"
+            "model.adapter: an activated LoRA (alora_invocation_tokens) acts on what follows certain tokens alone, which is not "
+            "supported here; take an adapter without them"
         )
-    return names
+    if not any(parameter.requires_grad for parameter in adapters_own(model)):
+        tuner = model.base_model
+        tuner.set_adapter(tuner.active_adapters)
+        tuner._mark_only_adapters_as_trainable(tuner.model)
+    return wrapped
+
+
+def adapters_own(model: Any) -> Iterator[Any]:
+    """The parameters that PEFT has given to layers of a model: those of LoRA, trained copies of modules, single tokens."""
+    for layer in model.modules():
+        for name in (*getattr(layer, "adapter_layer_names", ()), *getattr(layer, "other_param_names", ())):
+            if isinstance(held := getattr(layer, name, None), torch.nn.Module):
+                yield from held.parameters()
+
+
+def base_is_kept(model: Any) -> bool:
+    """Whether `model` with its adapter off is the one under it: it has one, and that trains no biases, which have no copy."""
+    return hasattr(model, "disable_adapter") and all(
+        getattr(config, "bias", "none") == "none" for config in model.peft_config.values()
+    )

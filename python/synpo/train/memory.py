@@ -16,7 +16,8 @@ The model is built on torch's meta device, where tensors have shapes and dtypes 
                   probabilities of the pairs that are taken together. Naive, for comparison: rows · length · V ·
                   (itemsize + 4 + 4), the logits, their log-softmax in fp32 and its gradient
     vision        the frozen tower's widest layer over the frames of the micro-batch, without gradients: gone when the decoder
-                  starts, so the larger of it and of activations + backward + loss counts
+                  starts, so the larger of it and of activations + backward + loss counts. A tower in which something is
+                  trained (an adapter's biases, say) counts with all its layers, as activations that stay
 
 What differs between devices is stated here, not guessed from the meta device: attention keeps q, k, v, its output, one fp32
 number a query and head, and a mask in the dtype of q where there is one (the fused kernels of `scaled_dot_product_attention`);
@@ -273,6 +274,10 @@ class MemoryModel:
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device, self.autocast = device, autocast
         trained = [p for p in model.parameters() if p.requires_grad]
+        language = {
+            id(p) for part in (self.base.get_decoder(), self.base.get_output_embeddings()) for p in part.parameters()
+        }
+        self.trains_vision = any(id(p) not in language for p in trained)
         self.weights = weight_bytes(model, quantization)
         self.trained = _nbytes(trained) + state_bytes(optimizer, trained)
         self._saved: dict[tuple[Lengths, str], tuple[Saved, Saved]] = {}
@@ -297,13 +302,14 @@ class MemoryModel:
         vocabulary, hidden = head.shape
         intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
         n = batch.completion
+        tower, depth = self._vision(batch.pairs * batch.lengths.visual)
         return Memory(
             weights=self.weights,
             trained=self.trained,
-            activations=self.saved(batch, checkpointing),
+            activations=self.saved(batch, checkpointing) + (tower * depth if self.trains_vision else 0),
             backward=batch.tokens * (intermediate + 4 * hidden) * size,
             loss=n * hidden * (2 * size + 4) + self._logits(n),
-            vision=self._vision(batch.pairs * batch.lengths.visual),
+            vision=tower,
             naive_loss=batch.tokens * vocabulary * (size + 4 + 4),
         )
 
@@ -325,18 +331,20 @@ class MemoryModel:
         rounded = whole if dtype.itemsize < 4 else 0
         return copy + max(4 * head.numel() + max(pairs, rounded), 2 * whole + widened)
 
-    def _vision(self, visual: int) -> int:
-        """One layer of the tower over four patches a visual token (2 × 2 are merged), its pixels in fp32, the features."""
+    def _vision(self, visual: int) -> tuple[int, int]:
+        """One layer of the tower over four patches a visual token (2 × 2 are merged), its pixels in fp32, the features; and how
+        many layers there are."""
         vision = getattr(self.base.config, "vision_config", None)
         if vision is None or not visual:
-            return 0
+            return 0, 0
         width = getattr(vision, "hidden_size", None) or vision.embed_dim
         intermediate = getattr(vision, "intermediate_size", None) or 4 * width
         size = self.base.get_input_embeddings().weight.itemsize
         patch = vision.patch_size  # InternVL writes height and width
         pixels = 3 * (math.prod(patch) if isinstance(patch, list | tuple) else patch**2) * 4
         features = self.base.config.get_text_config().hidden_size
-        return 4 * visual * ((intermediate + 4 * width) * size + pixels) + visual * features * size
+        depth = getattr(vision, "num_hidden_layers", None) or vision.depth
+        return 4 * visual * ((intermediate + 4 * width) * size + pixels) + visual * features * size, depth
 
 
 def _nbytes(tensors: list[Tensor]) -> int:

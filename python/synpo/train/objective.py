@@ -29,6 +29,7 @@ from synpo.config import ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.model.adapter import CaptionModel, evaluating
 from synpo.model.packing import packed_inputs
+from synpo.train.lora import base_is_kept
 from synpo.train.reference import ReferenceStore, kind_of
 from synpo_kernels import (
     OBJECTIVES,
@@ -120,8 +121,7 @@ class PairObjective:
         self.objective = OBJECTIVES[loss_type]
         self.references: ReferenceStore | None = None
         self.autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-        adapter = hasattr(lm.model, "disable_adapter")
-        self.reference = kind_of(reference, adapter) if self.objective.needs_reference else ""
+        self.reference = kind_of(reference, base_is_kept(lm.model)) if self.objective.needs_reference else ""
 
     def __call__(self, model: Any, batch: PairBatch) -> Outcome:
         """Loss and statistics of `batch`; `model` is `lm.model` as its trainer wrapped it."""

@@ -36,7 +36,7 @@ from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.lora_linear import fuse
 from synpo.model.vision import vision_for
 from synpo.train.choices import half, in_words, settle
-from synpo.train.lora import make_trainable
+from synpo.train.lora import base_is_kept, make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
 from synpo.train.reference import kind_of
 from synpo.train.run import settings
@@ -114,7 +114,9 @@ def skeleton(config: ModelConfig) -> CaptionModel:
                 trust_remote_code=config.trust_remote_code,
             )
             if config.adapter:
-                model = get_peft_model(model, PeftConfig.from_pretrained(config.adapter))
+                adapter = PeftConfig.from_pretrained(config.adapter)
+                adapter.inference_mode = False
+                model = get_peft_model(model, adapter)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"model {config.path} cannot be planned with: {error}") from error
     base = model.get_base_model() if config.adapter else model
@@ -223,7 +225,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         },
         longest={"id": dataset.pairs[at].id, "video": dataset.pairs[at].video, **asdict(used[at])},
         steps=args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs),
-        reference=_reference(args, config, len(loaded) - len(dataset.dropped)),
+        reference=_reference(args, lm.model, len(loaded) - len(dataset.dropped)),
         answers=lm.chat.describe(),
         parameters=sum(p.numel() for p in lm.model.parameters()),
         trained=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
@@ -242,11 +244,11 @@ def batches_of(tokens: Sequence[int], budget: int) -> int:
         raise ConfigError(f"train.tokens_per_batch: {error}; raise it, or lower train.max_length") from error
 
 
-def _reference(args: SynPOConfig, config: Config, pairs: int) -> str:
+def _reference(args: SynPOConfig, model: Any, pairs: int) -> str:
     """What the objective compares with, in words; empty where it has no reference."""
     if not OBJECTIVES[args.loss_type].needs_reference:
         return ""
-    kind = kind_of(args.reference, adapter=config.lora is not None)
+    kind = kind_of(args.reference, base_is_kept(model))
     if kind == "base" and not args.precompute_reference:
         return "the model with its adapter off, run again in every step (train.precompute_reference = true: once)"
     what = "the model with its adapter off" if kind == "base" else "the model as it is before the first step"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,25 +31,26 @@ from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.model.gather import is_partitioned
 from synpo.records import RecordStore, read_records, record_id
+from synpo.train.lora import adapters_own
 from synpo_kernels import SequenceStats
 
 STATISTICS = tuple(field.name for field in fields(SequenceStats))
 KINDS = ("auto", "base", "start")
 
 
-def kind_of(name: str, adapter: bool) -> str:
-    """base or start, for `train.reference` and a model with an adapter or without; auto is base where there is an adapter.
+def kind_of(name: str, base: bool) -> str:
+    """base or start, for `train.reference` and a model under whose adapter its base is kept or not; auto is base where it is.
 
-    Raises ConfigError for an unknown name, and for base without an adapter.
+    Raises ConfigError for an unknown name, and for a base that is not kept.
     """
     if name not in KINDS:
         raise ConfigError(f"train.reference: unknown reference {name!r}; {suggest(name, KINDS)}")
-    if name == "base" and not adapter:
+    if name == "base" and not base:
         raise ConfigError(
-            "train.reference: base is the model with its adapter off, and this model has no adapter; set start (the model as "
-            "it is before the first step), or train with LoRA"
+            "train.reference: base is the model with its adapter off; of biases that an adapter trains no copy is kept, or this "
+            "model has no adapter; set start (the model as it is before the first step), or train with LoRA"
         )
-    return name if name != "auto" else "base" if adapter else "start"
+    return name if name != "auto" else "base" if base else "start"
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,10 @@ class ReferenceStore:
 def fingerprint(lm: CaptionModel, adapters: bool = False) -> str:
     """Hash of the weights, bit by bit, without those of adapters unless asked: of names, dtypes, shapes and content."""
     digest = hashlib.sha256()
+    own = {id(parameter) for parameter in adapters_own(lm.base)}
     for name, parameter in lm.base.named_parameters():
-        if adapters or ("lora_" not in name and "modules_to_save" not in name):
-            name = name.replace(".base_layer", "").replace(".original_module", "")
+        if adapters or id(parameter) not in own:
+            name = re.sub(r"\.(base_layer|original_module|token_adapter)\b", "", name)
             digest.update(f"{name} {parameter.dtype} {checksum({'': parameter})}".encode())
     return digest.hexdigest()
 

@@ -173,7 +173,7 @@ class SynPOConfig(TrainingArguments):
         parameters_of(self.loss_type, self.loss_parameters)
         if self.guard not in MODES:
             raise ConfigError(f"train.guard: expected {', '.join(MODES)}, got {self.guard!r}")
-        kind_of(self.reference, adapter=True)
+        kind_of(self.reference, base=True)
         check_reporters(self.report_to)
         check_optimizer(str(getattr(self.optim, "value", self.optim)))
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
