@@ -19,13 +19,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from synpo.config import ConfigError
 from synpo.data.features import VisionCache
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.model.chat import conversation
 from synpo.model.vision import Vision
+from synpo.progress import Bar
 from synpo.records import Pair, record_id
 from synpo.video import FrameSampling, VideoError, VideoInfo, probe, read_frames, resolve_video
 
@@ -240,7 +240,7 @@ class PairDataset(Dataset[EncodedPair]):
         self._cache: dict[int, EncodedPair] = {}
         room = cache_bytes
         seen: set[str] = set()
-        for pair in tqdm(pairs, desc="reading pairs", unit="pair", disable=not progress):
+        for pair in Bar(pairs, desc="reading pairs", unit="pair", disable=not progress):
             try:
                 if pair.id in seen:
                     raise PairError(pair.id, "id twice", "an earlier pair has the same id")

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from synpo.demo.language import VOCABULARY, describe, distort
@@ -39,6 +38,7 @@ from synpo.model.tiny import save, tiny_captioner, word_tokenizer
 from synpo.model.vision import OneVision, Vision
 from synpo.pipeline.clips import clip_count
 from synpo.pipeline.retrospect import retrospective_prompt
+from synpo.progress import Bar
 from synpo.records import atomic_path, record_id
 from synpo.video import FrameSampling, amateur_frames, read_frames
 
@@ -110,7 +110,7 @@ def decode_views(scenes: Sequence[Scene], videos: Path, side: int, sampling: Fra
             return images.round().byte()[[every.index(t) for row in times for t in row]]
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = tqdm(pool.map(decode, scenes, wanted), total=len(scenes), desc="decoding", unit="video")
+            decoded = Bar(pool.map(decode, scenes, wanted), total=len(scenes), desc="decoding", unit="video")
             frames = {scene.id: images for scene, images in zip(scenes, decoded)}
         with atomic_path(kept) as temporary:
             save_file(frames, temporary)
@@ -190,7 +190,7 @@ def learn_to_see(lm: CaptionModel, views: Sequence[View], settings: CaptionerCon
     probe = nn.Linear(settings.text_width, 3 + sum(sizes)).to(lm.device)  # is something there, where, what
     parameters = [*core.vision_tower.parameters(), *core.multi_modal_projector.parameters(), *probe.parameters()]
     optimizer, schedule = _schedule(parameters, settings.sight_rate, settings.sight_steps)
-    bar = tqdm(range(settings.sight_steps), desc="learning to see", unit="step")
+    bar = Bar(range(settings.sight_steps), desc="learning to see", unit="step")
     for _ in bar:
         rows = torch.randint(len(pixels), (settings.sight_batch,))
         kind, place = (t[rows].flatten(0, 1).to(lm.device) for t in (kinds, places))  # (rows · G · G, ·)
@@ -228,7 +228,7 @@ def look(lm: CaptionModel, views: Sequence[Sequence[View]]) -> Sights:
     side = math.isqrt(_seer(lm).per_frame)
     flat = [v for row in views for view in row for v in (view, amateur_of(view))]
     visions: list[Vision] = []
-    for start in tqdm(range(0, len(flat), 64), desc="looking", unit="batch"):
+    for start in Bar(range(0, len(flat), 64), desc="looking", unit="batch"):
         visions += lm.encode_vision([lm.prompt("", v.frames).vision for v in flat[start : start + 64]])
     motions = (
         F.pad(cells_of(v, side).kind[..., 3].flatten(), (0, 1), value=-100) for v in flat
@@ -290,7 +290,7 @@ def learn_to_say(lm: CaptionModel, sights: Sights, prompt: str, settings: Captio
         batches_of(lambda c=c: draw_lesson(lm, sights, prompt, settings, rng, c), settings.speech_batch, rng)  # type: ignore[misc]
         for c in (True, False)
     )
-    bar = tqdm(range(settings.speech_steps), desc="learning to say", unit="step")
+    bar = Bar(range(settings.speech_steps), desc="learning to say", unit="step")
     for step in bar:
         questions, answers, shown = zip(*next(clean if step < settings.clean_share * settings.speech_steps else web))
         ids, mask = pad_rows([torch.cat(qa) for qa in zip(questions, answers)], lm.pad_token_id)

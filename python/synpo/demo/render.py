@@ -15,9 +15,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-from tqdm import tqdm
 
 from synpo.demo.world import FPS, Body, Scene, path_of
+from synpo.progress import Bar
 from synpo.records import atomic_path
 
 SIDE = 96
@@ -121,5 +121,5 @@ def render_all(scenes: Iterable[Scene], folder: str | os.PathLike[str], processe
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes or len(os.sched_getaffinity(0)), mp_context=context) as pool:
         done = pool.map(_render_one, jobs, chunksize=8)
-        for _ in tqdm(done, total=len(jobs), desc="rendering", unit="video"):
+        for _ in Bar(done, total=len(jobs), desc="rendering", unit="video"):
             pass

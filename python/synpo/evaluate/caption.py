@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from synpo import terminal
 from synpo.config import Config, ConfigError
 from synpo.evaluate.benchmarks import match_videos, read_references
@@ -27,6 +25,7 @@ from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.decode import generate
+from synpo.progress import Bar
 from synpo.records import Kept, RecordStore, record_id, write_json, write_jsonl
 from synpo.report.frames import strip
 from synpo.report.table import print_table
@@ -78,7 +77,7 @@ def caption_videos(
             captions[video] = records[key].caption
         else:
             waiting.append((key, video))
-    with tqdm(total=len(videos), initial=len(captions), desc="captions", unit="video") as bar:
+    with Bar(total=len(videos), initial=len(captions), desc="captions", unit="video") as bar:
         for first in range(0, len(waiting), config.eval.batch_size):
             keys, names, prompts = [], [], []
             for key, video in waiting[first : first + config.eval.batch_size]:

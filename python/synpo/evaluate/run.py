@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from synpo.evaluate.bootstrap import Difference, Interval
 from synpo.evaluate.facts import fact_scores
 from synpo.evaluate.metrics import caption_metrics
 from synpo.evaluate.scores import Scores, count, some
+from synpo.progress import Bar
 from synpo.records import read_jsonl
 from synpo.report.table import Chart, Table
 
@@ -196,7 +196,7 @@ def evaluate(
     scores: dict[str, Scores] = {}
     counts: dict[str, dict[str, int]] = {}
     intervals: dict[str, dict[str, Interval | None]] = {}
-    for system, captions in tqdm(captions_by_system.items(), desc="scoring", unit="system", disable=not progress):
+    for system, captions in Bar(captions_by_system.items(), desc="scoring", unit="system", disable=not progress):
         try:
             scores[system], counts[system] = _score(captions, references, facts, meteor)
         except ValueError as error:

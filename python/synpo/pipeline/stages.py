@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from synpo.config import Config, ConfigError
 from synpo.model.adapter import CaptionModel, load
@@ -29,6 +28,7 @@ from synpo.pipeline.clips import frames_between, split_video
 from synpo.pipeline.engine import Engine, free_memory, make_engine
 from synpo.pipeline.judge.base import Failure, Judge, JudgeError, Task, Verdict
 from synpo.pipeline.judge.parallel import judged
+from synpo.progress import Bar
 from synpo.records import Caption, Clip, RecordStore, Score, record_id, write_jsonl
 from synpo.video import VideoError, video_size
 
@@ -100,9 +100,9 @@ class Run:
         self.cut += sum(not d.finished for d in descriptions)
 
     @contextlib.contextmanager
-    def progress(self, stage: str, total: int, unit: str) -> Iterator[tqdm]:
+    def progress(self, stage: str, total: int, unit: str) -> Iterator[Bar]:
         start = time.perf_counter()
-        with tqdm(total=total, desc=stage, unit=unit) as bar:
+        with Bar(total=total, desc=stage, unit=unit) as bar:
             yield bar
         self.seconds[stage] = time.perf_counter() - start
 

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from synpo.config import ConfigError, suggest
 from synpo.data.features import checksum
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.model.gather import is_partitioned
+from synpo.progress import Bar
 from synpo.records import RecordStore, read_records, record_id
 from synpo.train.lora import adapters_own
 from synpo_kernels import SequenceStats
@@ -100,7 +100,7 @@ class ReferenceStore:
         due: list[EncodedPair] = []
         missing: list[str] = []
         keys: dict[str, str] = {}
-        for index, pair in enumerate(tqdm(pairs, desc="reference", unit="pair", disable=not progress)):
+        for index, pair in enumerate(Bar(pairs, desc="reference", unit="pair", disable=not progress)):
             key, earlier = self._key(pair), keys.get(pair.id)
             if earlier not in (None, key):
                 raise ValueError(

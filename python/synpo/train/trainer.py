@@ -39,6 +39,7 @@ from synpo.model.gather import is_partitioned
 from synpo.model.lora_linear import fuse
 from synpo.records import atomic_path, read_jsonl
 from synpo.setting import Range, above, at_least, check, setting
+from synpo.train.bar import TrainingBar
 from synpo.train.checkpoint import last_checkpoint, writing
 from synpo.train.choices import OPEN, half, multiply_with_tf32, settle
 from synpo.train.guard import MODES
@@ -46,6 +47,7 @@ from synpo.train.objective import Outcome, PairObjective, parameters_of
 from synpo.train.optimizers import check_optimizer
 from synpo.train.reference import kind_of, precompute
 from synpo.train.repetition import repetition
+from synpo.train.saving import Saver
 from synpo.train.sharing import collator_for
 
 LOG_NAME = "train_log.jsonl"
@@ -161,6 +163,11 @@ class SynPOConfig(TrainingArguments):
 
     logging_steps: float = setting(1, "Steps from one line of the log to the next; below 1 their share.", above(0))
     save_strategy: str = setting("epoch", "When to write a checkpoint: epoch, steps, best or no.")
+    save_minutes: float | None = setting(
+        2.0,
+        "And when the last one is so old, later where writing would take more than a twentieth of the time; null: never so.",
+        above(0),
+    )
     save_total_limit: int | None = setting(2, "Checkpoints kept, the newest; null: all.", at_least(1))
     report_to: str | list[str] | None = setting("none", "tensorboard, wandb or trackio, which must be installed.")
     use_cache: bool = True  # the loss asks for none itself; the model stays ready to generate
@@ -294,7 +301,9 @@ class SynPOTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(_Progress)
+            self.add_callback(TrainingBar)
+        self.saver = Saver(args.save_minutes, args.world_size)
+        self.add_callback(self.saver)
         self.add_callback(JsonLog(Path(str(args.output_dir)) / LOG_NAME))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -454,7 +463,7 @@ class SynPOTrainer(Trainer):
             super()._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+        with self.saver.writing(), writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -561,15 +570,3 @@ class JsonLog(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-class _Progress(ProgressCallback):
-    """The Trainer's bar with the figures that matter behind it, instead of a dictionary a step above it."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is None or not logs:
-            return
-        shown = {"loss": "loss", "synpo/chosen_prob": "P+", "synpo/rejected_prob": "P-", "eval_loss": "eval"}
-        values = {short: f"{logs[name]:.3g}" for name, short in shown.items() if name in logs}
-        if values:
-            self.training_bar.set_postfix(values)
