@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .head import Head, layer_head, whole
+from .head import Head, layer_head
 
 WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # under torch.compile; DDP, DeepSpeed; FSDP1
 
@@ -146,6 +146,11 @@ def _run(model: Any, function: Callable[[Tensor, nn.Module], Tensor], inputs: di
     logits: list[Tensor] = []
 
     def shorten(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if arguments[0].dim() != 3:
+            raise ValueError(
+                f"{type(base).__name__} gives its output head states of shape {tuple(arguments[0].shape)}, expected (B, L, D): "
+                "the fused loss does not know what they are"
+            )
         entered.append(arguments[0])
         return (arguments[0][:1, :1], *arguments[1:])
 
@@ -165,7 +170,7 @@ def _run(model: Any, function: Callable[[Tensor, nn.Module], Tensor], inputs: di
 
     def hand_out(base: Any, arguments: tuple[Any, ...], output: Any) -> Any:
         if look is not None:
-            look.at_logits(output.logits)
+            look.at_logits(type(base).__name__, output.logits)
         output.logits = results[-1]
         return output
 
@@ -191,6 +196,24 @@ def _run(model: Any, function: Callable[[Tensor, nn.Module], Tensor], inputs: di
     return output.logits.view(results[0].shape)
 
 
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+"""How far logits of a dtype may be from ours, in norm and relative; a single one four times as far, beside their size."""
+
+
+def check_logits(logits: Tensor, expected: Tensor, what: str) -> None:
+    """Raise ValueError, beginning with `what`, where a model's logits (…, V) are not ours up to rounding in their dtype."""
+    found, ours = logits.double(), expected.double()
+    error, size = (found - ours).abs(), ours.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    relative = error.square().mean().sqrt() / size
+    rounding = ROUNDING[logits.dtype]
+    if not (relative <= rounding and (error / (ours.abs() + size)).max() <= 4 * rounding):
+        raise ValueError(
+            f"{what}: they differ by up to {error.max():.3g} where they are of size {size:.3g}, {relative:.2g} of it on the "
+            f"whole ({str(logits.dtype).removeprefix('torch.')} explains {rounding:.2g}). The fused loss supports a linear head "
+            "with a bias and LoRA, a scale and a soft cap"
+        )
+
+
 class _Look:
     """What a model's first forward pass tells about its head. Raises ValueError where the fused loss would be another's."""
 
@@ -200,15 +223,11 @@ class _Look:
     def at_head(self, layer: Any, hidden: Tensor, logits: Tensor) -> None:
         """Compare the logits (1, 1, V) of one state (1, 1, D) with ours, up to rounding in their dtype."""
         if not any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in layer.modules()):
-            head = layer_head(layer)
-            expected = head.logits(hidden)
-            size = hidden.float().norm() * whole(head.weight).float().norm(dim=1) + expected.abs()
-            error = (logits - expected).abs() / size.clamp(min=torch.finfo(torch.float32).tiny)
-            if not error.max() <= 4 * torch.finfo(logits.dtype).eps:
-                raise ValueError(
-                    f"the output head, a {type(layer).__name__}, gives other logits than its weight, bias and LoRA (by "
-                    f"{(logits - expected).abs().max():.3g}); the fused loss supports linear heads"
-                )
+            check_logits(
+                logits,
+                layer_head(layer).logits(hidden),
+                f"the output head, a {type(layer).__name__}, gives other logits than its weight, bias and LoRA",
+            )
         count = logits.shape[-1]
         sizes = torch.logspace(-3, 6, count, dtype=torch.float32, device=logits.device)
         signs = 1.0 - 2.0 * (torch.arange(count, device=logits.device) % 2)
@@ -220,7 +239,12 @@ class _Look:
                 "a forward hook on the output head changes its logits: remove it, the fused loss does not know it"
             )
 
-    def at_logits(self, logits: Tensor) -> None:
+    def at_logits(self, name: str, logits: Tensor) -> None:
+        if logits.shape != self.asked.shape:
+            raise ValueError(
+                f"{name} makes logits of shape {tuple(logits.shape)} of those of shape {tuple(self.asked.shape)} that its output "
+                "head gives: the fused loss knows a scale and a soft cap alone"
+            )
         self.answered = logits.detach()
 
     def transform(self, name: str) -> tuple[float | None, float]:

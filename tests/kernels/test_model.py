@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,89 @@ def test_heads_that_the_loss_would_get_wrong_are_refused(change: Any, message: s
     with pytest.raises(ValueError, match=message):
         hidden_states_and_head(changed if isinstance(changed, nn.Module) else model, input_ids=IDS)
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.99
+
+
+class Capped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 20 * torch.tanh(super().forward(x) / 20)
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.zeros(V, dtype=x.dtype).index_fill(0, torch.tensor(7), 1.0)
+
+
+UNKNOWN: dict[str, Any] = {  # logits and all hidden states → logits, or a layer
+    "a bias for all": lambda z, h: z + 0.1 * torch.arange(V) / V,
+    "a bias for one": lambda z, h: z + torch.zeros(V).index_fill(0, torch.tensor(7), 0.01),
+    "another cap": lambda z, h: z / (1 + z.abs() / 30),
+    "a limit": lambda z, h: z.clamp(-30, 30),
+    "a temperature a token": lambda z, h: z * torch.linspace(0.99, 1.0, V),
+    "a gate": lambda z, h: z * (1 + 0.01 * h[..., :1].sigmoid()),
+    "a second head": lambda z, h: z + 0.01 * (h @ torch.ones(32, V).to(h)),
+    "columns left out": lambda z, h: z[..., :100],
+    "a scale in the head": Scaled,
+    "a cap in the head": Capped,
+    "a bias in the head": Shifted,
+}
+KNOWN: dict[str, Any] = {
+    "a cap": lambda z, h: 30 * torch.tanh(z / 30),
+    "a scale": lambda z, h: 0.99 * z,
+    "a divisor": lambda z, h: z / 13.0,
+    "a scale, then a cap": lambda z, h: torch.tanh(0.7 * z.float() / 20) * 20,
+    "a scale that is a parameter": lambda z, h: z * torch.tensor(0.37, dtype=h.dtype),
+    "float32": lambda z, h: z.float(),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def with_logits(change: Any, dtype: torch.dtype) -> Any:
+    """A model that does `change` to its logits under no name, or has it as the class of its head."""
+    model = model_of("plain", tie_word_embeddings=False)
+    if isinstance(change, type):
+        model.lm_head.__class__ = change
+        return model.to(dtype)
+
+    class Changed(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            states = self.model(*args, **kwargs).last_hidden_state
+            return transformers.modeling_outputs.CausalLMOutput(logits=change(self.lm_head(states), states))
+
+    model.__class__ = Changed
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("change", UNKNOWN)
+def test_what_else_is_done_to_logits_is_refused(change: str, dtype: torch.dtype) -> None:
+    with pytest.raises(
+        ValueError, match=r"(does something to the logits|makes logits of shape|gives other logits than)"
+    ):
+        hidden_states_and_head(with_logits(UNKNOWN[change], dtype), input_ids=IDS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("change", KNOWN)
+def test_caps_and_scales_under_any_name_are_right(change: str, dtype: torch.dtype) -> None:
+    model = with_logits(KNOWN[change], dtype)
+    hidden, head = hidden_states_and_head(model, input_ids=IDS)
+    exact = replace(head, weight=head.weight.double()).logits(hidden.double())
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(model(input_ids=IDS).logits.double(), exact, rtol=rounding, atol=rounding)
+
+
+def test_states_that_are_no_batch_of_sequences_are_refused() -> None:
+    model = with_logits(lambda z, h: z, torch.float32)
+    model.model.register_forward_hook(lambda m, a, out: setattr(out, "last_hidden_state", out.last_hidden_state[None]))
+    with pytest.raises(
+        ValueError, match=r"gives its output head states of shape \(1, 4, 6, 32\), expected \(B, L, D\)"
+    ):
+        hidden_states_and_head(model, input_ids=IDS)
 
 
 def test_what_is_no_model_with_a_head_is_named() -> None:

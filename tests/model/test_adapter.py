@@ -251,6 +251,28 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
         lm.head()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_models_own_logits_are_compared_on_a_few_rows(dtype: torch.dtype) -> None:
+    """A model whose logits hang on something else than the state at their place."""
+    lm = text_model("llama")
+    lm.model.to(dtype)
+    head = lm.model.lm_head
+    forward = type(lm.model).forward
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if output.logits.shape[1] > 1:
+            output.logits = output.logits.roll(1, dims=1) * 0.1 + output.logits * 0.9
+        return output
+
+    lm.model.__class__ = type("Mixed", (type(lm.model),), {"forward": changed})
+    with pytest.raises(ValueError, match=r"the logits of Mixed are not those of its output head: they differ by up to"):
+        lm.head()
+    lm = text_model("llama")
+    lm.model.to(dtype)
+    assert lm.head().weight.dtype == head.weight.dtype == dtype
+
+
 def test_hidden_states_never_build_the_logits_and_leave_no_hook() -> None:
     lm = text_model("llama")
     shapes = []

@@ -30,7 +30,7 @@ from synpo.model.chat import Chat, Message, conversation, read_template
 from synpo.model.gather import gathering
 from synpo.model.vision import OneVision, Processor, Vision, processor_template, sequential_positions, vision_for
 from synpo_kernels import Head, hidden_states_and_head
-from synpo_kernels.model import base_of, head_of
+from synpo_kernels.model import base_of, check_logits, head_of
 from synpo_kernels.ops.parallel import gathered
 
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index", "video_token_index")
@@ -237,12 +237,17 @@ class CaptionModel:
         return hidden_states_and_head(self.model, **inputs)[0]
 
     def _look(self) -> None:
-        """Run the model on a few words, so that it is known what it does to its logits."""
+        """Run the model on a few words, so that it is known what it does to its logits, and see whether they are then ours."""
         shown = self.placeholder_ids
-        plain = [token for token in range(4 + len(shown)) if token not in shown]
-        ids = torch.tensor([plain[:4]], device=self.device)
+        plain = [token for token in range(8 + len(shown)) if token not in shown]
+        ids = torch.tensor([plain[:4], plain[4:8]], device=self.device)
+        inputs = self.forward_kwargs(ids, torch.ones_like(ids), [{}, {}])
         with torch.no_grad(), evaluating(self.model), gathering(self.model):
-            hidden_states_and_head(self.model, **self.forward_kwargs(ids, torch.ones_like(ids), [{}]))
+            hidden, head = hidden_states_and_head(self.model, **inputs)
+            logits = self.model(**inputs, use_cache=False).logits
+            with gathered(head.weight, head.bias):
+                what = f"the logits of {type(self.base).__name__} are not those of its output head"
+                check_logits(logits, head.logits(hidden), what)
 
 
 def _device(name: str) -> torch.device:
