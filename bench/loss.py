@@ -265,7 +265,8 @@ def run(
             continue
         seconds = 0.5 * left / (len(todo) - done)  # the other half is for warming up, the gate and memory
         try:
-            found = bench.measure(cases.make(case, bench.device), head, turns, seconds, begun + 0.5 * left)
+            until = begun + 0.5 * left if turns == "peers" else math.inf
+            found = bench.measure(cases.make(case, bench.device), head, turns, seconds, until)
         except Abort as lost:
             aborted = str(lost)
             left_out += [f"{case.name}, {head} head, {turns}: {aborted}" for case, head, turns in todo[done:]]

@@ -1,8 +1,9 @@
-"""Every Triton kernel once on small, odd shapes and checked against float64: what compute-sanitizer watches.
+"""Every path of every backend once on small, odd shapes, checked against float64: a smoke test; compute-sanitizer watches it.
 
-    compute-sanitizer --tool memcheck python -m bench.sanitize
+    python -m bench.sanitize [--device cuda] [--backends triton chunked] [--jobs 8] [--seconds 45]
+    compute-sanitizer --tool memcheck python -m bench.sanitize --backends triton
 
-Exits with 1 where a result is wrong; what no longer fits into --seconds is counted as left out. Needs a CUDA device.
+Exits with 1 where a result is wrong; what no longer fits into --seconds is counted as left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -25,6 +26,7 @@ os.environ.setdefault(
 import torch
 
 from synpo_kernels import contrastive_sample, linear_logprobs, synpo_pairs
+from synpo_kernels.backends import choice
 from synpo_kernels.reference import naive_logprobs
 
 # N, V, D: ragged in every tile; rows of 72 are read through descriptors where there are any, of 71 through pointers
@@ -32,98 +34,111 @@ SHAPES = ((5, 37, 72), (130, 1000, 72), (70, 300, 71))
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
-def check(shape: tuple[int, int, int], dtype: torch.dtype, trained: bool, softcap: float | None, hard: bool) -> float:
+def check(
+    device: str,
+    backend: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    trained: bool,
+    softcap: float | None,
+    hard: bool,
+) -> float:
     """Largest relative error among log-probabilities and gradients, over its tolerance; `hard` makes rows overflow."""
     rows, vocab, width = shape
-    generator = torch.Generator("cuda").manual_seed(rows + vocab)
-    x = torch.randn(rows, width, generator=generator, device="cuda").mul_(60.0 if hard else 3.0).to(dtype)
-    w = torch.randn(vocab, width, generator=generator, device="cuda").mul_(width**-0.5).to(dtype)
-    b = torch.randn(vocab, generator=generator, device="cuda").to(dtype) if softcap else None
-    y = torch.randint(vocab, (rows,), generator=generator, device="cuda")
+    generator = torch.Generator(device).manual_seed(rows + vocab)
+    x = torch.randn(rows, width, generator=generator, device=device).mul_(60.0 if hard else 3.0).to(dtype)
+    w = torch.randn(vocab, width, generator=generator, device=device).mul_(width**-0.5).to(dtype)
+    b = torch.randn(vocab, generator=generator, device=device).to(dtype) if softcap else None
+    y = torch.randint(vocab, (rows,), generator=generator, device=device)
     y[::7] = -100
-    g = torch.randn(rows, generator=generator, device="cuda")
+    g = torch.randn(rows, generator=generator, device=device)
     results: list[list[torch.Tensor]] = []
-    for compute, kind in ((linear_logprobs, dtype), (naive_logprobs, torch.float64)):
+    for compute, kind in ((partial(linear_logprobs, backend=backend), dtype), (naive_logprobs, torch.float64)):
         hidden, weight = x.to(kind).requires_grad_(), w.to(kind).requires_grad_(trained)
         logps = compute(hidden, weight, y, bias=None if b is None else b.to(kind), softcap=softcap)
         wanted = [hidden, weight] if trained else [hidden]
         results.append([logps.detach(), *torch.autograd.grad(logps, wanted, g.to(logps.dtype))])
-    torch.cuda.synchronize()
     errors = [float((a.double() - e).norm() / e.norm().clamp(min=1e-30)) for a, e in zip(*results)]
     return max(error if error == error else float("inf") for error in errors) / TOLERANCE[dtype]
 
 
-def check_pairs(packed: bool) -> float:
-    """Relative error of the SynPO coefficients from the two small kernels, over a tolerance of 1e-5."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    logps = -torch.rand(6, 1500, generator=generator, device="cuda")
-    labels = torch.randint(-1, 3, logps.shape, generator=generator, device="cuda") * 100
+def check_pairs(device: str, backend: str, packed: bool) -> float:
+    """Relative error of the SynPO coefficients from the small kernels, over a tolerance of 1e-5."""
+    generator = torch.Generator(device).manual_seed(0)
+    logps = -torch.rand(6, 1500, generator=generator, device=device)
+    labels = torch.randint(-1, 3, logps.shape, generator=generator, device=device) * 100
     bounds = None
     if packed:
         logps, labels = logps.flatten(), labels.flatten()
-        bounds = torch.tensor([0, 7, 7, 3000, 3001, 8000, 9000], device="cuda")
-    found, g = synpo_pairs(logps, labels, bounds)
+        bounds = torch.tensor([0, 7, 7, 3000, 3001, 8000, 9000], device=device)
+    found, g = synpo_pairs(logps, labels, bounds, backend=backend)
     expected, exact = synpo_pairs(logps.double(), labels, bounds, backend="chunked")
     errors = ((g - exact).norm() / exact.norm(), (found.loss - expected.loss).abs() / expected.loss.abs())
     return max(float(error) for error in errors) / 1e-5
 
 
-def check_draw(vocab: int, top_k: int, plausibility: float) -> float:
-    """0 where the kernels of contrastive sampling draw what the torch ops draw, else 2."""
-    generator = torch.Generator("cuda").manual_seed(vocab)
-    expert, amateur = (3 * torch.randn(5, vocab, generator=generator, device="cuda") for _ in range(2))
-    uniform = torch.rand(5, generator=generator, device="cuda", dtype=torch.float64)
-    history = torch.randint(-1, vocab, (5, 9), generator=generator, device="cuda")
+def check_draw(device: str, vocab: int, top_k: int, plausibility: float) -> float:
+    """0 where the op of contrastive sampling draws what torch's do, else 2."""
+    generator = torch.Generator(device).manual_seed(vocab)
+    expert, amateur = (3 * torch.randn(5, vocab, generator=generator, device=device) for _ in range(2))
+    uniform = torch.rand(5, generator=generator, device=device, dtype=torch.float64)
+    history = torch.randint(-1, vocab, (5, 9), generator=generator, device=device)
     options = {"top_k": top_k, "plausibility": plausibility, "repetition_penalty": 1.2, "history": history}
-    tokens, logps = contrastive_sample(expert, amateur, uniform=uniform, backend="triton", **options)
+    own = "triton" if expert.is_cuda else "auto"
+    tokens, logps = contrastive_sample(expert, amateur, uniform=uniform, backend=own, **options)
     expected, exact = contrastive_sample(expert, amateur, uniform=uniform, backend="torch", **options)
     return 0.0 if torch.equal(tokens, expected) and torch.allclose(logps, exact, atol=1e-5) else 2.0
 
 
-def problems() -> dict[str, Callable[[], float]]:
+def problems(device: str, backends: Sequence[str]) -> dict[str, Callable[[], float]]:
     """Name → check, those that share kernels next to each other."""
     found: dict[str, Callable[[], float]] = {}
-    for dtype, trained, softcap, shape, hard in itertools.product(
-        TOLERANCE, (False, True), (None, 30.0), SHAPES, (False, True)
-    ):
-        name = f"{shape} {dtype} trained={trained} softcap={softcap} overflow={hard}"
-        found[name] = partial(check, shape, dtype, trained, softcap, hard)
-    for packed in (False, True):
-        found[f"pairs packed={packed}"] = partial(check_pairs, packed)
+    for backend in backends:
+        for dtype, trained, softcap, shape, hard in itertools.product(
+            TOLERANCE, (False, True), (None, 30.0), SHAPES, (False, True)
+        ):
+            name = f"{backend} {shape} {dtype} trained={trained} softcap={softcap} overflow={hard}"
+            found[name] = partial(check, device, backend, shape, dtype, trained, softcap, hard)
+        for packed in (False, True):
+            found[f"{backend} pairs packed={packed}"] = partial(check_pairs, device, backend, packed)
     for vocab, top_k, plausibility in ((1, 1, 0.0), (5003, 32, 0.0), (5003, 32, 0.1)):
         name = f"draw V={vocab} k={top_k} plausibility={plausibility}"
-        found[name] = partial(check_draw, vocab, top_k, plausibility)
+        found[name] = partial(check_draw, device, vocab, top_k, plausibility)
     return found
 
 
-def solve(name: str) -> float:
+def solve(problem: Callable[[], float]) -> float:
     """How far off a problem is, over its tolerance; infinite where that is no number."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    off = problems()[name]()
+    off = problem()
     return off if off == off else float("inf")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--backends", nargs="+", choices=list(choice.BACKENDS), help="(all that serve the device)")
     parser.add_argument("--jobs", type=int, default=1, help="processes, to compile side by side (1: this one)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no problem after so long")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("compute-sanitizer watches GPUs: no CUDA device is here")
-    end, names = time.monotonic() + options.seconds, list(problems())
-    done = bad = 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is here; --device cpu checks the backends of CPUs")
+    there = torch.empty(0, device=options.device)
+    backends = options.backends or [name for name, (serves, _) in choice.BACKENDS.items() if serves(there)[0]]
+    todo = problems(options.device, backends)
+    end, done, bad = time.monotonic() + options.seconds, 0, 0
     with ExitStack() as stack:
-        found: Iterable[float] = map(solve, names)
+        found: Iterable[float] = map(solve, todo.values())
         if options.jobs > 1:
             pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
             stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun when time is up never does
-            found = pool.map(solve, names, chunksize=2 * len(SHAPES))
-        for name, off in zip(names, found):
+            found = pool.map(solve, todo.values(), chunksize=2 * len(SHAPES))
+        for name, off in zip(todo, found):
             done, bad = done + 1, bad + (not off < 1)
             print(f"{'ok   ' if off < 1 else 'WRONG'} {off:8.3f} tolerances  {name}", flush=True)
             if time.monotonic() > end:
                 break
-    print(f"{bad} of {done} problems are wrong; {len(names) - done} left out for want of time")
+    print(f"{bad} of {done} problems are wrong; {len(todo) - done} left out for want of time")
     return 1 if bad else 0
 
 
