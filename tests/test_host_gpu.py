@@ -32,6 +32,7 @@ TRAIN = {
     "disable_tqdm": True,
     "save_strategy": "no",
     "logging_steps": 1,
+    "use_liger_kernel": False,  # where it is installed, its kernels would take a minute in the interpreter
 }
 
 

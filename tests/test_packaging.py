@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKERS = {"tensorboard", "wandb", "trackio"}
-EXTRAS = {"train", "pipeline", "judge", "eval", "all", "flash", "vllm", "qlora", "bench", "dev"} | TRACKERS
+EXTRAS = {"train", "pipeline", "judge", "eval", "all", "flash", "liger", "vllm", "qlora", "bench", "dev"} | TRACKERS
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import torch
 
 from synpo.config import Config, ConfigError, build
 from synpo.data.features import VisionCache
+from synpo.model import liger
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
-from synpo.train import choices
+from synpo.train import choices, layers
 from synpo.train.choices import OPEN, in_words, settle
 from synpo.train.run import train
 from synpo.train.trainer import SynPOConfig, SynPOTrainer
@@ -32,6 +33,7 @@ def half(lm: CaptionModel) -> CaptionModel:
 
 def test_by_device_and_weights(text_lm: CaptionModel, open_settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(liger, "installed", lambda: False)
     nothing = dict.fromkeys(OPEN, False)
     lora = {"fused_lora": True}
     assert settle(open_settings(), text_lm, "cuda") == nothing | lora | {"tf32": True}
@@ -42,6 +44,10 @@ def test_by_device_and_weights(text_lm: CaptionModel, open_settings: Any, monkey
     assert (args.bf16, args.mixed_precision, args.tf32) == (True, "bf16", True)
     assert in_words(args, text_lm) == "bfloat16 weights, bfloat16 autocast, TF32"
     assert settle(args, text_lm, "cuda") == {} and args.bf16  # nothing is open any more
+    monkeypatch.setattr(liger, "installed", lambda: True)
+    assert settle(open_settings(), text_lm, "cuda")["use_liger_kernel"]
+    assert not settle(open_settings(), text_lm, "cpu")["use_liger_kernel"]
+    assert not settle(open_settings(torch_compile=True), text_lm, "cuda")["use_liger_kernel"]
     monkeypatch.setattr(choices, "LARGE", 1000)
     args = open_settings()
     assert settle(args, text_lm, "cuda")["activation_checkpointing"]
@@ -156,7 +162,7 @@ def test_positions_are_multiplied_in_full(
 ) -> None:
     """Rotary angles are products of positions up to a model's context: 10 bits would round those beyond 2048."""
     states: list[bool] = []
-    monkeypatch.setattr(choices, "enable_tf32", states.append)
+    monkeypatch.setattr(layers, "enable_tf32", states.append)
     monkeypatch.setitem(choices.RULES, "tf32", lambda *_: True)
     seen: dict[str, bool] = {}
     decoder = text_lm.base.get_decoder()

@@ -13,7 +13,7 @@ so its random numbers are PEFT's. W in 4 or 8 bits stays with its own kernel, an
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,11 +105,18 @@ def fuse(model: nn.Module) -> int:
     """Give the LoRA layers of `model` that stand on linear ones, quantized or not, this forward; how many they are."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Linear)]
     for layer in layers:
-        if "forward" not in vars(layer):
-            layer.forward = partial(_forward, layer, layer.forward)
+        if not isinstance(layer, _Fused):
+            layer.__class__ = _fused(type(layer))
     return len(layers)
 
 
-def _forward(layer: Any, theirs: Any, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    out = None if arguments or options else lora_linear(layer, x)
-    return theirs(x, *arguments, **options) if out is None else out
+class _Fused:
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        out = None if arguments or options else lora_linear(self, x)
+        return super().forward(x, *arguments, **options) if out is None else out  # type: ignore[misc]
+
+
+@cache
+def _fused(kind: type[Any]) -> type[Any]:
+    """A kind of PEFT's layers with this forward; one for all of them, so that torch.compile compiles once."""
+    return type(kind.__name__, (_Fused, kind), {"__module__": kind.__module__})

@@ -4,6 +4,8 @@
     tf32                        what stays float32 multiplied by the tensor cores, to 10 bits: a GPU that has them
     activation_checkpointing    layers run again in the backward pass: a model of more than a billion parameters, on a GPU
     fused_lora                  LoRA layers in as few passes as library products allow (model/lora_linear.py): on a GPU
+    use_liger_kernel            liger-kernel's kernels for norms, gates and rotary positions (model/liger.py): on a GPU, where it
+                                is installed and nothing is compiled
 
 On other devices it leaves all of them off. DeepSpeed and FSDP have settings of their own for precision and checkpointing, and
 hold the weights of LoRA apart.
@@ -12,11 +14,12 @@ hold the weights of LoRA apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers.utils.import_utils import enable_tf32, is_torch_tf32_available
+from transformers.utils.import_utils import is_torch_tf32_available
 
+from synpo.model import liger
 from synpo.model.adapter import CaptionModel
 
 if TYPE_CHECKING:
@@ -72,11 +75,16 @@ def _fused_lora(args: SynPOConfig, lm: CaptionModel, device: str) -> bool:
     return device == "cuda" and not _elsewhere(args) and hasattr(lm.model, "peft_config")
 
 
+def _liger(args: SynPOConfig, lm: CaptionModel, device: str) -> bool:
+    return device == "cuda" and not args.torch_compile and not _elsewhere(args) and liger.installed()
+
+
 RULES: dict[str, Callable[[SynPOConfig, CaptionModel, str], bool]] = {
     "bf16": _autocast,
     "tf32": _tf32,
     "activation_checkpointing": _checkpointing,
     "fused_lora": _fused_lora,
+    "use_liger_kernel": _liger,
 }
 OPEN = tuple(RULES)
 
@@ -87,19 +95,12 @@ def half(args: SynPOConfig) -> torch.dtype | None:
 
 
 def in_words(args: SynPOConfig, lm: CaptionModel) -> str:
-    """Precision and memory of a run whose choices are settled, for people."""
+    """Precision and layers of a run whose choices are settled, for people."""
     weights = str(lm.base.get_input_embeddings().weight.dtype).removeprefix("torch.")
     products = str(half(args)).removeprefix("torch.")
     words = [f"{weights} weights, {products} autocast" if half(args) else f"{weights} weights and products"]
     words += ["TF32"] if args.tf32 else []
     words += ["activation checkpointing"] if args.activation_checkpointing else []
+    words += ["layers of liger-kernel"] if args.use_liger_kernel else []
+    words += ["compiled layers"] if args.torch_compile else []
     return ", ".join(words)
-
-
-def multiply_with_tf32(model: Any) -> None:
-    """Let float32 products use the tensor cores, but for rotary angles: positions beyond 2048 have more than their 10 bits."""
-    enable_tf32(True)
-    for module in model.modules():
-        if hasattr(module, "inv_freq"):
-            module.register_forward_pre_hook(lambda *_: enable_tf32(False))
-            module.register_forward_hook(lambda *_: enable_tf32(True), always_call=True)

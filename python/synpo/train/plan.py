@@ -32,6 +32,7 @@ from synpo.config import Config, ConfigError, ModelConfig
 from synpo.data.batches import TokenBatches
 from synpo.data.pairs import hold_out, load_pairs, videos_of
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
+from synpo.model import liger
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.lora_linear import fuse
 from synpo.model.vision import vision_for
@@ -184,6 +185,8 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     settle(args, lm, device)
     if args.fused_lora:
         fuse(lm.model)
+    if args.use_liger_kernel:
+        liger.stand_in(lm.base.get_decoder())
     how: Any = args.activation_checkpointing_kwargs
     model = MemoryModel(
         lm.model,

@@ -35,14 +35,13 @@ from synpo.data.batches import TokenBatches
 from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
-from synpo.model.gather import is_partitioned
-from synpo.model.lora_linear import fuse
 from synpo.records import atomic_path, read_jsonl
 from synpo.setting import Range, above, at_least, check, setting
 from synpo.train.bar import TrainingBar
 from synpo.train.checkpoint import last_checkpoint, writing
-from synpo.train.choices import OPEN, half, multiply_with_tf32, settle
+from synpo.train.choices import OPEN, half, settle
 from synpo.train.guard import MODES
+from synpo.train.layers import prepare
 from synpo.train.objective import Outcome, PairObjective, parameters_of
 from synpo.train.optimizers import check_optimizer
 from synpo.train.reference import kind_of, precompute
@@ -150,6 +149,12 @@ class SynPOConfig(TrainingArguments):
         },
     )
 
+    use_liger_kernel: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Norms, rotary positions and gated activations of liger-kernel. Left open: on a GPU, where it is installed."
+        },
+    )
     fused_lora: bool | None = field(
         default=None, metadata={"help": "LoRA layers in fewer passes over their activations. Left open: on a GPU."}
     )
@@ -198,7 +203,7 @@ class SynPOConfig(TrainingArguments):
                 f"train.tokens_per_batch: expected at least 1, and no train.auto_find_batch_size, got {self.tokens_per_batch}"
             )
         self.left_open = tuple(name for name in OPEN if getattr(self, name) is None)
-        self.bf16 = bool(self.bf16)
+        self.bf16, self.use_liger_kernel = bool(self.bf16), bool(self.use_liger_kernel)
         super().__post_init__()
         self.activation_checkpointing = self.gradient_checkpointing = bool(self.activation_checkpointing)
 
@@ -247,14 +252,7 @@ class SynPOTrainer(Trainer):
         **options: Any,
     ) -> None:
         settle(args, lm, args.device.type)
-        if args.tf32:
-            multiply_with_tf32(lm.model)
-        if args.fused_lora:
-            if args.fsdp or is_partitioned(lm.model):
-                raise ConfigError(
-                    "train.fused_lora reads the weights of LoRA, which FSDP and ZeRO-3 hold apart: set it to false"
-                )
-            fuse(lm.model)
+        prepare(lm, args)
         if lm.head().weight.dtype == torch.float16 and not args.fp16:
             raise ConfigError(
                 "float16 weights without loss scaling lose most gradients: set train.fp16 = true, or load the model with "
@@ -275,6 +273,10 @@ class SynPOTrainer(Trainer):
         objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend, args.reference)
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process drives one GPU: DataParallel copies would lose the head's hook
+        compiled = args.torch_compile_backend, args.torch_compile_mode
+        args.torch_compile_backend = args.torch_compile_mode = (
+            None  # its layers are; accelerate would compile the whole model
+        )
         super().__init__(
             model=lm.model,
             args=args,
@@ -283,6 +285,7 @@ class SynPOTrainer(Trainer):
             eval_dataset=eval_dataset,
             **options,
         )
+        args.torch_compile_backend, args.torch_compile_mode = compiled
         if args.fsdp and not self.is_fsdp_enabled:  # accelerate.state.AcceleratorState knows it for accelerators alone
             raise ConfigError(
                 f"train.fsdp: accelerate shards a model over GPUs only; on {args.device.type} it would train a whole copy in "
