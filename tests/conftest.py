@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import not_run
 from synpo import onednn
 
 onednn.settle()
@@ -36,3 +37,12 @@ def tiny_captioner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     tokenizer = byte_tokenizer(["A small red circle moves from left to right.", "Describe the video in detail."])
     return save(tiny_captioner(tokenizer), tokenizer, tmp_path_factory.mktemp("tiny") / "captioner")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """At the end: how many tests did not run, and what would make them."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        terminalreporter.section(f"{len(skipped)} tests or modules did not run; why, and what would make them")
+        for line in not_run.lines(skipped):
+            terminalreporter.write_line(line)

@@ -188,7 +188,7 @@ def test_one_java_program_loads_while_all_systems_are_scored(monkeypatch: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("java") is None, reason="no java: METEOR needs one")
+@pytest.mark.skipif(shutil.which("java") is None, reason="no java: METEOR needs one (apt install default-jre-headless)")
 def test_captions_that_are_no_line_of_text_score_in_meteor_as_their_words_do() -> None:
     """Captions go to Java as lines whose parts "|||" divides."""
     odd = {
@@ -209,7 +209,7 @@ def test_captions_that_are_no_line_of_text_score_in_meteor_as_their_words_do() -
     assert found.per_video == expected.per_video and found.corpus == expected.corpus
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="no java: METEOR needs one")
+@pytest.mark.skipif(shutil.which("java") is None, reason="no java: METEOR needs one (apt install default-jre-headless)")
 def test_meteor() -> None:
     references = {"a": ["a man runs fast", "the man is running"], "b": ["a dog"], "c": ["a cat"]}
     scores = caption_metrics({"a": "the man is running", "b": "the dog sits", "c": ""}, references, meteor=True)

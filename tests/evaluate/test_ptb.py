@@ -45,7 +45,7 @@ def test_words_hold_no_white_space(real_captions: list[str]) -> None:
     assert all(len(word.split()) == 1 for caption in real_captions for word in tokenize(caption))
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="no java: the live comparison needs one")
+@pytest.mark.skipif(shutil.which("java") is None, reason="no java (apt install default-jre-headless)")
 def test_parity_with_java_on_real_captions(real_captions: list[str]) -> None:
     dropped = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
     captions = [caption.replace("\n", " ") for caption in [*real_captions, *RECORDED]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 from synpo_kernels import aot
 from synpo_kernels.kernels import variants

@@ -187,7 +187,7 @@ def test_repetition_penalty(backend: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_draws_the_tokens_of_the_cpu() -> None:
     expert, amateur, uniform = random_logits(8, 32_000, seed=6)
     for options in ({"top_k": 32, "top_p": 0.9, "temperature": 0.5}, {"plausibility": 0.1}, {"temperature": 0.0}):

@@ -11,7 +11,7 @@ from torch import Tensor
 from contrast_cases import INF, NAN, random_logits
 from synpo_kernels.contrast import contrastive_mix, contrastive_sample
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 from synpo_kernels.kernels import contrast_sample
 

@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 from synpo_kernels import contrast
 from synpo_kernels.kernels import contrast_sample, counted_product, exact_rows, exp_tile
 from synpo_kernels.kernels import pair_loss as pair_loss_kernels
 from synpo_kernels.ops import logprobs, pair_loss, partial_head, trained_pairs
 
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this build of torch knows no CUDA tensors")
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a CUDA build of torch (no GPU)")
 
 KERNELS = (
     (exp_tile, "exp_tile_kernel"),

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCH, SHARED = 90, 227 << 10  # the chip, and the bytes of shared memory that a block of it may take

@@ -144,7 +144,7 @@ def test_descriptors_and_pointers_agree_bitwise(shape, dtype, device) -> None:
     anchor, at_target = (torch.randn(n, generator=generator).to(device) for _ in range(2))
     count = torch.tensor(max(1, n - 20), dtype=torch.int32, device=device)
     if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device)[0] < 9:
-        pytest.skip("no copy engine")
+        pytest.skip("needs a GPU with a copy engine (compute capability 9.0 or newer)")
     found = []
     for descriptors in (False, True):
         config = replace(INTERPRETER, descriptors=descriptors)

@@ -20,8 +20,12 @@ from synpo.pipeline.retrospect import retrospective_prompt, second_looks
 from synpo.train.sharing import why_not
 from synpo.video import amateur_frames
 
-pytest.importorskip("torchvision", reason="torchvision is not installed")
-pytest.importorskip("num2words", reason="num2words, which SmolVLM's processor needs, is not installed")
+pytest.importorskip(
+    "torchvision", reason="torchvision is not installed (install it together with torch, from one index)"
+)
+pytest.importorskip(
+    "num2words", reason="num2words, which SmolVLM's processor needs, is not installed (pip install num2words)"
+)
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl")
 QUESTION = "Describe the video."

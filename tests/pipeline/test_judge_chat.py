@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("openai", reason="the openai judge needs the extra `judge`")
+pytest.importorskip("openai", reason="the openai judge needs the extra `judge` (pip install openai pydantic)")
 
 from judge_endpoint import GOOD, HONEST, KEY, TASK, Endpoint, fails, judge_at, says
 from synpo.pipeline.judge import Failure, Task, Verdict

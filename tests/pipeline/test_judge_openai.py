@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("openai", reason="the openai judge needs the extra `judge`")
+pytest.importorskip("openai", reason="the openai judge needs the extra `judge` (pip install openai pydantic)")
 
 from judge_endpoint import CANDIDATES, GOOD, HONEST, KEY, TASK, Endpoint, Reply, Script, fails, graded, judge_at, says
 from synpo.config import ConfigError, JudgeConfig

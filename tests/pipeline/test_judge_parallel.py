@@ -120,7 +120,7 @@ def slow_endpoint() -> Iterator[tuple[str, threading.Event]]:
 
     Its model is called "refuses" or "hangs"; the event is set once a request hangs.
     """
-    pytest.importorskip("openai", reason="the openai judge needs the extra `judge`")
+    pytest.importorskip("openai", reason="the openai judge needs the extra `judge` (pip install openai pydantic)")
     hanging, release, lock, count = threading.Event(), threading.Event(), threading.Lock(), [0]
 
     class Handler(BaseHTTPRequestHandler):
