@@ -88,7 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="run the whole system on a small rendered video world")
-    demo.add_argument("--output", type=Path, default=Path("demo-out"), help="folder of everything the run makes")
+    demo.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="folder of everything the run makes (default demo-out; for another seed or scale demo-out-seed-1, say)",
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     demo.add_argument(
         "--scale", type=float, default=1.0, help="multiplies the numbers of videos and of steps (default 1)"
@@ -200,9 +205,9 @@ def _named_file(text: str) -> tuple[str, Path]:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    from synpo.demo.run import demo
+    from synpo.demo.run import demo, folder_of
 
-    demo(args.output, seed=args.seed, scale=args.scale, resume=args.resume)
+    demo(args.output or folder_of(args.seed, args.scale), seed=args.seed, scale=args.scale, resume=args.resume)
 
 
 def run_pairs(args: argparse.Namespace) -> None:

@@ -176,6 +176,12 @@ def _evaluate(
     return evaluate(captions, told, sheet, seed=plan.seed, meteor=False), captions
 
 
+def folder_of(seed: int, scale: float) -> Path:
+    """Where a demo goes that was given no folder: each plan has its own, so that one bars no other."""
+    parts = ["demo-out", *([f"seed-{seed}"] if seed else []), *([f"scale-{scale:g}"] if scale != 1 else [])]
+    return Path("-".join(parts))
+
+
 def demo(output: Path, seed: int = 0, scale: float = 1.0, resume: bool = True) -> Path:
     """Run the demo in `output` and return the path of its report.
 
