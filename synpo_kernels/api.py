@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .backends.passes import LOW_WORKSPACE
 from .checks import check_head, check_low_rank, in_autocast
 from .head import Head, layer_head, whole
 from .losses import IGNORE_INDEX, check_layout, check_parameters
@@ -36,6 +37,7 @@ def linear_logprobs(
     ignore_index: int | None = IGNORE_INDEX,
     backend: str = "auto",
     memory: str = "default",
+    workspace: int | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -57,9 +59,10 @@ def linear_logprobs(
         logit_scale: factor on the logits before the cap.
         ignore_index: None says that no label is ignored, which saves finding the kept rows.
         backend: "auto", "chunked" (any device), "cpu" (the C++ extension) or "triton" (CUDA).
-        memory: "low" holds less than 20 MiB beyond inputs, result and gradients (D up to 16,000) under a frozen head: rows
-            are taken in blocks, and the backward pass computes each slice again (half as much work again). Under a
-            trained head it makes the slices smaller, nothing else.
+        workspace: bytes held at a time beyond inputs, result and gradients: a slice of the logits, and sums of its products in
+            fp32 for as many rows. None: 128 MiB on a GPU, 32 on a CPU. A smaller one takes more, smaller slices (about 256
+            columns by 64 rows at the least), which costs time and changes rounding, nothing else.
+        memory: "low" is a workspace of 16 MiB.
         low_rank: (u (..., r), B (V, r)) adds u @ B.T to the raw logits, as LoRA on the head does (`lora_head`). With a frozen
             weight it costs r/D more of everything, and one product more in the backward pass where B is trained.
         group: processes that hold the head by rows (vocabulary parallel): weight, bias and B are this process's rows, in
@@ -70,7 +73,7 @@ def linear_logprobs(
 
     A weight that is a DTensor is gathered whole (FSDP2: each process has hidden states of its own), its gradient averaged
     over its mesh; with a group, its local rows are used. A weight that ZeRO-3 has partitioned is gathered by DeepSpeed for
-    the forward pass; it must be frozen, and memory "default".
+    the forward pass; it must be frozen.
 
     Returns:
         (...) float32 (float64 for float64 inputs), 0 at ignored rows and connected to the graph even if all are ignored.
@@ -80,8 +83,8 @@ def linear_logprobs(
             gather of the label's row fails with a device-side assertion); the backend is unknown or cannot serve.
     """
     found, low_rank = resolved(hidden, head, Head(hidden, bias, softcap, logit_scale), low_rank)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "backend": backend, "memory": memory, "group": group}
-    options["low_rank"] = low_rank
+    options: dict[str, Any] = {"ignore_index": ignore_index, "backend": backend, "low_rank": low_rank, "group": group}
+    options["workspace"] = check_workspace(memory, workspace)
     return _logprobs(hidden, found.weight, labels, bias=found.bias, head=found, **options)
 
 
@@ -95,15 +98,13 @@ def _logprobs(
     head: Head,
     ignore_index: int | None,
     backend: str,
-    memory: str,
+    workspace: int | None,
     low_rank: tuple[Tensor, Tensor] | None,
     group: ProcessGroup | None,
 ) -> Tensor:
     """`linear_logprobs` of a head in its parts."""
     u, b = (None, None) if low_rank is None else low_rank
     hidden, weight, bias, u, b = in_autocast(hidden, weight, bias, u, b)
-    if memory not in ("default", "low"):
-        raise ValueError(f"memory must be 'default' or 'low', got {memory!r}")
     softcap, logit_scale = head.softcap, head.logit_scale
     check_head(hidden, weight, labels, bias, softcap, ignore_index, sharded=group is not None)
     if low_rank is not None:
@@ -114,16 +115,22 @@ def _logprobs(
     trained = any(t is not None and t.requires_grad for t in (weight, b, bias))
     want_direction = torch.is_grad_enabled() and hidden.requires_grad
     if group is not None or (b is not None and trained):
-        shared = (softcap, logit_scale, ignore_index, backend, memory == "low", group.group_name if group else "")
+        shared = (softcap, logit_scale, ignore_index, backend, workspace, group.group_name if group else "")
         logps, *_ = kept(flat, weight, b, bias, flat_labels, *shared, want_direction)
         return logps.view(labels.shape)
     weight = weight if b is None else torch.cat([weight, b], 1)
-    options = (flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend)
-    if want_direction and not trained and memory == "default":
-        logps, _ = logprobs.frozen(*options)
-    else:
-        logps, _ = logprobs.trained(*options, memory == "low")
+    options = (flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend, workspace)
+    logps, _ = logprobs.frozen(*options) if want_direction and not trained else logprobs.trained(*options)
     return logps.view(labels.shape)
+
+
+def check_workspace(memory: str, workspace: int | None) -> int | None:
+    """Bytes of the workspace that `memory` and `workspace` ask for, None for the default."""
+    if memory not in ("default", "low"):
+        raise ValueError(f"memory must be 'default' or 'low', got {memory!r}")
+    if workspace is not None and (memory == "low" or isinstance(workspace, bool) or workspace <= 0):
+        raise ValueError(f"workspace must be a positive number of bytes, given without memory='low'; got {workspace!r}")
+    return LOW_WORKSPACE if memory == "low" else workspace
 
 
 def resolved(
@@ -158,11 +165,11 @@ class FusedLinearSynPOLoss(nn.Module):
     Args:
         alpha: sharpness of the preference term. beta: weight of the language reward.
         reduction: "mean" over the pairs that have tokens on both sides, or "sum".
-        softcap, logit_scale, ignore_index, backend, memory, group: as `linear_logprobs`.
+        softcap, logit_scale, ignore_index, backend, memory, workspace, group: as `linear_logprobs`.
 
-    Under a trained head the gradients are finished in the forward pass, pair by pair as far as they fit a workspace
-    (`ops.trained_pairs.PAIR_BYTES`, and V·D numbers in fp32), in three products; memory "low" streams them instead, with four
-    products and nothing but slices held.
+    Under a trained head the gradients are finished in the forward pass, pair by pair as far as they fit
+    `ops.trained_pairs.PAIR_BYTES` (and V·D numbers in fp32), in three products. With a workspace given, or memory "low", they
+    are streamed instead: four products, and nothing but slices held.
     """
 
     def __init__(
@@ -176,13 +183,15 @@ class FusedLinearSynPOLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
         memory: str = "default",
+        workspace: int | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_parameters(positive={"alpha": alpha}, least_zero={"beta": beta})
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        self.alpha, self.beta, self.reduction, self.backend, self.memory = alpha, beta, reduction, backend, memory
+        self.workspace = check_workspace(memory, workspace)
+        self.alpha, self.beta, self.reduction, self.backend = alpha, beta, reduction, backend
         self.softcap, self.logit_scale, self.ignore_index, self.group = softcap, logit_scale, ignore_index, group
 
     def extra_repr(self) -> str:
@@ -221,10 +230,10 @@ class FusedLinearSynPOLoss(nn.Module):
             raise ValueError(f"pairs need an even number of sequences, chosen first then rejected; got {sequences}")
         found, low_rank = resolved(hidden, head, Head(hidden, bias, self.softcap, self.logit_scale), low_rank)
         options: dict[str, Any] = {"ignore_index": self.ignore_index, "backend": self.backend}
-        plain = low_rank is None and self.group is None and self.memory == "default"
+        plain = low_rank is None and self.group is None and self.workspace is None
         if plain and is_trained(found.weight, found.bias):
             return self._trained(hidden, found, labels, cu_seqlens, sequences)
-        options |= {"memory": self.memory, "low_rank": low_rank, "group": self.group}
+        options |= {"workspace": self.workspace, "low_rank": low_rank, "group": self.group}
         logps = _logprobs(hidden, found.weight, labels, bias=found.bias, head=found, **options)
         return self._end(logps, labels, cu_seqlens)[0]
 
@@ -266,6 +275,7 @@ class FusedLinearSynPOLoss(nn.Module):
             head.logit_scale,
             self.ignore_index,
             self.backend,
+            self.workspace,
             hidden.requires_grad,
             weight.requires_grad,
             bias is not None and bias.requires_grad,

@@ -154,12 +154,24 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in place; a and b of equal dtypes, `total` in their compute dtype."""
+def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+    """total += a @ b in place; a and b of equal dtypes, `total` in their compute dtype.
+
+    fresh: total is overwritten, and may on a GPU be of the dtype of a and b.
+    """
+    if fresh and a.is_cuda and a.dtype == total.dtype:
+        torch.mm(a, b, out=total)
+        return
+    if a.is_cuda and a.dtype != total.dtype:
+        if fresh:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return
+    if fresh:
+        total.zero_()
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     elif taken_whole(a):
         torch.ops.synpo_kernels.add_product(total, a, b)
     else:

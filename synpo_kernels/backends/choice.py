@@ -33,19 +33,16 @@ class Partition(Protocol):
 
 
 class ForwardPass(Protocol):
+    """x (N, D), labels (N,), which rows are ignored → `Forward` of N rows, 0 where ignored."""
+
     def __call__(
-        self,
-        x: Tensor,
-        head: Head,
-        labels: Tensor,
-        *,
-        want_direction: bool,
-        count: Tensor | None = None,
-        low: bool = False,
+        self, x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, *, want_direction: bool, workspace: int
     ) -> Forward: ...
 
 
 class GradientPass(Protocol):
+    """Of the rows that `Partition` gives, and their count."""
+
     def __call__(
         self,
         x: Tensor,
@@ -55,14 +52,14 @@ class GradientPass(Protocol):
         upstream: Tensor,
         *,
         want: tuple[bool, bool, bool],
+        workspace: int,
         count: Tensor | None = None,
-        low: bool = False,
     ) -> Gradients: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """x (N, D), labels (N,) in [0, V) → `Forward`; and the gradients of a trained head."""
+    """The passes over the vocabulary of one kind of machine."""
 
     name: str
     partition: Partition

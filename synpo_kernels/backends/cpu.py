@@ -12,8 +12,7 @@ the two. Results are the same bit for bit for any number of threads (torch's own
 
 With bf16 instructions exponentials are rounded to bf16 for the second product, whose sums are fp32; the sum of a row's
 exponentials is taken before that. SYNPO_CPU_ISA names an instruction set to use instead of the best one here.
-"amx-emulated" is the path of "amx" with the tile registers in memory: the tests run it, **on real AMX hardware the path
-has not been run yet**.
+"amx-emulated" is the path of "amx" with the tile registers in memory, for tests on other CPUs.
 
 Gradients of a trained head are the portable backend's, as are heads whose rows are not contiguous.
 """
@@ -29,8 +28,6 @@ from . import passes, portable
 from .passes import Forward
 from .portable import gradients, partition
 
-WORKSPACE, LOW_WORKSPACE = 32 << 20, 16 << 20  # bytes
-
 __all__ = ["forward", "gradients", "instruction_set", "partition"]
 
 
@@ -44,19 +41,24 @@ def instruction_set() -> str:
 
 
 def forward(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    *,
-    want_direction: bool,
-    count: Tensor | None = None,
-    low: bool = False,
+    x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, *, want_direction: bool, workspace: int
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 where ignored, in one pass; see `passes`."""
     if head.weight.stride(1) != 1 and x.shape[1] != 1:
-        return portable.forward(x, head, labels, want_direction=want_direction, count=count, low=low)
-    assert count is None, "`partition` gives the rows to compute alone"
+        return portable.forward(x, head, labels, ignore_index, want_direction=want_direction, workspace=workspace)
     instruction_set()
+    if ignore_index is None:
+        return _rows(x, head, labels, want_direction, workspace)
+    found = portable.nothing(x, want_direction)
+    step = max(
+        1, workspace // 2 // max(1, x.shape[1] * x.element_size())
+    )  # a copy of so many rows, and half for the pass
+    for rows in passes.blocks(labels, ignore_index, step):
+        portable.put(found, rows, _rows(x[rows], head, labels[rows], want_direction, workspace // 2))
+    return found
+
+
+def _rows(x: Tensor, head: Head, labels: Tensor, want_direction: bool, workspace: int) -> Forward:
     total, target, direction = torch.ops.synpo_kernels.head_pass(
         x.contiguous(),
         head.weight,
@@ -64,16 +66,15 @@ def forward(
         labels.contiguous(),
         head.softcap or 0.0,
         head.logit_scale,
-        LOW_WORKSPACE if low else WORKSPACE,
+        workspace,
         want_direction,
     )
     logps = (target - target) - torch.log1p(total)  # NaN where the row is not finite, which must stay visible
     found = Forward(logps, target - logps, direction if want_direction else None)
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
-    if flagged.numel() == 0:
-        return found
-    again = portable.forward(x[flagged], head, labels[flagged], want_direction=want_direction, low=low)
-    found.logps[flagged], found.normalizer[flagged] = again.logps, again.normalizer
-    if found.direction is not None and again.direction is not None:
-        found.direction[flagged] = again.direction
+    if flagged.numel():
+        again = portable.forward(
+            x[flagged], head, labels[flagged], None, want_direction=want_direction, workspace=workspace
+        )
+        portable.put(found, flagged, again)
     return found

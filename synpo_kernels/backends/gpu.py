@@ -1,31 +1,54 @@
-"""The Triton backend: the passes of `passes.py` over kernel tiles, and the exact kernel for overflowed rows.
+"""The Triton backend: the frozen head's pass in kernels, and kernel tiles for the passes of `passes.py`.
+
+The frozen pass takes R rows × Vc columns of the logits at a time (`slices`), two launches a slice:
+
+    begin        rows gathered, z_y                                           kernels/rows.py
+      exp_tile   P̂ (R, Vc) and its row sums                                   kernels/exp_tile.py
+      product    E' (R, D) += P̂ W                                             the library's, or kernels/product.py past a count
+    finish       logp, U straight into what becomes ∂L/∂x                     kernels/rows.py
+    exact_rows   rows that overflowed, once at the end                        kernels/exact_rows.py
 
 bf16 and fp32 take one pass, P̂ in the input's own format (bf16 has the exponent range of fp32). fp16 cannot hold P̂: its
 sums come from a first pass that writes nothing, and a second one, around the log-sum-exp, holds 2¹⁴ · p. The host reads
 nothing back: of ignored rows it never learns how many there are. They are moved behind the others, the kernels read the
-count where it is, and blocks past it return at once.
+count where it is, and their loops end there.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..head import Head, add_matmul
-from ..kernels import counted_product, exact_rows, exp_tile
-from ..kernels.configs import exact_config, product_config, tile_config
+from ..kernels import exact_rows, exp_tile, product, rows
+from ..kernels.configs import TileConfig, exact_config, product_config, tile_config
+from ..kernels.tiles import Bound, describable
 from . import passes
-from .passes import Forward, Gradients, accumulate, directions, target_logits
+from .passes import Forward, Gradients, cut, target_logits
 
 FP16_MAGNIFY = 2.0**14
 
 
+@lru_cache
 def _major(device: torch.device) -> int | None:
     """Major compute capability; None in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the chip; three programs share the tiles in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _programs(device: torch.device, config: TileConfig, rows: int, columns: int) -> int:
+    """Programs of a launch over rows × columns: one a multiprocessor where the loop over tiles is flattened, else one a tile."""
+    tiles = -(-rows // config.block_n) * -(-columns // config.block_v)
+    return min(tiles, _processors(device)) if config.flatten or device.type == "cpu" else tiles
 
 
 def _precision() -> str:
@@ -33,15 +56,53 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-@dataclass(frozen=True)
+@lru_cache(256)
+def slices(
+    n: int,
+    dim: int,
+    vocabulary: int,
+    itemsize: int,
+    gathered: bool,
+    workspace: int,
+    processors: int,
+    block_n: int,
+    block_v: int,
+) -> tuple[int, int]:
+    """Rows and columns (R, Vc) of a slice: the least time that a workspace in bytes allows.
+
+    A row of a block holds E' and its partial sums in fp32, x if it is gathered, and then Vc numbers. Time is counted in that of a
+    multiprocessor for one step of a tile's product (12 ns on an H200): both products, half of them in whole waves of `processors`
+    tiles (a chip that waits runs the faster afterwards, within its power), two launches a slice, and E' read and written
+    once a slice where it does not stay in the cache.
+    """
+    a_row = 4 * dim + 4 * -(-vocabulary // block_v) + itemsize * dim * gathered
+    launches, cached, traffic = 600, 24 << 20, 1.5e-4
+    best, choice = math.inf, (min(n, block_n), block_v)
+    for blocks in range(1, 1 + -(-n // block_n)):
+        rows = min(n, -(-n // (blocks * block_n)) * block_n)
+        tiles = -(-rows // block_n)
+        wide = min((workspace - rows * a_row) // (rows * itemsize * block_v), -(-vocabulary // block_v))  # in tiles
+        if wide < 1:
+            continue
+        if tiles * wide > processors:
+            wide = min(wide, tiles * wide // processors * processors // tiles)
+        cost = launches + (rows * dim * traffic if 4 * rows * dim > cached else 0.0)
+        for count, depth in ((tiles * wide, dim), (tiles * -(-dim // block_v), block_v * wide)):
+            cost += (count / processors + -(-count // processors)) / 2 * depth
+        cost *= -(-n // rows) * -(-vocabulary // (block_v * wide))
+        if cost < best:
+            best, choice = cost, (rows, block_v * wide)
+    return choice
+
+
 class TritonTiles:
     """A slice of exponentials by one kernel; see `passes.Tiles`.
 
     Products with the slice are the library's where every row counts; past a `count` they are a kernel's that stops there.
     """
 
-    count: Tensor | None  # () int32, the first rows that are wanted; None: all
-    low: bool
+    def __init__(self, count: Tensor | None) -> None:
+        self.count = count  # () int32, the first rows that are wanted; None: all
 
     def operand(self, matrix: Tensor) -> Tensor:
         return matrix
@@ -58,55 +119,68 @@ class TritonTiles:
         at_target: Tensor | None,
         keep: bool,
         out: Tensor,
-        first_row: int,
     ) -> Tensor:
-        softcap, counted = part.softcap is not None, self.count is not None
-        describable = exp_tile.describable(x) and exp_tile.describable(part.weight)
-        config = tile_config(
-            _major(x.device), x.element_size(), softcap=softcap, counted=counted, describable=describable
-        )
-        tiles_v = -(-part.weight.shape[0] // config.block_v)
-        sums = torch.empty(tiles_v, x.shape[0], dtype=torch.float32, device=x.device)
-        if x.shape[0]:
-            exp_tile.launch(
-                x,
-                part.weight,
-                part.bias,
-                labels,
-                anchor,
-                at_target,
-                out,
-                sums,
-                count=self.count,
-                first_row=first_row,
-                logit_scale=part.logit_scale,
-                softcap=part.softcap,
-                write=keep,
-                precision=_precision(),
-                config=config,
+        described = describable(x) and describable(part.weight) and describable(out)
+        capped, vocabulary = part.softcap is not None, len(part.weight)
+        config = tile_config(_major(x.device), x.element_size(), softcap=capped, describable=described)
+        sums = torch.empty(-(-vocabulary // config.block_v), len(x), dtype=torch.float32, device=x.device)
+        if len(x):
+            run = _exponentials(x, part, labels, anchor, at_target, out, sums, self.count, keep, config)
+            run(
+                _programs(x.device, config, len(x), vocabulary),
+                N=len(x),
+                V=vocabulary,
+                first_x=0,
+                first_row=0,
+                first_column=0,
             )
         return sums.sum(0)
 
-    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
-        self._add(total, slice_, b, first_row, transposed=False)
-
-    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
-        self._add(total, slice_.T, b, first_row, transposed=True)
-
-    def _add(self, total: Tensor, a: Tensor, b: Tensor, first_row: int, *, transposed: bool) -> None:
+    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor) -> None:
         if self.count is None:
-            add_matmul(total, a, b)
-        elif a.numel():
-            counted_product.launch(
-                a,
-                b,
-                total,
-                self.count,
-                first_row=first_row,
-                sum_counted=transposed,
-                precision=_precision(),
-                config=product_config(_major(a.device), a.element_size()),
-            )
+            add_matmul(total, slice_, b)
+        elif slice_.numel():
+            _counted_product(total, slice_, b, self.count, sum_counted=False)
+
+    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+        if self.count is None:
+            add_matmul(total, slice_.T, b, fresh=fresh)
+        elif slice_.numel():
+            _counted_product(total, slice_, b, self.count, sum_counted=True, fresh=fresh)
+
+
+def _exponentials(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    anchor: Tensor,
+    at_target: Tensor | None,
+    out: Tensor,
+    sums: Tensor,
+    count: Tensor | None,
+    write: bool,
+    config: TileConfig,
+) -> Bound:
+    scale: dict[str, Any] = {"logit_scale": head.logit_scale, "softcap": head.softcap}
+    how: dict[str, Any] = {"count": count, "write": write, "precision": _precision(), "config": config}
+    return exp_tile.bind(x, head.weight, head.bias, labels, anchor, at_target, out, sums, **scale, **how)
+
+
+def _product(total: Tensor, slice_: Tensor, b: Tensor, count: Tensor, *, sum_counted: bool) -> tuple[Bound, TileConfig]:
+    m, d = total.shape
+    described = describable(slice_) and describable(b)
+    config = product_config(_major(b.device), b.element_size(), m, d, _processors(b.device), describable=described)
+    how: dict[str, Any] = {"sum_counted": sum_counted, "precision": _precision(), "config": config}
+    return product.bind(slice_, b, total, count, **how), config
+
+
+def _counted_product(
+    total: Tensor, slice_: Tensor, b: Tensor, count: Tensor, *, sum_counted: bool, fresh: bool = False
+) -> None:
+    """total (+)= slice_ (n, w) @ b, or with sum_counted sliceᵀ @ b, as far as rows count."""
+    run, config = _product(total, slice_, b, count, sum_counted=sum_counted)
+    m, k = slice_.T.shape if sum_counted else slice_.shape
+    run(_programs(b.device, config, *total.shape), M=m, K=k, first_row=0, first_k=0, add=int(not fresh))
 
 
 def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -120,38 +194,77 @@ def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    *,
-    want_direction: bool,
-    count: Tensor | None = None,
-    low: bool = False,
+    x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, *, want_direction: bool, workspace: int
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 past the count; see `passes`."""
-    twice = want_direction and x.dtype == torch.float16
-    tiles = TritonTiles(count, low)
-    target, slope = target_logits(x, head, labels)
-    target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
-    total, pull = accumulate(x, head, labels, target, tiles, want_pull=want_direction and not twice)
-    total = _counted(total, count)  # what lies behind was not written
-    logps = (target - target) - torch.log1p(total)  # the difference is 0, or NaN where the row is not finite
-    direction = None
-    if pull is not None:
-        everything = 1.0 + total
-        direction = directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
-    flags = _counted((total > passes.OVERFLOW).to(torch.int8), count)
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 where ignored."""
+    (n, dim), vocabulary, device = x.shape, len(head.weight), x.device
+    logps, target = torch.empty(2, n, dtype=torch.float32, device=device)
+    direction = torch.empty_like(x, memory_format=torch.contiguous_format) if want_direction else None
+    if n == 0:
+        return Forward(logps, target, direction)
+    order, count = (None, None) if ignore_index is None else partition(labels, ignore_index)
+    softcap, twice = head.softcap is not None, want_direction and x.dtype == torch.float16
+    slope = torch.empty_like(target) if softcap else None
+    flags = torch.empty(n, dtype=torch.int8, device=device)
+
+    readable = describable(head.weight) and (describable(x) if order is None else dim * x.element_size() % 16 == 0)
+    config = tile_config(_major(device), x.element_size(), softcap=softcap, describable=readable)
+    tile = (config.block_n, config.block_v)
+    if want_direction:
+        shape = (n, dim, vocabulary, x.element_size(), order is not None)
+        most, width = slices(*shape, workspace, _processors(device), *tile)
+    else:  # nothing but partial sums is held
+        fitting = workspace // (4 * -(-vocabulary // config.block_v) + x.element_size() * dim)
+        most, width = min(n, max(1, fitting // config.block_n) * config.block_n), vocabulary
+    gathered = x if order is None else torch.empty(most, dim, dtype=x.dtype, device=device)
+    slice_ = torch.empty(most if want_direction else 1, -(-width // 16) * 16, dtype=x.dtype, device=device)
+    pull = torch.empty(most, dim, dtype=torch.float32, device=device) if want_direction else None
+    near, anchor = torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device)
+    sums = torch.empty(-(-vocabulary // config.block_v), most, device=device)
+
+    bound = (gathered, head, near, anchor, None, slice_, sums, count)
+    write = _exponentials(*bound, True, config) if want_direction else None
+    add_up = _exponentials(*bound, False, config) if twice or not want_direction else write
+    multiply: Bound | None = None
+    tile_of_product = config
+    if pull is not None and count is not None:
+        multiply, tile_of_product = _product(pull, slice_, head.weight, count, sum_counted=False)
+
+    def sweep(run: Bound | None, m: int, first: int) -> None:
+        """Partial sums of a block's rows around their anchors, and where its slices are written its E' in pull."""
+        assert run is not None
+        first_x = first if order is None else 0
+        for columns in cut(vocabulary, width):
+            w, begin = columns.stop - columns.start, columns.start
+            run(_programs(device, config, m, w), N=m, V=w, first_x=first_x, first_row=first, first_column=begin)
+            if run is not write or pull is None:
+                continue
+            if multiply is None:
+                add_matmul(pull[:m], slice_[:m, :w], head.weight[columns], fresh=begin == 0)
+            else:
+                programs = _programs(device, tile_of_product, m, dim)
+                multiply(programs, M=m, K=w, first_row=first, first_k=begin, add=int(begin > 0))
+
+    for at in cut(n, most):
+        m, first = at.stop - at.start, at.start
+        where: dict[str, Any] = {"rows": m, "first_row": first, "logit_scale": head.logit_scale}
+        written = (gathered, near, anchor, target, target if slope is None else slope)
+        rows.begin(x, head.weight, head.bias, labels, order, count, *written, softcap=head.softcap, **where)
+        sweep(add_up, m, first)
+        if twice:  # the second pass leaves other sums
+            first_sums = sums.clone()
+            anchor += torch.log1p(sums.sum(0)) - math.log(FP16_MAGNIFY)
+            sweep(write, m, first)
+            sums.copy_(first_sums)
+        found = (target, slope, logps, flags, direction)
+        where |= {"divisor": FP16_MAGNIFY if twice else None, "overflow": passes.OVERFLOW}
+        rows.finish(pull, sums, head.weight, labels, order, count, *found, **where)
     _redo(x, head, labels, flags, target, slope, logps, direction)
-    if twice:
-        anchor = target - logps - math.log(FP16_MAGNIFY)
-        _, pull = accumulate(x, head, labels, anchor, tiles, want_pull=True)
-        assert pull is not None
-        direction = directions(head, labels, slope, -torch.expm1(logps), pull.div_(FP16_MAGNIFY))
     return Forward(logps, target - logps, direction)
 
 
 def whole_rows(
-    x: Tensor, head: Head, labels: Tensor, out: Tensor, *, count: Tensor | None = None
+    x: Tensor, head: Head, labels: Tensor, out: Tensor, *, workspace: int, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Write exp(z - a) · slope of all vocabulary into out (N, V), 0 at the label, for an anchor a of each row.
 
@@ -162,13 +275,13 @@ def whole_rows(
     """
     target, slope = target_logits(x, head, labels)
     target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
-    total = _counted(passes.fill(x, head, labels, target, TritonTiles(count, low=False), out), count)
+    total = _counted(passes.fill(x, head, labels, target, TritonTiles(count), workspace, out), count)
     logps = (target - target) - torch.log1p(total)
     flags = (total > passes.OVERFLOW).to(torch.int8)
     _redo(x, head, labels, flags, target, slope, logps, None)
     overflowed = flags.any()
     again = overflowed * (len(x) if count is None else count)
-    passes.fill(x, head, labels, target - logps, TritonTiles(again.to(torch.int32), low=False), out)
+    passes.fill(x, head, labels, target - logps, TritonTiles(again.to(torch.int32)), workspace, out)
     return logps, torch.where(overflowed, 1.0, logps.exp())
 
 
@@ -210,13 +323,13 @@ def gradients(
     upstream: Tensor,
     *,
     want: tuple[bool, bool, bool],
+    workspace: int,
     count: Tensor | None = None,
-    low: bool = False,
 ) -> Gradients:
     """Gradients through a trained head, ∂L/∂x 0 past the count; see `passes.gradients`."""
     magnify = FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
-    tiles, upstream = TritonTiles(count, low), _counted(upstream, count)
-    return passes.gradients(x, head, labels, forward, upstream, tiles, want=want, magnify=magnify)
+    tiles, upstream = TritonTiles(count), _counted(upstream, count)
+    return passes.gradients(x, head, labels, forward, upstream, tiles, workspace, want=want, magnify=magnify)
 
 
 def _counted(values: Tensor, count: Tensor | None) -> Tensor:

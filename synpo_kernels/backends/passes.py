@@ -2,15 +2,16 @@
 
 Every exponent is anchored at the target's own logit z_y, so vocabulary chunks are independent and add up:
 
-    P̂[t, v] = exp(z[t, v] - z_y[t]) for v ≠ y_t, 0 at v = y_t          one chunk (N, Vc) at a time
+    P̂[t, v] = exp(z[t, v] - z_y[t]) for v ≠ y_t, 0 at v = y_t          a slice (R, Vc) at a time
     s_t     = Σ_v P̂[t, v]               logp_t = -log1p(s_t)            exact where p is close to 1
     E'_t    = Σ_v P̂[t, v] c[t, v] W_v   U_t = (s_t c_y W_y - E'_t) / (1 + s_t) = ∂logp_t/∂x_t
 
 with c = ∂z/∂(x Wᵀ). The same tile, anchored at the log-sum-exp, gives softmax(z) - onehot(y), from which `gradients`
 builds everything a trained head needs.
 
-Layout: vocabulary chunks outside, row blocks inside, so a chunk of W is prepared once and its gradient is finished in
-one place. No more than one slice of the logits exists at a time.
+One number sizes it all: a workspace in bytes, for the slice, the sum E' in the compute dtype and what else a block of rows
+needs at a time. Exponentials below `LEAST` are 0 before a product sees them: they, or their products, would be denormal, which
+costs some CPUs a hundred cycles each, and 2¹⁸ of them change a sum by less than 2⁻⁸².
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from torch import Tensor
 from ..head import Head, compute_dtype
 
 OVERFLOW = 1e26  # about e⁶⁰: a row whose exponential sum passes this is computed again around its largest logit
-SLICE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}  # the slice of the logits that exists at any moment
-LOW_SLICE_BYTES = 2 << 20  # the same where memory comes first
-LOW_ROW_BYTES = 12 << 20  # and what is held there of a block of rows
-MAX_ROWS = 8192  # rows of a slice; more rows are taken in blocks
+LEAST = 2.0**-100  # exponentials below are 0
+WORKSPACE = {"cpu": 32 << 20, "cuda": 128 << 20}  # bytes, where nobody asks for another
+LOW_WORKSPACE = 16 << 20  # where memory comes first
+MIN_COLUMNS = 256  # of a slice, whatever the workspace: narrower ones are all overhead
+
+
+def workspace_of(device: torch.device, workspace: int | None) -> int:
+    """The workspace in bytes, for this kind of device where it is None."""
+    return WORKSPACE.get(device.type, WORKSPACE["cpu"]) if workspace is None else workspace
 
 
 class Tiles(Protocol):
     """What a backend brings to the passes."""
-
-    @property
-    def low(self) -> bool:
-        """Whether memory comes first."""
 
     def operand(self, matrix: Tensor) -> Tensor:
         """x or a chunk of W in the format the products are taken in."""
@@ -54,7 +56,6 @@ class Tiles(Protocol):
         at_target: Tensor | None,
         keep: bool,
         out: Tensor,
-        first_row: int,
     ) -> Tensor:
         """Write c/logit_scale · exp(z - anchor) of a slice into `out`; return the row sums of exp(z - anchor).
 
@@ -63,17 +64,16 @@ class Tiles(Protocol):
                 counted from the chunk's first column, so most lie outside it. anchor: (n,).
             at_target: (n,) stands in the label's column in place of the exponential, times the same slope; None: 0.
             keep: whether `out` is wanted. out: (n, w), free to work in either way.
-            first_row: number of x's first row among all rows, for tiles that know how many rows are wanted.
 
         Returns:
             (n,) in the compute dtype, the label's column left out; undefined at rows that are not wanted, as `out` is.
         """
 
-    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor) -> None:
         """total (n, D) += slice_ (n, w) @ b (w, D), in the compute dtype."""
 
-    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
-        """total (w, D) += slice_ᵀ (w, n) @ b (n, D), in the compute dtype."""
+    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+        """total (w, D) += slice_ᵀ (w, n) @ b (n, D), summed in the compute dtype; fresh: overwritten, as `add_matmul`."""
 
 
 @dataclass(frozen=True)
@@ -99,32 +99,37 @@ def cut(total: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, total)) for first in range(0, total, step)]
 
 
-def low_rows(x: Tensor) -> int:
-    """Rows to take at a time where memory comes first.
-
-    At most three numbers in the compute dtype are held for each of x: x gathered and widened, and a sum or rows of W.
-    """
-    rows = LOW_ROW_BYTES // max(1, 3 * x.shape[-1] * compute_dtype(x.dtype).itemsize)
+def block_rows(x: Tensor, workspace: int) -> int:
+    """Rows of x (N, D) to take at a time: two numbers in the compute dtype for each of x (x widened or gathered, and a sum)
+    stay within half the workspace. The same on all processes that share a head."""
+    rows = workspace // 2 // max(1, 2 * x.shape[-1] * compute_dtype(x.dtype).itemsize)
     return max(1, rows - rows % 64, rows % 64)
 
 
-def vocabulary_chunks(
-    x: Tensor, head: Head, tiles: Tiles, *, sliced: bool = True, summed: bool = False
-) -> Iterator[tuple[slice, Head, Tensor]]:
-    """Yield (columns, the head's chunk as operand, scratch for one slice, if it is to be `sliced`).
+def blocks(labels: Tensor, ignore_index: int | None, step: int) -> Iterator[slice | Tensor]:
+    """The rows that count, `step` at a time. Where some may be ignored the host learns their number."""
+    if ignore_index is None:
+        yield from cut(len(labels), step)
+    else:
+        yield from (rows for rows in (labels != ignore_index).nonzero().squeeze(1).split(step) if len(rows))
 
-    The slice of the logits, and the chunk of W where the operand is a widened copy or its gradient is `summed`, each stay
-    within `SLICE_BYTES` (or `LOW_SLICE_BYTES`) in the format of a slice.
+
+def vocabulary_chunks(
+    x: Tensor, head: Head, tiles: Tiles, workspace: int, *, sliced: bool = True, summed: bool = False
+) -> Iterator[tuple[slice, Head, Tensor]]:
+    """Yield (columns, the head's chunk as operand, scratch for one slice of all rows of x, if it is to be `sliced`).
+
+    The slice of the logits, and the chunk of W where the operand is a widened copy or its gradient is `summed`, stay together
+    within half the workspace.
     """
-    kept = tiles.slice_dtype(x.dtype)
-    rows = min(x.shape[0], MAX_ROWS)
-    widest = rows if kept == head.weight.dtype and not summed else max(rows, head.weight.shape[1])
-    allowed = LOW_SLICE_BYTES if tiles.low else SLICE_BYTES.get(x.device.type, SLICE_BYTES["cpu"])
-    budget = allowed // kept.itemsize
-    width = max(1, budget // max(1, widest))
-    width = min(head.weight.shape[0], max(width - width % 256, width % 256))  # whole tiles, unless a tile is too wide
-    scratch = torch.empty(rows * width if sliced else 0, dtype=kept, device=x.device)
-    for columns in cut(head.weight.shape[0], width):
+    kept, vocabulary = tiles.slice_dtype(x.dtype), len(head.weight)
+    columns_of_w = (
+        0 if tiles.operand(head.weight[:0]).dtype == head.weight.dtype and not summed else head.weight.shape[1]
+    )
+    width = workspace // 2 // (kept.itemsize * max(1, (len(x) if sliced else 0) + columns_of_w))
+    width = min(vocabulary, max(width - width % MIN_COLUMNS, min(width, MIN_COLUMNS), 1))
+    scratch = torch.empty(len(x) * width if sliced else 0, dtype=kept, device=x.device)
+    for columns in cut(vocabulary, width):
         part = head.columns(columns)
         yield columns, replace(part, weight=tiles.operand(part.weight)), scratch
 
@@ -138,13 +143,7 @@ def target_logits(x: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def accumulate(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    anchor: Tensor,
-    tiles: Tiles,
-    *,
-    want_pull: bool,
+    x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, workspace: int, *, want_pull: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sweep the vocabulary once around `anchor`.
 
@@ -155,23 +154,21 @@ def accumulate(
     total = torch.zeros_like(anchor)
     pull = torch.zeros(x.shape, dtype=total.dtype, device=x.device) if want_pull else None
     operand = tiles.operand(x)
-    for columns, part, scratch in vocabulary_chunks(x, head, tiles):
-        for rows in cut(x.shape[0], MAX_ROWS):
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            weights = scratch[: shape[0] * shape[1]].view(shape)
-            near = labels[rows] - columns.start
-            total[rows] += tiles(operand[rows], part, near, anchor[rows], None, want_pull, weights, rows.start)
-            if pull is not None:
-                tiles.add_product(pull[rows], weights.to(part.weight.dtype), part.weight, rows.start)
+    for columns, part, scratch in vocabulary_chunks(x, head, tiles, workspace):
+        shape = (len(x), columns.stop - columns.start)
+        weights = scratch[: shape[0] * shape[1]].view(shape)
+        total += tiles(operand, part, labels - columns.start, anchor, None, want_pull, weights)
+        if pull is not None:
+            tiles.add_product(pull, weights.to(part.weight.dtype), part.weight)
     return total, pull
 
 
-def fill(x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, out: Tensor) -> Tensor:
+def fill(x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, workspace: int, out: Tensor) -> Tensor:
     """Write c/logit_scale · exp(z - anchor) of all vocabulary into out (N, V), 0 at the label; return its row sums (N,)."""
     total = torch.zeros_like(anchor)
     operand = tiles.operand(x)
-    for columns, part, _ in vocabulary_chunks(x, head, tiles, sliced=False):
-        total += tiles(operand, part, labels - columns.start, anchor, None, True, out[:, columns], 0)
+    for columns, part, _ in vocabulary_chunks(x, head, tiles, workspace, sliced=False):
+        total += tiles(operand, part, labels - columns.start, anchor, None, True, out[:, columns])
     return total
 
 
@@ -193,6 +190,7 @@ def gradients(
     forward: Forward,
     upstream: Tensor,
     tiles: Tiles,
+    workspace: int,
     *,
     want: tuple[bool, bool, bool],
     magnify: float = 1.0,
@@ -200,10 +198,11 @@ def gradients(
 ) -> Gradients:
     """Gradients through a trained head by recomputing each chunk around the known log-sum-exp.
 
-    R = c (softmax(z) - onehot(y)) is built without g, which enters as a row factor of the fp32 products, so that a
-    tiny coefficient does not flush R in half precision:
+    R = c (softmax(z) - onehot(y)) is built without g, which enters as a row factor of the products:
 
-        ∂L/∂x = -g ⊙ (R W)      ∂L/∂W = -max|g| · Rᵀ (g x / max|g|)      ∂L/∂b = -gᵀ R
+        ∂L/∂x = -g ⊙ (R W)      ∂L/∂W = -Rᵀ (g x)      ∂L/∂b = -gᵀ R
+
+    In fp16, where a tiny g would flush, it enters as g / max|g|, and the fp32 sums are scaled back.
 
     Args:
         upstream: (N,) g_t. want: whether the gradients of (hidden, weight, bias) are needed.
@@ -215,8 +214,11 @@ def gradients(
     precise = compute_dtype(x.dtype)
     want_hidden, want_weight, want_bias = want
     g = upstream.to(precise)
-    largest = g.abs().amax() if g.numel() else g.sum()
-    unit = g / torch.where(largest > 0, largest, torch.ones_like(largest))
+    scale = -head.logit_scale / magnify
+    unit, factor = g * scale, None
+    if x.dtype == torch.float16:
+        largest = g.abs().amax() if g.numel() else g.sum()
+        unit, factor = g / torch.where(largest > 0, largest, torch.ones_like(largest)), largest * scale
     anchor = forward.normalizer - math.log(magnify)
     at_target = torch.expm1(forward.logps) * magnify
     d_hidden = torch.zeros(x.shape, dtype=precise, device=x.device) if want_hidden else None
@@ -225,28 +227,24 @@ def gradients(
     d_bias = torch.empty_like(head.weight[:, 0], memory_format=torch.contiguous_format) if want_bias else None
     operand = tiles.operand(x)
     weighted = (trained * unit[:, None]).to(operand.dtype) if want_weight else operand
-    for columns, part, scratch in vocabulary_chunks(x, head, tiles, summed=want_weight):
-        width = columns.stop - columns.start
-        chunk_weight = torch.zeros(width, trained.shape[1], dtype=precise, device=x.device) if want_weight else None
-        chunk_bias = torch.zeros(width, dtype=precise, device=x.device)
-        for rows in cut(x.shape[0], MAX_ROWS):
-            n = rows.stop - rows.start
-            residual = scratch[: n * width].view(n, width)
-            near = labels[rows] - columns.start
-            tiles(operand[rows], part, near, anchor[rows], at_target[rows], True, residual, rows.start)
-            residual = residual.to(part.weight.dtype)
-            if d_hidden is not None:
-                tiles.add_product(d_hidden[rows], residual, part.weight, rows.start)
-            if chunk_weight is not None:
-                tiles.add_transposed_product(chunk_weight, residual, weighted[rows], rows.start)
-            if want_bias:
-                factors = unit[rows, None].to(residual.dtype)
-                tiles.add_transposed_product(chunk_bias[:, None], residual, factors, rows.start)
-        factor = -largest * (head.logit_scale / magnify)
-        if d_weight is not None and chunk_weight is not None:
-            d_weight[columns] = chunk_weight.mul_(factor)
+    direct = factor is None and x.is_cuda and operand.dtype == x.dtype  # products round their sums themselves
+    for columns, part, scratch in vocabulary_chunks(x, head, tiles, workspace, summed=want_weight and not direct):
+        shape = (len(x), columns.stop - columns.start)
+        residual = scratch[: shape[0] * shape[1]].view(shape)
+        tiles(operand, part, labels - columns.start, anchor, at_target, True, residual)
+        residual = residual.to(part.weight.dtype)
+        if d_hidden is not None:
+            tiles.add_product(d_hidden, residual, part.weight)
+        if d_weight is not None:
+            of_weight = d_weight[columns]
+            chunk = of_weight if direct else of_weight.new_zeros(of_weight.shape, dtype=precise)
+            tiles.add_transposed_product(chunk, residual, weighted, fresh=direct)
+            if not direct:
+                of_weight.copy_(chunk if factor is None else chunk.mul_(factor))
         if d_bias is not None:
-            d_bias[columns] = chunk_bias.mul_(factor)
+            chunk = torch.zeros(shape[1], 1, dtype=precise, device=x.device)
+            tiles.add_transposed_product(chunk, residual, unit[:, None].to(residual.dtype))
+            d_bias[columns] = chunk[:, 0] if factor is None else chunk[:, 0].mul_(factor)
     if d_hidden is not None:
-        d_hidden = d_hidden.mul_(g[:, None] * (-head.logit_scale / magnify)).to(x.dtype)
+        d_hidden = d_hidden.mul_(g[:, None] * scale).to(x.dtype)
     return Gradients(d_hidden, d_weight, d_bias)

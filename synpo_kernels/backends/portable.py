@@ -7,21 +7,16 @@ is found and done again around its largest logit, which reads one number back fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..head import Head, add_matmul, compute_dtype, taken_whole
 from . import passes
-from .passes import Forward, Gradients, cut, target_logits, vocabulary_chunks
+from .passes import Forward, Gradients, target_logits, vocabulary_chunks
 
 
-@dataclass(frozen=True)
 class TorchTiles:
     """A slice of exponentials by torch operations; see `passes.Tiles`."""
-
-    low: bool
 
     def operand(self, matrix: Tensor) -> Tensor:
         if matrix.dtype == torch.bfloat16 and taken_whole(matrix):
@@ -50,27 +45,27 @@ class TorchTiles:
         at_target: Tensor | None,
         keep: bool,
         out: Tensor,
-        first_row: int,
     ) -> Tensor:
         _, slope = self.logits(x, part, out)
-        out.sub_(anchor[:, None]).exp_()
+        torch.threshold_(out.sub_(anchor[:, None]).exp_(), passes.LEAST, 0.0)  # NaN stays
         row = torch.arange(out.shape[0], device=out.device)
         column = labels.clamp(0, out.shape[1] - 1)
         elsewhere = labels != column  # the label is not in this chunk
         found = out[row, column]
         out[row, column] = found.where(elsewhere, 0.0)
         sums = out.sum(1)
-        if at_target is not None:
-            out[row, column] = found.where(elsewhere, at_target)
         if slope is not None and keep:
-            out.mul_(slope)
+            torch.threshold_(out.mul_(slope), passes.LEAST, 0.0)
+        if at_target is not None:
+            own = at_target if slope is None else at_target * slope[row, column]
+            out[row, column] = out[row, column].where(elsewhere, own)
         return sums
 
-    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
+    def add_product(self, total: Tensor, slice_: Tensor, b: Tensor) -> None:
         add_matmul(total, slice_, b)
 
-    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, first_row: int) -> None:
-        add_matmul(total, slice_.T, b)
+    def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+        add_matmul(total, slice_.T, b, fresh=fresh)
 
 
 def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, None]:
@@ -79,38 +74,42 @@ def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, None]:
 
 
 def forward(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    *,
-    want_direction: bool,
-    count: Tensor | None = None,
-    low: bool = False,
+    x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, *, want_direction: bool, workspace: int
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, in one pass; see `passes`."""
-    assert count is None, "`partition` gives the rows to compute alone"
-    tiles = TorchTiles(low)
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 where ignored, in one pass; see `passes`."""
+    found = nothing(x, want_direction)
+    for rows in passes.blocks(labels, ignore_index, passes.block_rows(x, workspace)):
+        put(found, rows, _block(x[rows], head, labels[rows], want_direction, workspace))
+    return found
+
+
+def nothing(x: Tensor, want_direction: bool) -> Forward:
+    """The results of rows that do not count."""
+    logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
+    return Forward(logps, torch.zeros_like(logps), x.new_zeros(x.shape) if want_direction else None)
+
+
+def put(whole: Forward, rows: Tensor | slice, part: Forward) -> None:
+    """Write the results of some rows."""
+    whole.logps[rows], whole.normalizer[rows] = part.logps, part.normalizer
+    if whole.direction is not None and part.direction is not None:
+        whole.direction[rows] = part.direction
+
+
+def _block(x: Tensor, head: Head, labels: Tensor, want_direction: bool, workspace: int) -> Forward:
     target, slope = target_logits(x, head, labels)
-    result, total = _around(x, head, labels, target, target, slope, tiles, want_direction)
+    found, total = _around(x, head, labels, target, target, slope, want_direction, workspace)
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
-    if flagged.numel() == 0:
-        return result
-    rows, row_labels = x[flagged], labels[flagged]
-    row_slope = None if slope is None else slope[flagged]
-    largest = largest_logits(rows, head, tiles)
-    again, _ = _around(rows, head, row_labels, target[flagged], largest, row_slope, tiles, want_direction)
-    for whole, part in (
-        (result.logps, again.logps),
-        (result.normalizer, again.normalizer),
-        (result.direction, again.direction),
-    ):
-        if whole is not None and part is not None:
-            whole[flagged] = part
-    return result
+    if flagged.numel():
+        rows, row_labels, row_slope = x[flagged], labels[flagged], None if slope is None else slope[flagged]
+        largest = largest_logits(rows, head, workspace)
+        again = _around(rows, head, row_labels, target[flagged], largest, row_slope, want_direction, workspace)
+        put(found, flagged, again[0])
+    return found
 
 
 def whole_rows(
-    x: Tensor, head: Head, labels: Tensor, out: Tensor, *, count: Tensor | None = None
+    x: Tensor, head: Head, labels: Tensor, out: Tensor, *, workspace: int, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Write exp(z - a) · slope of all vocabulary into out (N, V), 0 at the label, for an anchor a of each row.
 
@@ -118,15 +117,15 @@ def whole_rows(
         logps (N,), and exp(a - log-sum-exp) (N,), which turns `out` into probabilities.
     """
     assert count is None, "`partition` gives the rows to compute alone"
-    tiles = TorchTiles(low=False)
     target, _ = target_logits(x, head, labels)
-    total = passes.fill(x, head, labels, target, tiles, out)
+    total = passes.fill(x, head, labels, target, TorchTiles(), workspace, out)
     logps = (target - target) - torch.log1p(total)  # NaN where the row is not finite, which must stay visible
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
     if flagged.numel() == 0:
         return logps, logps.exp()
-    logps[flagged] = forward(x[flagged], head, labels[flagged], want_direction=False).logps
-    passes.fill(x, head, labels, target - logps, tiles, out)
+    again = forward(x[flagged], head, labels[flagged], None, want_direction=False, workspace=workspace)
+    logps[flagged] = again.logps
+    passes.fill(x, head, labels, target - logps, TorchTiles(), workspace, out)
     return logps, torch.ones_like(logps)
 
 
@@ -138,12 +137,12 @@ def gradients(
     upstream: Tensor,
     *,
     want: tuple[bool, bool, bool],
+    workspace: int,
     count: Tensor | None = None,
-    low: bool = False,
 ) -> Gradients:
     """Gradients through a trained head; see `passes.gradients`."""
     assert count is None, "`partition` gives the rows to compute alone"
-    return passes.gradients(x, head, labels, forward, upstream, TorchTiles(low), want=want)
+    return passes.gradients(x, head, labels, forward, upstream, TorchTiles(), workspace, want=want)
 
 
 def _around(
@@ -153,11 +152,11 @@ def _around(
     target: Tensor,
     anchor: Tensor,
     slope: Tensor | None,
-    tiles: TorchTiles,
     want_direction: bool,
+    workspace: int,
 ) -> tuple[Forward, Tensor]:
     """One pass with exponents measured from `anchor`; also returns the sum, to see whether it overflowed."""
-    total, pull = passes.accumulate(x, head, labels, anchor, tiles, want_pull=want_direction)
+    total, pull = passes.accumulate(x, head, labels, anchor, TorchTiles(), workspace, want_pull=want_direction)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
     logps = excess - torch.log1p(total + torch.expm1(excess))
@@ -167,13 +166,13 @@ def _around(
     return Forward(logps, target - logps, direction), total
 
 
-def largest_logits(x: Tensor, head: Head, tiles: TorchTiles) -> Tensor:
+def largest_logits(x: Tensor, head: Head, workspace: int) -> Tensor:
     """(N,) max_v z_v in the compute dtype."""
     largest = torch.full((x.shape[0],), -torch.inf, dtype=compute_dtype(x.dtype), device=x.device)
+    tiles = TorchTiles()
     operand = tiles.operand(x)
-    for columns, part, scratch in vocabulary_chunks(x, head, tiles):
-        for rows in cut(x.shape[0], passes.MAX_ROWS):
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            logits, _ = tiles.logits(operand[rows], part, scratch[: shape[0] * shape[1]].view(shape))
-            largest[rows] = torch.maximum(largest[rows], logits.amax(1))
+    for columns, part, scratch in vocabulary_chunks(x, head, tiles, workspace):
+        shape = (len(x), columns.stop - columns.start)
+        logits, _ = tiles.logits(operand, part, scratch[: shape[0] * shape[1]].view(shape))
+        largest = torch.maximum(largest, logits.amax(1))
     return largest

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -19,7 +19,8 @@ class TileConfig:
     group_n: int  # row tiles that share a chunk of W in L2 before the next columns are taken
     num_warps: int
     num_stages: int
-    descriptors: bool = False  # read x and W through tensor descriptors
+    descriptors: bool = False  # matrices are read and written through tensor descriptors
+    flatten: bool = False  # a persistent grid, its loops over tiles and over D made one
 
     def options(self) -> dict[str, Any]:
         """Triton's launch options."""
@@ -31,14 +32,12 @@ class ChipConfig:
     """The tiles of one chip generation."""
 
     half: TileConfig  # 16-bit inputs
-    half_counted: TileConfig  # 16-bit inputs with a count of rows
     half_small: TileConfig  # where more is alive an element (a soft cap's slope, a sum to add to): larger tiles spill
     full: TileConfig  # float32 inputs
     full_small: TileConfig  # float32 inputs where more is alive
     full_product: TileConfig  # and of their counted products
-    descriptors: bool = False  # whether the two below take the place of half and half_counted, where x and W allow it
-    described: TileConfig | None = None
-    described_counted: TileConfig | None = None
+    described: TileConfig | None = None  # in place of half and half_small where all matrices allow descriptors
+    described_small: TileConfig | None = None
 
 
 INTERPRETER = TileConfig(16, 32, 16, 2, 1, 1)
@@ -47,7 +46,6 @@ INTERPRETER = TileConfig(16, 32, 16, 2, 1, 1)
 CHIPS: dict[int, ChipConfig] = {
     8: ChipConfig(
         half=TileConfig(128, 128, 32, 8, 4, 4),
-        half_counted=TileConfig(128, 128, 32, 8, 4, 4),
         half_small=TileConfig(128, 128, 32, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
         full_small=TileConfig(64, 64, 32, 8, 8, 3),
@@ -55,25 +53,21 @@ CHIPS: dict[int, ChipConfig] = {
     ),
     9: ChipConfig(
         half=TileConfig(128, 256, 64, 8, 8, 3),
-        half_counted=TileConfig(128, 256, 64, 8, 8, 3),
         half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
         full_small=TileConfig(64, 128, 32, 8, 8, 3),
         full_product=TileConfig(64, 64, 32, 8, 4, 3),
-        descriptors=True,  # 158 registers and a fourth stage where pointers take 255; no time was measured
-        described=TileConfig(128, 256, 64, 8, 8, 4, True),
-        described_counted=TileConfig(128, 256, 64, 8, 8, 4, True),
+        described=TileConfig(128, 256, 64, 8, 8, 3, descriptors=True, flatten=True),
+        described_small=TileConfig(128, 128, 64, 8, 8, 4, descriptors=True, flatten=True),
     ),
     10: ChipConfig(
-        half=TileConfig(128, 256, 64, 8, 8, 3),
-        half_counted=TileConfig(128, 128, 64, 8, 8, 4),  # 128 columns more spill here
+        half=TileConfig(128, 128, 64, 8, 8, 4),
         half_small=TileConfig(128, 128, 64, 8, 8, 4),
         full=TileConfig(64, 64, 32, 8, 4, 3),
         full_small=TileConfig(64, 128, 32, 8, 8, 3),
         full_product=TileConfig(64, 64, 32, 8, 4, 3),
-        descriptors=True,
-        described=TileConfig(128, 256, 64, 8, 8, 4, True),
-        described_counted=TileConfig(128, 128, 64, 8, 8, 5, True),
+        described=TileConfig(128, 128, 64, 8, 8, 4, descriptors=True, flatten=True),
+        described_small=TileConfig(128, 128, 64, 8, 8, 4, descriptors=True, flatten=True),
     ),
 }
 CHIPS[12] = CHIPS[8]  # consumer Blackwell has the tensor instructions and the little shared memory (99 KiB) of Ampere
@@ -82,12 +76,10 @@ CHIPS[12] = CHIPS[8]  # consumer Blackwell has the tensor instructions and the l
 EXACT = TileConfig(16, 64, 64, 1, 4, 2)
 
 
-def tile_config(
-    major: int | None, itemsize: int, *, softcap: bool, counted: bool, describable: bool = False
-) -> TileConfig:
+def tile_config(major: int | None, itemsize: int, *, softcap: bool, describable: bool = False) -> TileConfig:
     """Parameters for a chip (major compute capability, None: the interpreter) and the bytes of an input number.
 
-    describable: whether x and W allow tensor descriptors (`exp_tile.describable`). A chip without an entry takes that of
+    describable: whether x, W and the slice allow tensor descriptors (`tiles.describable`). A chip without an entry takes that of
     the newest older one, compute capability 8 at least.
     """
     if major is None:
@@ -95,18 +87,27 @@ def tile_config(
     chip = _chip(major)
     if itemsize == 4:
         return chip.full_small if softcap else chip.full
-    if softcap:
-        return chip.half_small
-    if describable and chip.descriptors and chip.described and chip.described_counted:
-        return chip.described_counted if counted else chip.described
-    return chip.half_counted if counted else chip.half
+    if describable and chip.described and chip.described_small:
+        return chip.described_small if softcap else chip.described
+    return chip.half_small if softcap else chip.half
 
 
-def product_config(major: int | None, itemsize: int) -> TileConfig:
-    """Parameters of a counted product, as `tile_config`."""
+def product_config(
+    major: int | None, itemsize: int, m: int, d: int, processors: int, *, describable: bool = False
+) -> TileConfig:
+    """Parameters of a counted product (m, d), as `tile_config`: smaller tiles where large ones leave multiprocessors idle."""
     if major is None:
         return INTERPRETER
-    return _chip(major).full_product if itemsize == 4 else _chip(major).half_small
+    chip = _chip(major)
+    if itemsize == 4:
+        config = chip.full_product
+    elif describable and chip.described and chip.described_small:
+        large = -(-m // chip.described.block_n) * -(-d // chip.described.block_v)
+        config = chip.described if large >= processors // 2 else chip.described_small
+    else:
+        config = chip.half_small
+    narrow = max(32, 1 << (d - 1).bit_length())  # a result of one column, of a bias say
+    return config if d >= config.block_v else replace(config, block_v=min(config.block_v, narrow))
 
 
 def _chip(major: int) -> ChipConfig:

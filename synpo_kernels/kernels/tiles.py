@@ -1,4 +1,4 @@
-"""Device functions the kernels share.
+"""Device functions the kernels share, and how their matrices are read.
 
 Shape legend: N rows, D hidden size, V columns of the vocabulary chunk. Addresses are built in int64 throughout: rows
 and columns times their strides pass 2³¹ on real shapes.
@@ -7,8 +7,16 @@ and columns times their strides pass 2³¹ on real shapes.
 # A kernel takes pointers and scalars typed at launch.
 # mypy: disable-error-code=no-untyped-def
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @triton.jit
@@ -91,3 +99,46 @@ def cap(raw, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
         z = softcap * ratio
         slope = 1.0 - ratio * ratio
     return z, slope
+
+
+@triton.jit
+def counted_rows(count_ptr, first_row, N, HAS_COUNT: tl.constexpr):
+    """How many of N rows count, first_row others lying before them; count () int32 is read on the device."""
+    rows = N
+    if HAS_COUNT:
+        rows = tl.maximum(tl.minimum(N, tl.load(count_ptr) - first_row), 0)
+    return rows
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether the copy engine can read this matrix: rows contiguous and apart, base and row stride multiples of 16 bytes."""
+    stride, step = tensor.stride()
+    size = tensor.element_size()
+    apart = stride >= tensor.shape[1] and stride * size % 16 == 0
+    return step == 1 and apart and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
+
+
+class Bound:
+    """A kernel with its arguments, to be launched again and again with other numbers.
+
+    Triton binds, checks and looks up a launch each time anew, which takes longer than many a kernel runs; here it does so once.
+    The numbers that change must be among those the kernel does not specialise on, and fit 32 bits.
+    """
+
+    def __init__(self, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        """arguments: all of the kernel's by name, but for the numbers; options: of the launch."""
+        self._kernel, self._options = kernel, options
+        self._arguments: dict[str, Any] = {name: arguments.get(name) for name in kernel.arg_names}
+        self._compiled: Any = None
+
+    def __call__(self, programs: int, **numbers: int) -> None:
+        self._arguments.update(numbers)
+        if self._compiled is None:  # in the interpreter it stays so
+            self._compiled = self._kernel[(programs,)](**self._arguments, **self._options)
+        else:
+            self._compiled[(programs, 1, 1)](*self._arguments.values())
+
+
+def source(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:
+    """The matrix as a kernel takes it: through a descriptor of blocks, or by its pointer."""
+    return TensorDescriptor.from_tensor(tensor, block) if described else tensor

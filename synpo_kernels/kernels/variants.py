@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import contrast_sample, counted_product, exact_rows, exp_tile, pair_loss
-from .configs import CHIPS, TileConfig, exact_config, product_config, tile_config
+from . import contrast_sample, exact_rows, exp_tile, pair_loss, product, rows
+from .configs import TileConfig, exact_config, product_config, tile_config
 
 FORMATS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32"))
 # triton's types of arguments by name; pointers not listed here point to the input's own format
 TYPES = {
-    **dict.fromkeys(("label_ptr", "empty_ptr"), "*i64"),
+    **dict.fromkeys(("label_ptr", "near_ptr", "order_ptr", "empty_ptr"), "*i64"),
     **dict.fromkeys(("anchor_ptr", "at_target_ptr", "sum_ptr", "target_ptr", "slope_ptr", "logp_ptr"), "*fp32"),
     **dict.fromkeys(("total_ptr", "g_ptr", "field_ptr", "loss_ptr"), "*fp32"),
     **dict.fromkeys(("flag_ptr", "nonfinite_ptr", "nan_ptr", "seen_ptr"), "*i8"),
@@ -66,42 +66,49 @@ def cases(archs: list[int], hidden: int) -> Iterator[Case]:
             yield from _exponentials(arch, dtype, precision, hidden)
             yield from _exact(arch, dtype, precision, hidden)
             yield from _products(arch, dtype, precision)
-        yield from _pair_loss(arch)
+            if precision == "ieee":
+                yield from _rows(arch, dtype, hidden)
+        yield from _pairs(arch)
         yield from _contrast(arch)
 
 
 def _exponentials(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]:
-    plain = {"D": hidden, "HAS_BIAS": False, "HAS_SOFTCAP": False, "WRITE": True, "PRECISION": precision}
-    full = {**plain, "HAS_BIAS": True, "HAS_SOFTCAP": True}
-    wanted = {
-        "exp": {**plain, "HAS_TARGET": False},
-        "exp+target": {**plain, "HAS_TARGET": True},
-        "exp+target+softcap+bias": {**full, "HAS_TARGET": True},
-        "exp+softcap": {**full, "HAS_BIAS": False, "HAS_TARGET": False},
-        "exp sums only": {**plain, "HAS_TARGET": False, "WRITE": False},
-        "exp ragged D": {**plain, "HAS_TARGET": False, "D": hidden + 8},
-        "exp counted": {**plain, "HAS_TARGET": False, "HAS_COUNT": True},
-        "exp+target counted": {**plain, "HAS_TARGET": True, "HAS_COUNT": True},
-        "exp+target+softcap+bias counted": {**full, "HAS_TARGET": True, "HAS_COUNT": True},
+    plain = {
+        "D": hidden,
+        "HAS_BIAS": False,
+        "HAS_SOFTCAP": False,
+        "HAS_TARGET": False,
+        "HAS_COUNT": False,
+        "WRITE": True,
     }
-    heaviest = CHIPS[max(major for major in CHIPS if major <= arch // 10)]
+    full = {**plain, "HAS_BIAS": True, "HAS_SOFTCAP": True, "HAS_TARGET": True, "HAS_COUNT": True}
+    wanted = {
+        "exp": plain,
+        "exp+target counted": {**plain, "HAS_TARGET": True, "HAS_COUNT": True},
+        "exp+target+softcap+bias counted": full,
+        "exp+softcap": {**plain, "HAS_SOFTCAP": True},
+        "exp sums only": {**plain, "WRITE": False},
+        "exp ragged D": {**plain, "D": hidden + 8},
+    }
     for name, constants in wanted.items():
-        if dtype != "bf16" and name not in ("exp", "exp+target+softcap+bias"):
+        if dtype != "bf16" and name not in ("exp", "exp+target+softcap+bias counted"):
             continue
-        softcap, counted = "softcap" in name, "counted" in name
-        for described in (False, True) if heaviest.descriptors and dtype != "fp32" and not softcap else (False,):
+        for described in (False, True):
             size = 4 if dtype == "fp32" else 2
-            config = tile_config(arch // 10, size, softcap=softcap, counted=counted, describable=described)
-            tile = {"HAS_COUNT": False, **constants, "GROUP_N": config.group_n, **_blocks("NVD", config)}
-            types = {}
-            if described:
-                types = {
-                    "x_ptr": f"tensordesc<{dtype}[{config.block_n},{config.block_d}]>",
-                    "w_ptr": f"tensordesc<{dtype}[{config.block_v},{config.block_d}]>",
-                }
+            config = tile_config(arch // 10, size, softcap="softcap" in name, describable=described)
+            if described != config.descriptors:
+                continue
+            n, v, d = config.block_n, config.block_v, config.block_d
+            tile = {
+                **constants,
+                "GROUP_N": config.group_n,
+                "PRECISION": precision,
+                **_blocks("NVD", config),
+                **_reading(config),
+            }
+            boxes = {"x_ptr": (n, d), "w_ptr": (v, d), "out_ptr": (n, v)} if described else {}
             label = f"{name}{' described' if described else ''} {_label(dtype, precision)}"
-            tile["DESCRIPTORS"] = described
-            yield _tiled(label, exp_tile.exp_tile_kernel, arch, dtype, tile, config, types)
+            yield _tiled(label, exp_tile.exp_tile_kernel, arch, dtype, tile, config, _described(dtype, boxes))
 
 
 def _exact(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]:
@@ -115,17 +122,50 @@ def _exact(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]
 
 
 def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
-    config = product_config(arch // 10, 4 if dtype == "fp32" else 2)
-    constants = {"GROUP_M": config.group_n, "PRECISION": precision, "stride_bd": 1, **_blocks("MDK", config)}
-    for name, form in (
-        ("product", {"SUM_COUNTED": False, "stride_ak": 1}),
-        ("product over rows", {"SUM_COUNTED": True, "stride_am": 1}),
-    ):
-        label = f"{name} {_label(dtype, precision)}"
-        yield _tiled(label, counted_product.counted_product_kernel, arch, dtype, {**constants, **form}, config)
+    for described, m in ((False, 8192), (True, 8192), (True, 256)):
+        size = 4 if dtype == "fp32" else 2
+        config = product_config(arch // 10, size, m, 3584, 132, describable=described)
+        if described != config.descriptors or (
+            m == 256 and config == product_config(arch // 10, size, 8192, 3584, 132, describable=described)
+        ):
+            continue
+        n, v, d = config.block_n, config.block_v, config.block_d
+        shared = {
+            "GROUP_M": config.group_n,
+            "PRECISION": precision,
+            "stride_bd": 1,
+            **_blocks("MDK", config),
+            **_reading(config),
+        }
+        for over_rows in (False, True):
+            form = {"SUM_COUNTED": over_rows, "ADD": True, "stride_am" if over_rows else "stride_ak": 1}
+            boxes = {"a_ptr": (d, n) if over_rows else (n, d), "b_ptr": (d, v)} if described else {}
+            name = f"product{' over rows' if over_rows else ''}{' described' if described else ''}"
+            name += f"{' small' if m == 256 else ''} {_label(dtype, precision)}"
+            types = _described(dtype, boxes)
+            yield _tiled(name, product.counted_product_kernel, arch, dtype, shared | form, config, types)
 
 
-def _pair_loss(arch: int) -> Iterator[Case]:
+def _rows(arch: int, dtype: str, hidden: int) -> Iterator[Case]:
+    blocks = {"D": hidden, "BLOCK_N": rows.BLOCK_N, "BLOCK_D": rows.BLOCK_D, "HAS_SOFTCAP": True, "HAS_ORDER": True}
+    tile = f"{rows.BLOCK_N}x{rows.BLOCK_D}"
+    begin = {**blocks, "BLOCK_N": rows.FEW, "HAS_BIAS": True, "stride_xd": 1, "stride_wd": 1}
+    yield Case(f"begin rows {dtype}", rows.begin_rows_kernel, arch, dtype, begin, rows.OPTIONS, tile)
+    finish = {**blocks, "BLOCK_T": rows.BLOCK_T, "HAS_DIVISOR": dtype == "fp16", "WRITE": True, "stride_wd": 1}
+    types = {"sums_ptr": "*fp32", "divisor": "fp32", "overflow": "fp32", "pull_ptr": "*fp32"}
+    yield Case(f"finish rows {dtype}", rows.finish_rows_kernel, arch, dtype, finish, rows.OPTIONS, tile, types)
+
+
+def _reading(config: TileConfig) -> dict[str, Any]:
+    return {"DESCRIPTORS": config.descriptors, "FLATTEN": config.flatten}
+
+
+def _described(dtype: str, boxes: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """Types of arguments that are tensor descriptors of these blocks."""
+    return {name: f"tensordesc<{dtype}[{rows},{columns}]>" for name, (rows, columns) in boxes.items()}
+
+
+def _pairs(arch: int) -> Iterator[Case]:
     options = {"num_warps": pair_loss.WARPS, "num_stages": pair_loss.STAGES, "enable_fp_fusion": True}
     for layout, bounds in (("padded", False), ("packed", True)):
         constants: dict[str, Any] = {"HAS_LABELS": True, "HAS_BOUNDS": bounds, "BLOCK_T": pair_loss.BLOCK_T}

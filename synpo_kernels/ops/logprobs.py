@@ -4,48 +4,45 @@ An op is opaque to torch.compile, which sees its fake implementation alone, so a
 the loops over the vocabulary. Backends are chosen inside, where real tensors are.
 
     linear_logprobs_frozen     finishes its gradient in the forward pass: it keeps U = ∂logp/∂x, the size of x. Backward
-                               is one elementwise product, needs neither W nor logits, takes any upstream gradient and
-                               may run any number of times.
+                               is one elementwise product, needs neither W nor logits and takes any upstream gradient. With
+                               retain_graph=True it may run any number of times; the pass that frees the graph works in U
+                               itself, which becomes ∂L/∂x.
     linear_logprobs_trained    keeps x, W and two numbers a row; `linear_logprobs_gradients` recomputes the slices.
-                               Without gradients it is the plain forward pass; with a frozen head, and `low`, the
-                               recomputation that takes the place of U.
+                               Without gradients it is the plain forward pass.
 
 Rows whose label is `ignore_index` are left out of every product; their results and gradients are 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends.choice import Backend, choose
-from ..backends.passes import Forward, cut, low_rows
+from ..backends.choice import choose
+from ..backends.passes import Forward, workspace_of
 from ..checks import inside_op
 from ..head import Head, compute_dtype
 
 
 def forward(
-    x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, backend: str, *, want_direction: bool, low: bool
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    ignore_index: int | None,
+    backend: str,
+    *,
+    want_direction: bool,
+    workspace: int | None,
 ) -> Forward:
-    """x (N, D), labels (N,) → `Forward` with N rows, 0 where ignored. low: a block of rows at a time, smaller slices."""
+    """x (N, D), labels (N,) → `Forward` with N rows, 0 where ignored."""
     chosen = choose(backend, x)
-    ignore_index = _used(labels, ignore_index)
+    size = workspace_of(x.device, workspace)
     with inside_op(x):
-        if ignore_index is None and not low:
-            return chosen.forward(x, head, labels, want_direction=want_direction)
-        logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
-        normalizer, direction = torch.zeros_like(logps), x.new_zeros(x.shape) if want_direction else None
-        aimed = _aimed(labels, ignore_index)
-        for at, count in _blocks(chosen, x, labels, ignore_index, low):
-            found = chosen.forward(x[at], head, aimed[at], want_direction=want_direction, count=count, low=low)
-            logps[at], normalizer[at] = found.logps, found.normalizer
-            if direction is not None and found.direction is not None:
-                direction[at] = found.direction
-    return Forward(logps, normalizer, direction)
+        options: dict[str, Any] = {"want_direction": want_direction, "workspace": size}
+        return chosen.forward(x, head, labels, _used(labels, ignore_index), **options)
 
 
 def gradients(
@@ -57,49 +54,34 @@ def gradients(
     found: Forward,
     upstream: Tensor,
     want: tuple[bool, bool, bool],
-    low: bool,
+    workspace: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (hidden, weight, bias) for upstream (N,); one that is not wanted is empty.
-
-    low: smaller slices, and a block of rows at a time where the hidden states alone want a gradient (one of the head is a
-    sum over all rows, finished chunk by chunk of the vocabulary).
-    """
+    """Gradients of (hidden, weight, bias) for upstream (N,); one that is not wanted is empty."""
     chosen = choose(backend, x)
-    ignore_index = _used(labels, ignore_index)
+    size, ignore_index = workspace_of(x.device, workspace), _used(labels, ignore_index)
     d_hidden, d_weight, d_bias = x.new_zeros(x.shape if want[0] else 0), x.new_empty(0), x.new_empty(0)
-    aimed = _aimed(labels, ignore_index)
+    rows: Tensor | slice = slice(None)
+    count = None
+    if ignore_index is not None:
+        rows, count = chosen.partition(labels, ignore_index)
+        labels = labels.where(labels != ignore_index, 0)  # what can be looked up
     with inside_op(x):
-        for at, count in _blocks(chosen, x, labels, ignore_index, low and want == (True, False, False)):
-            known = Forward(found.logps[at], found.normalizer[at], None)
-            result = chosen.gradients(x[at], head, aimed[at], known, upstream[at], want=want, count=count, low=low)
-            if result.hidden is not None:
-                d_hidden[at] = result.hidden
-            if result.weight is not None:
-                d_weight = result.weight
-            if result.bias is not None:
-                d_bias = result.bias
-    return d_hidden, d_weight, d_bias
-
-
-def _blocks(
-    backend: Backend, x: Tensor, labels: Tensor, ignore_index: int | None, low: bool
-) -> Iterator[tuple[Tensor | slice, Tensor | None]]:
-    """Yield (rows to compute, how many of them count) in one block, or with `low` in several; see `Partition`."""
-    rows, count = (None, None) if ignore_index is None else backend.partition(labels, ignore_index)
-    total = len(x) if rows is None else len(rows)
-    for block in cut(total, low_rows(x)) if low else [slice(0, total)]:
-        yield block if rows is None else rows[block], None if count is None else count - block.start
+        known = Forward(found.logps[rows], found.normalizer[rows], None)
+        options: dict[str, Any] = {"want": want, "workspace": size, "count": count}
+        result = chosen.gradients(x[rows], head, labels[rows], known, upstream[rows], **options)
+    if result.hidden is not None:
+        d_hidden[rows] = result.hidden
+    return (
+        d_hidden,
+        d_weight if result.weight is None else result.weight,
+        d_bias if result.bias is None else result.bias,
+    )
 
 
 def _used(labels: Tensor, ignore_index: int | None) -> int | None:
     """ignore_index, but None where the host can see that no label has it: the rows are then not gathered."""
     unused = ignore_index is None or (labels.device.type == "cpu" and not (labels == ignore_index).any())
     return None if unused else ignore_index
-
-
-def _aimed(labels: Tensor, ignore_index: int | None) -> Tensor:
-    """Labels that can be looked up: 0 in place of ignore_index."""
-    return labels if ignore_index is None else labels.where(labels != ignore_index, 0)
 
 
 @torch.library.custom_op("synpo_kernels::linear_logprobs_frozen", mutates_args=())
@@ -112,16 +94,17 @@ def frozen(
     logit_scale: float,
     ignore_index: int | None,
     backend: str,
+    workspace: int | None,
 ) -> tuple[Tensor, Tensor]:
     """x (N, D), W (V, D), labels (N,) → logps (N,), U (N, D); differentiable in x alone."""
     head = Head(weight, bias, softcap, logit_scale)
-    found = forward(x, head, labels, ignore_index, backend, want_direction=True, low=False)
+    found = forward(x, head, labels, ignore_index, backend, want_direction=True, workspace=workspace)
     assert found.direction is not None
     return found.logps, found.direction
 
 
 @frozen.register_fake
-def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, workspace):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype)), x.new_empty(x.shape)
 
 
@@ -135,9 +118,13 @@ def _keep_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _frozen_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     (direction,) = ctx.saved_tensors
     if upstream is None:
-        return (None,) * 8
-    # multiplied in the wider dtype and rounded once, without a copy of U in that dtype
-    return (torch.mul(direction, upstream[:, None], out=torch.empty_like(direction)), *[None] * 7)
+        return (None,) * 9
+    # multiplied in the wider dtype and rounded once; in U itself where this backward pass is its last reader
+    last = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    return (
+        torch.mul(direction, upstream[:, None], out=direction if last else torch.empty_like(direction)),
+        *[None] * 8,
+    )
 
 
 frozen.register_autograd(_frozen_backward, setup_context=_keep_direction)
@@ -153,16 +140,16 @@ def trained(
     logit_scale: float,
     ignore_index: int | None,
     backend: str,
-    low: bool,
+    workspace: int | None,
 ) -> tuple[Tensor, Tensor]:
     """x (N, D), W (V, D), b (V,), labels (N,) → logps (N,), log-sum-exp (N,); logps differentiable in x, W and b."""
     head = Head(weight, bias, softcap, logit_scale)
-    found = forward(x, head, labels, ignore_index, backend, want_direction=False, low=low)
+    found = forward(x, head, labels, ignore_index, backend, want_direction=False, workspace=workspace)
     return found.logps, found.normalizer
 
 
 @trained.register_fake
-def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, low):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, workspace):  # type: ignore[no-untyped-def]
     logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
     return logps, torch.empty_like(logps)
 
@@ -180,7 +167,7 @@ def trained_gradients(
     logit_scale: float,
     ignore_index: int | None,
     backend: str,
-    low: bool,
+    workspace: int | None,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -188,7 +175,7 @@ def trained_gradients(
     """∂L/∂x (N, D), ∂L/∂W (V, D), ∂L/∂b (V,) for upstream (N,); one that is not wanted is empty."""
     head, found = Head(weight, bias, softcap, logit_scale), Forward(logps, normalizer, None)
     want = (want_hidden, want_weight, want_bias)
-    return gradients(x, head, labels, ignore_index, backend, found, upstream, want, low)
+    return gradients(x, head, labels, ignore_index, backend, found, upstream, want, workspace)
 
 
 @trained_gradients.register_fake
@@ -204,7 +191,7 @@ def _(  # type: ignore[no-untyped-def]
     logit_scale,
     ignore_index,
     backend,
-    low,
+    workspace,
     want_hidden,
     want_weight,
     want_bias,

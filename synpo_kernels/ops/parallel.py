@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..backends import passes
 from ..backends.passes import Forward, Tiles, accumulate
-from ..backends.portable import TorchTiles, largest_logits
+from ..backends.portable import TorchTiles, largest_logits, put
 from ..head import Head, compute_dtype, whole
 
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -104,11 +104,6 @@ def from_shards(function: F) -> F:
                 "a head that is trained cannot be gathered from ZeRO-3 outside its module; freeze it (train LoRA), or use "
                 "ZeRO-2 or FSDP2"
             )
-        if options.get("memory") == "low":
-            raise ValueError(
-                "memory='low' computes the slices again in the backward pass, where a head partitioned by ZeRO-3 is gone; "
-                "use memory='default'"
-            )
         with gathered(*parts):
             return function(hidden, weight, labels, **options)
 
@@ -156,6 +151,7 @@ def forward(
     group: dist.ProcessGroup,
     *,
     want_direction: bool,
+    workspace: int,
 ) -> Forward:
     """One pass over all shards; every process gets the same `Forward`.
 
@@ -168,10 +164,10 @@ def forward(
     """
     target, slope = _target_logits(x, head, labels, group)
     at_once = want_direction and magnify == 1.0
-    found, total = _around(x, head, labels, target, slope, target, tiles, group, at_once)
+    found, total = _around(x, head, labels, target, slope, target, tiles, group, at_once, workspace)
     if want_direction and not at_once:
         anchor = found.normalizer - math.log(magnify)
-        _, pull = _sums(x, head, labels, anchor, tiles, want_pull=True)
+        _, pull = _sums(x, head, labels, anchor, tiles, workspace, want_pull=True)
         assert pull is not None
         others = -torch.expm1(found.logps)
         found = replace(found, direction=_direction(x, head, labels, slope, others, pull.div_(magnify), group))
@@ -179,12 +175,11 @@ def forward(
     if flagged.numel() == 0:
         return found
     rows, row_labels, row_slope = x[flagged], labels[flagged], None if slope is None else slope[flagged]
-    simple = TorchTiles(tiles.low)
-    top = _largest_logits(rows, head, simple, target[flagged], group)
-    again, _ = _around(rows, head, row_labels, target[flagged], row_slope, top, simple, group, want_direction)
-    found.logps[flagged], found.normalizer[flagged] = again.logps, again.normalizer
-    if found.direction is not None and again.direction is not None:
-        found.direction[flagged] = again.direction
+    top = _largest_logits(rows, head, target[flagged], group, workspace)
+    again = _around(
+        rows, head, row_labels, target[flagged], row_slope, top, TorchTiles(), group, want_direction, workspace
+    )
+    put(found, flagged, again[0])
     return found
 
 
@@ -198,9 +193,10 @@ def _around(
     tiles: Tiles,
     group: dist.ProcessGroup,
     want_direction: bool,
+    workspace: int,
 ) -> tuple[Forward, Tensor]:
     """One pass with exponents measured from `anchor`; also returns the sum over v ≠ y, to see whether it overflowed."""
-    total, pull = _sums(x, head, labels, anchor, tiles, want_pull=want_direction)
+    total, pull = _sums(x, head, labels, anchor, tiles, workspace, want_pull=want_direction)
     dist.all_reduce(total, group=group)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
@@ -233,11 +229,11 @@ def _direction(
 
 
 def _sums(
-    x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, *, want_pull: bool
+    x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, workspace: int, *, want_pull: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`passes.accumulate` over this shard; zeros where it has no row."""
     if len(head.weight):
-        return accumulate(x, head, labels, anchor, tiles, want_pull=want_pull)
+        return accumulate(x, head, labels, anchor, tiles, workspace, want_pull=want_pull)
     return torch.zeros_like(anchor), x.new_zeros(x.shape, dtype=anchor.dtype) if want_pull else None
 
 
@@ -255,8 +251,8 @@ def _target_logits(x: Tensor, head: Head, labels: Tensor, group: dist.ProcessGro
     return target, None if head.softcap is None else found[1]
 
 
-def _largest_logits(x: Tensor, head: Head, tiles: TorchTiles, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _largest_logits(x: Tensor, head: Head, target: Tensor, group: dist.ProcessGroup, workspace: int) -> Tensor:
     """(N,) max_v z_v over all shards."""
-    largest = largest_logits(x, head, tiles) if len(head.weight) else target.clone()
+    largest = largest_logits(x, head, workspace) if len(head.weight) else target.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return largest

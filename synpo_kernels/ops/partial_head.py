@@ -21,19 +21,19 @@ from torch.autograd.function import once_differentiable
 from ..backends import passes
 from ..backends.choice import choose
 from ..backends.passes import Forward, Tiles
-from ..backends.portable import TorchTiles
+from ..backends.portable import TorchTiles, nothing, put
 from ..checks import inside_op
 from ..head import Head, compute_dtype
 from . import logprobs, parallel
 
 
-def _tiles(backend: str, x: Tensor, low: bool, count: Tensor | None = None) -> tuple[Tiles, float]:
+def _tiles(backend: str, x: Tensor, count: Tensor | None = None) -> tuple[Tiles, float]:
     """The tiles of a backend, and by how much they hold a slice larger. count: see `choice.Partition`."""
     if choose(backend, x).name != "triton":
-        return TorchTiles(low), 1.0
+        return TorchTiles(), 1.0
     from ..backends import gpu  # imports triton
 
-    return gpu.TritonTiles(count, low), gpu.FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
+    return gpu.TritonTiles(count), gpu.FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
 
 
 def _wide(weight: Tensor, extra: Tensor | None) -> Tensor:
@@ -51,7 +51,7 @@ def kept(
     logit_scale: float,
     ignore_index: int | None,
     backend: str,
-    low: bool,
+    workspace: int | None,
     group: str,
     want_direction: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,25 +63,16 @@ def kept(
     head = Head(_wide(weight, extra), bias, softcap, logit_scale)
     with inside_op(x):
         if not group:
-            found = logprobs.forward(x, head, labels, ignore_index, backend, want_direction=want_direction, low=low)
+            options: dict[str, Any] = {"want_direction": want_direction, "workspace": workspace}
+            found = logprobs.forward(x, head, labels, ignore_index, backend, **options)
             return _all_tensors(x, found, labels.clone())
-        processes = parallel.named(group)
+        processes, size = parallel.named(group), passes.workspace_of(x.device, workspace)
         aimed = parallel.aim(labels, len(weight), ignore_index, processes)
-        (tiles, magnify), rows = _tiles(backend, x, low), _counted(aimed, parallel.IGNORED)
-        blocks = rows.split(passes.low_rows(x)) if low else [rows]
-        logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
-        found = Forward(logps, torch.zeros_like(logps), x.new_zeros(x.shape) if want_direction else None)
-        for at in blocks:
-            part = parallel.forward(x[at], head, aimed[at], tiles, magnify, processes, want_direction=want_direction)
-            found.logps[at], found.normalizer[at] = part.logps, part.normalizer
-            if found.direction is not None and part.direction is not None:
-                found.direction[at] = part.direction
+        found, (tiles, magnify) = nothing(x, want_direction), _tiles(backend, x)
+        for at in passes.blocks(aimed, parallel.IGNORED, passes.block_rows(x, size)):
+            options = {"want_direction": want_direction, "workspace": size}
+            put(found, at, parallel.forward(x[at], head, aimed[at], tiles, magnify, processes, **options))
         return _all_tensors(x, found, aimed)
-
-
-def _counted(labels: Tensor, ignore_index: int) -> Tensor:
-    """Indices of the rows that count. The host learns their number."""
-    return (labels != ignore_index).nonzero().squeeze(1)
 
 
 def _all_tensors(x: Tensor, found: Forward, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +81,7 @@ def _all_tensors(x: Tensor, found: Forward, labels: Tensor) -> tuple[Tensor, Ten
 
 
 @kept.register_fake
-def _(x, weight, extra, bias, labels, softcap, logit_scale, ignore_index, backend, low, group, want_direction):  # type: ignore[no-untyped-def]
+def _(x, weight, extra, bias, labels, softcap, logit_scale, ignore_index, backend, workspace, group, want_direction):  # type: ignore[no-untyped-def]
     logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
     return logps, torch.empty_like(logps), x.new_empty(x.shape if want_direction else 0), torch.empty_like(labels)
 
@@ -109,7 +100,7 @@ def kept_gradients(
     logit_scale: float,
     ignored: int | None,
     backend: str,
-    low: bool,
+    workspace: int | None,
     want_weight: bool,
     want_extra: bool,
     want_bias: bool,
@@ -121,7 +112,7 @@ def kept_gradients(
     first = 0 if want_weight else weight.shape[1]
     with inside_op(x):
         rows, count = (slice(None), None) if ignored is None else choose(backend, x).partition(labels, ignored)
-        tiles, magnify = _tiles(backend, x, low, count)
+        tiles, magnify = _tiles(backend, x, count)
         if ignored is not None:
             upstream = upstream.where(labels != ignored, 0)  # rows past the count have none
         result = passes.gradients(
@@ -131,6 +122,7 @@ def kept_gradients(
             Forward(logps[rows], normalizer[rows], None),
             upstream[rows],
             tiles,
+            passes.workspace_of(x.device, workspace),
             want=(False, want_weight or want_extra, want_bias),
             magnify=magnify,
             first_column=first,
@@ -167,7 +159,7 @@ def _(  # type: ignore[no-untyped-def]
     logit_scale,
     ignored,
     backend,
-    low,
+    workspace,
     want_weight,
     want_extra,
     want_bias,
@@ -176,12 +168,12 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, weight, extra, bias, _, softcap, logit_scale, ignore_index, backend, low, group, _ = inputs
+    x, weight, extra, bias, _, softcap, logit_scale, ignore_index, backend, workspace, group, _ = inputs
     logps, normalizer, direction, labels = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(normalizer, direction, labels)
     ignored = parallel.IGNORED if group else ignore_index
-    ctx.options = (softcap, logit_scale, ignored, backend, low)
+    ctx.options = (softcap, logit_scale, ignored, backend, workspace)
     trained = any(t is not None and t.requires_grad for t in (weight, extra, bias))
     ctx.save_for_backward(direction, *((x, weight, extra, bias, labels, logps, normalizer) if trained else ()))
 

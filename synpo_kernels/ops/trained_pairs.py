@@ -31,10 +31,11 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import portable
 from ..backends.choice import Backend, choose
-from ..backends.passes import Tiles, target_logits, vocabulary_chunks
+from ..backends.passes import Tiles, target_logits, vocabulary_chunks, workspace_of
 from ..checks import inside_op
 from ..head import Head, compute_dtype
 from ..losses import sum_by_sequence
+from . import logprobs
 from .pair_loss import pairs as synpo
 from .parallel import partitioned
 
@@ -88,19 +89,43 @@ class Batch:
 
 
 class Gradients:
-    """Sums over the groups, those of the head in the compute dtype; None where not wanted."""
+    """Sums over the groups, those of the head in the compute dtype; None where not wanted.
 
-    def __init__(self, x: Tensor, head: Head, want: tuple[bool, bool, bool]) -> None:
+    at_once: there is one group, and its ∂L/∂W goes straight into the head's format.
+    """
+
+    def __init__(self, x: Tensor, head: Head, want: tuple[bool, bool, bool], at_once: bool) -> None:
         precise = compute_dtype(x.dtype)
-        self.want, self.x = want, x
+        self.want, self.x, self.at_once = want, x, at_once
         self.hidden = torch.zeros_like(x) if want[0] else None
-        self.weight = torch.zeros(head.weight.shape, dtype=precise, device=x.device) if want[1] else None
+        self.weight: Tensor | None = None
+        if want[1] and at_once:
+            self.weight = torch.empty(head.weight.shape, dtype=x.dtype, device=x.device)
+        elif want[1]:
+            self.weight = torch.zeros(head.weight.shape, dtype=precise, device=x.device)
         self.bias = torch.zeros(len(head.weight), dtype=precise, device=x.device) if want[2] else None
 
     def finished(self) -> list[Tensor]:
         """In the dtype of the inputs; one that is not wanted is empty."""
         sums = (self.hidden, self.weight, self.bias)
         return [self.x.new_empty(0) if each is None else each.to(self.x.dtype) for each in sums]
+
+
+def rows_at_once(x: Tensor, head: Head, backend: Backend, want_weight: bool) -> tuple[int, bool]:
+    """(rows whose P̂ is held together, whether that is all of them with ∂L/∂W written once).
+
+    All rows, where they need no more than a group of `PAIR_BYTES` and ∂L/∂W in fp32 would; 0 where the tiles hold fp16, which has
+    not its range.
+    """
+    allowed = PAIR_BYTES.get(x.device.type, PAIR_BYTES["cpu"])
+    a_row = compute_dtype(x.dtype).itemsize * len(head.weight)
+    if backend.name == "triton":
+        if x.dtype == torch.float16:
+            return 0, False
+        a_row = x.element_size() * len(head.weight)
+        if want_weight and 0 < len(x) * a_row <= allowed + 4 * head.weight.numel():
+            return len(x), True
+    return allowed // a_row, False
 
 
 @dataclass(frozen=True)
@@ -113,6 +138,7 @@ class Step:
     beta: float
     ignore_index: int | None
     unit: Tensor  # () weight of a pair in the loss
+    workspace: int
     found: Gradients
 
     @property
@@ -123,13 +149,6 @@ class Step:
         from ..backends import gpu  # imports triton
 
         return gpu
-
-    def most_rows(self, x: Tensor) -> int:
-        """Rows whose P̂ fits the workspace; 0 where the tiles hold fp16, which has not its range."""
-        kept = _tiles(self.tiled, None).slice_dtype(x.dtype)
-        if kept == torch.float16:
-            return 0
-        return PAIR_BYTES.get(x.device.type, PAIR_BYTES["cpu"]) // (kept.itemsize * len(self.head.weight))
 
     def coefficients(self, logps: Tensor, group: Batch) -> Tensor:
         """g (n,) = ∂loss/∂logp of the rows of whole pairs."""
@@ -156,19 +175,21 @@ class Step:
             self._keep(group, at, logps)
         return logps
 
-    def _rows(self, backend: Any, group: Batch) -> tuple[Any, Tensor | None, Tensor]:
+    def _rows(self, group: Batch) -> tuple[Any, Tensor | None, Tensor]:
         """(rows that count, how many of them if the host does not know, labels that can be looked up)."""
         if self.ignore_index is None:
             return slice(None), None, group.labels
-        rows, count = backend.partition(group.labels, self.ignore_index)
+        rows, count = self.tiled.partition(group.labels, self.ignore_index)
         return rows, count, group.labels.where(group.labels != self.ignore_index, 0)[rows]
 
     def _keep(self, group: Batch, at: Tensor, logps: Tensor) -> None:
         """Three products: P̂ of the whole group is held while g is found."""
-        rows, count, labels = self._rows(self.tiled, group)
+        rows, count, labels = self._rows(group)
         x, tiles, head = group.x[rows], _tiles(self.tiled, count), self.head
-        held = torch.empty(len(x), len(head.weight), dtype=tiles.slice_dtype(x.dtype), device=x.device)
-        logps[rows], to_probability = self.tiled.whole_rows(x, head, labels, held, count=count)
+        stride = -(-len(head.weight) // 16) * 16  # whole rows for the copy engine
+        held = torch.empty(len(x), stride, dtype=tiles.slice_dtype(x.dtype), device=x.device)[:, : len(head.weight)]
+        options: dict[str, Any] = {"workspace": self.workspace, "count": count}
+        logps[rows], to_probability = self.tiled.whole_rows(x, head, labels, held, **options)
         slope = target_logits(x, head, labels)[1]
         at_label = torch.expm1(logps[rows]) / to_probability
         held.scatter_(1, labels[:, None], (at_label if slope is None else at_label * slope).to(held.dtype)[:, None])
@@ -176,36 +197,36 @@ class Step:
         d_x = torch.zeros_like(x, dtype=logps.dtype) if self.found.hidden is not None else None
         operand = tiles.operand(x)
         weighted = (x * factor[:, None]).to(operand.dtype)
-        for columns, part, _ in vocabulary_chunks(x, head, tiles, sliced=False):
+        for columns, part, _ in vocabulary_chunks(x, head, tiles, self.workspace, sliced=False):
             residual = held[:, columns].to(operand.dtype)
             if d_x is not None:
-                tiles.add_product(d_x, residual, part.weight, 0)
+                tiles.add_product(d_x, residual, part.weight)
             if self.found.weight is not None:
-                tiles.add_transposed_product(self.found.weight[columns], residual, weighted, 0)
+                of_weight = self.found.weight[columns]
+                tiles.add_transposed_product(of_weight, residual, weighted, fresh=self.found.at_once)
             if self.found.bias is not None:
                 of_bias = self.found.bias[columns, None]
-                tiles.add_transposed_product(of_bias, residual, factor[:, None].to(residual.dtype), 0)
+                tiles.add_transposed_product(of_bias, residual, factor[:, None].to(residual.dtype))
         if d_x is not None and self.found.hidden is not None:
             self.found.hidden[at[rows]] = d_x.mul_(factor[:, None]).to(x.dtype)
 
     def _stream(self, group: Batch, at: Tensor, logps: Tensor) -> None:
         """Four products, a slice of the logits at a time; the head's share is rounded to its format before it is added."""
-        rows, count, labels = self._rows(self.backend, group)
-        x = group.x[rows]
-        found = self.backend.forward(x, self.head, labels, want_direction=False, count=count)
-        logps[rows] = found.logps
-        g = self.coefficients(logps, group)[rows]
-        result = self.backend.gradients(x, self.head, labels, found, g, want=self.found.want, count=count)
-        if self.found.hidden is not None and result.hidden is not None:
-            self.found.hidden[at[rows]] = result.hidden
-        if self.found.weight is not None and result.weight is not None:
-            self.found.weight += result.weight
-        if self.found.bias is not None and result.bias is not None:
-            self.found.bias += result.bias
+        arguments = (group.x, self.head, group.labels, self.ignore_index, self.backend.name)
+        found = logprobs.forward(*arguments, want_direction=False, workspace=self.workspace)
+        logps.copy_(found.logps)
+        g = self.coefficients(logps, group)
+        d_x, d_weight, d_bias = logprobs.gradients(*arguments, found, g, self.found.want, self.workspace)
+        if self.found.hidden is not None:
+            self.found.hidden[at] = d_x
+        if self.found.weight is not None:
+            self.found.weight += d_weight
+        if self.found.bias is not None:
+            self.found.bias += d_bias
 
 
 def _tiles(tiled: ModuleType, count: Tensor | None) -> Tiles:
-    return tiled.TorchTiles(low=False) if tiled is portable else tiled.TritonTiles(count, low=False)
+    return tiled.TorchTiles() if tiled is portable else tiled.TritonTiles(count)
 
 
 def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
@@ -229,6 +250,7 @@ def synpo_trained(
     logit_scale: float,
     ignore_index: int | None,
     backend: str,
+    workspace: int | None,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -246,9 +268,11 @@ def synpo_trained(
     unit = pairs.to(logps.dtype).reciprocal() if reduction == "mean" else logps.new_ones(())
     head = Head(weight, bias, softcap, logit_scale)
     with inside_op(x):
-        found = Gradients(x, head, (want_hidden, want_weight, want_bias))
-        step = Step(head, choose(backend, x), alpha, beta, ignore_index, unit, found)
-        most_rows = step.most_rows(x)
+        chosen = choose(backend, x)
+        most_rows, at_once = rows_at_once(x, head, chosen, want_weight)
+        found = Gradients(x, head, (want_hidden, want_weight, want_bias), at_once)
+        size = workspace_of(x.device, workspace)
+        step = Step(head, chosen, alpha, beta, ignore_index, unit, size, found)
         for group, at in batch.groups(most_rows):
             logps[at] = step.run(group, at, most_rows)
     counted_labels = None if ignore_index is None else labels.view(shape)
@@ -271,6 +295,7 @@ def _(  # type: ignore[no-untyped-def]
     logit_scale,
     ignore_index,
     backend,
+    workspace,
     want_hidden,
     want_weight,
     want_bias,
@@ -289,12 +314,27 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 @once_differentiable
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 16
-    scaled = [
-        (gradient * upstream).to(gradient.dtype) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3])
-    ]
-    return (*scaled, *[None] * 13)
+        return (None,) * 17
+    saved = [gradient for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3]) if wanted]
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        saved = [gradient.clone() for gradient in saved]
+    for gradient in saved:
+        scale(gradient, upstream)
+    left = iter(saved)
+    scaled = [next(left) if wanted else None for wanted in ctx.needs_input_grad[:3]]
+    return (*scaled, *[None] * 14)
+
+
+@torch.library.custom_op("synpo_kernels::scale", mutates_args=("values",))
+def scale(values: Tensor, factor: Tensor) -> None:
+    """values times a number on their device, in place."""
+    if values.is_cuda and choose("auto", values).name == "triton":
+        from ..kernels import rows  # imports triton
+
+        with inside_op(values):
+            rows.scale(values, factor)
+    else:
+        values.mul_(factor)
 
 
 synpo_trained.register_autograd(_backward, setup_context=_keep_gradients)

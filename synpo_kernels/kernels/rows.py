@@ -1,0 +1,295 @@
+"""What happens to a row before and after the vocabulary: its target's logit, and ∂logp/∂x from the sums.
+
+    begin    x_t gathered, z_y = cap(logit_scale · (x_t·W_y + b_y)), its slope, the label
+    finish   s → logp = -log1p(s), U = logit_scale · ((s c_y W_y - E') / (1 + s)) rounded once, and whether the row overflowed
+
+Each is one pass over x, or over E' and the labels' rows of W, with no copy of either in fp32. Rows come in an order in which
+those that count are first; finish puts each where it belongs, and 0 where it does not count.
+"""
+
+# A kernel takes pointers and scalars typed at launch.
+# mypy: disable-error-code=no-untyped-def
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from .tiles import cap, counted_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK_N, BLOCK_D, BLOCK_T = 16, 256, 64
+FEW = 4  # rows of a program of `begin`, whose work is one pass over D: so many programs fill a GPU
+OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+SIZES = ["N", "first_row"]
+
+
+@triton.jit
+def place_of(order_ptr, row, inside, HAS_ORDER: tl.constexpr):
+    """Where row `row` of the order lies among all rows."""
+    place = row
+    if HAS_ORDER:
+        place = tl.load(order_ptr + row, mask=inside, other=0)
+    return place
+
+
+@triton.jit(do_not_specialize=SIZES)
+def begin_rows_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    label_ptr,
+    order_ptr,
+    count_ptr,
+    gathered_ptr,
+    near_ptr,
+    anchor_ptr,
+    target_ptr,
+    slope_ptr,
+    N,
+    first_row,
+    logit_scale,
+    softcap,
+    stride_xn,
+    stride_xd,
+    stride_wv,
+    stride_wd,
+    stride_gn,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+):
+    """Grid: (cdiv(N, BLOCK_N),); a program owns BLOCK_N rows of the order, from first_row on.
+
+    Pointers: x (…, D), w (V, D), bias (V,), label (…) int64, order (…) int64 and count () int32 with HAS_ORDER; written: gathered
+    (N, D) with HAS_ORDER, near (N,) int64 the labels, anchor (N,) fp32 z_y; and, where the row lies among all rows, target and
+    (HAS_SOFTCAP) slope fp32. Rows past the count get label -1 and anchor 0, and are not gathered.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < counted_rows(count_ptr, first_row, N, HAS_ORDER)
+    place = place_of(order_ptr, (first_row + n).to(tl.int64), n < N, HAS_ORDER)
+    label = tl.load(label_ptr + place, mask=inside, other=0)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (d < D)[None, :]
+        x = tl.load(x_ptr + place[:, None] * stride_xn + d[None, :] * stride_xd, mask=mask, other=0.0)
+        w = tl.load(w_ptr + label[:, None] * stride_wv + d[None, :] * stride_wd, mask=mask, other=0.0)
+        total += tl.sum(x.to(tl.float32) * w.to(tl.float32), 1)
+        if HAS_ORDER:
+            tl.store(gathered_ptr + n.to(tl.int64)[:, None] * stride_gn + d[None, :], x, mask=mask)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + label, mask=inside, other=0.0).to(tl.float32)
+    z, slope = cap(total, logit_scale, softcap, HAS_SOFTCAP)
+    tl.store(near_ptr + n, tl.where(inside, label, -1), mask=n < N)
+    tl.store(anchor_ptr + n, tl.where(inside, z, 0.0), mask=n < N)
+    tl.store(target_ptr + place, tl.where(inside, z, 0.0), mask=n < N)
+    if HAS_SOFTCAP:
+        tl.store(slope_ptr + place, tl.where(inside, slope, 0.0), mask=n < N)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def finish_rows_kernel(
+    pull_ptr,
+    sums_ptr,
+    w_ptr,
+    label_ptr,
+    order_ptr,
+    count_ptr,
+    target_ptr,
+    slope_ptr,
+    logp_ptr,
+    flag_ptr,
+    direction_ptr,
+    N,
+    T,
+    first_row,
+    logit_scale,
+    divisor,
+    overflow,
+    stride_pn,
+    stride_st,
+    stride_wv,
+    stride_wd,
+    stride_un,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_DIVISOR: tl.constexpr,
+    WRITE: tl.constexpr,
+):
+    """Grid: (cdiv(N, BLOCK_N), cdiv(D, BLOCK_D) if WRITE else 1); a program owns BLOCK_N rows of the order, BLOCK_D columns of U.
+
+    Pointers: pull (N, D) fp32 E', sums (T, N) fp32, which add up to s, w (V, D), label (…) int64, order and count as
+    `begin_rows`, target and slope (…) fp32; written where the row lies among all rows: logp (…) fp32, flag (…) int8 whether it
+    overflowed, direction (…, D).
+    HAS_DIVISOR: E' was anchored at the log-sum-exp and is `divisor` times too large, instead of 1 + s times.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < counted_rows(count_ptr, first_row, N, HAS_ORDER)
+    place = place_of(order_ptr, (first_row + n).to(tl.int64), n < N, HAS_ORDER)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for first in range(0, T, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        parts = sums_ptr + t.to(tl.int64)[:, None] * stride_st + n[None, :]
+        total += tl.sum(tl.load(parts, mask=(t < T)[:, None] & inside[None, :], other=0.0), 0)
+    if tl.program_id(1) == 0:
+        target = tl.load(target_ptr + place, mask=inside, other=0.0)
+        small = total * (
+            1.0 - total * (0.5 - total * (1.0 / 3.0 - total * 0.25))
+        )  # log(1 + s) where 1 + s would lose s
+        log = tl.where(total < 0.01, small, tl.log(1.0 + total.to(tl.float64)).to(tl.float32))
+        logp = (target - target) - log  # the difference is 0, or NaN where the row is not finite
+        tl.store(logp_ptr + place, logp, mask=n < N)
+        tl.store(flag_ptr + place, (total > overflow).to(tl.int8), mask=n < N)
+    if WRITE:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask = inside[:, None] & (d < D)[None, :]
+        others = total / (1.0 + total)
+        shrink = 1.0 / (1.0 + total)
+        if HAS_DIVISOR:
+            shrink = tl.zeros_like(total) + 1.0 / divisor
+        if HAS_SOFTCAP:
+            others *= tl.load(slope_ptr + place, mask=inside, other=0.0)
+        label = tl.load(label_ptr + place, mask=inside, other=0)
+        w = tl.load(w_ptr + label[:, None] * stride_wv + d[None, :] * stride_wd, mask=mask, other=0.0).to(tl.float32)
+        pull = tl.load(pull_ptr + n.to(tl.int64)[:, None] * stride_pn + d[None, :], mask=mask, other=0.0)
+        direction = (others[:, None] * w - pull * shrink[:, None]) * logit_scale
+        tl.store(
+            direction_ptr + place[:, None] * stride_un + d[None, :],
+            tl.where(inside[:, None], direction, 0.0).to(direction_ptr.dtype.element_ty),
+            mask=(n < N)[:, None] & (d < D)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    """Grid: (cdiv(size, BLOCK),). values (size,) times factor () fp32, in place; nothing is touched where it is 1."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(values_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+        tl.store(values_ptr + at, (values * factor).to(values_ptr.dtype.element_ty), mask=at < size)
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """values, contiguous, times a number on the device, in place: torch would read and write them even times 1."""
+    assert values.is_contiguous()
+    if values.numel():
+        block = 4096
+        scale_kernel[(triton.cdiv(values.numel(), block),)](values, factor, values.numel(), BLOCK=block, **OPTIONS)
+
+
+def begin(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    order: Tensor | None,
+    count: Tensor | None,
+    gathered: Tensor,
+    near: Tensor,
+    anchor: Tensor,
+    target: Tensor,
+    slope: Tensor,
+    *,
+    rows: int,
+    first_row: int,
+    logit_scale: float,
+    softcap: float | None,
+) -> None:
+    """See the kernel; `gathered` is written only with an order, `slope` only with a softcap."""
+    block = FEW if x.is_cuda else BLOCK_N
+    begin_rows_kernel[(triton.cdiv(rows, block),)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        labels,
+        labels if order is None else order,
+        labels if count is None else count,
+        gathered,
+        near,
+        anchor,
+        target,
+        slope,
+        rows,
+        first_row,
+        logit_scale,
+        0.0 if softcap is None else softcap,
+        *x.stride(),
+        *weight.stride(),
+        gathered.stride(0),
+        D=x.shape[1],
+        BLOCK_N=block,
+        BLOCK_D=BLOCK_D,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_ORDER=order is not None,
+        **OPTIONS,
+    )
+
+
+def finish(
+    pull: Tensor | None,
+    sums: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    order: Tensor | None,
+    count: Tensor | None,
+    target: Tensor,
+    slope: Tensor | None,
+    logps: Tensor,
+    flags: Tensor,
+    direction: Tensor | None,
+    *,
+    rows: int,
+    first_row: int,
+    logit_scale: float,
+    divisor: float | None,
+    overflow: float,
+) -> None:
+    """See the kernel; without `pull` and `direction` only log-probabilities and flags are written."""
+    write = pull is not None and direction is not None
+    dim = weight.shape[1]
+    finish_rows_kernel[(triton.cdiv(rows, BLOCK_N), triton.cdiv(dim, BLOCK_D) if write else 1)](
+        sums if pull is None else pull,
+        sums,
+        weight,
+        labels,
+        labels if order is None else order,
+        labels if count is None else count,
+        target,
+        target if slope is None else slope,
+        logps,
+        flags,
+        weight if direction is None else direction,
+        rows,
+        len(sums),
+        first_row,
+        logit_scale,
+        1.0 if divisor is None else divisor,
+        overflow,
+        0 if pull is None else pull.stride(0),
+        sums.stride(0),
+        *weight.stride(),
+        0 if direction is None else direction.stride(0),
+        D=dim,
+        BLOCK_N=BLOCK_N,
+        BLOCK_D=BLOCK_D,
+        BLOCK_T=BLOCK_T,
+        HAS_SOFTCAP=slope is not None,
+        HAS_ORDER=order is not None,
+        HAS_DIVISOR=divisor is not None,
+        WRITE=write,
+        **OPTIONS,
+    )
