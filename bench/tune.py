@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from synpo_kernels.backends.passes import SLICE_BYTES
 from synpo_kernels.kernels import exp_tile
 from synpo_kernels.kernels.configs import TileConfig
 
@@ -42,14 +41,18 @@ POINTERS = (
     TileConfig(128, 256, 64, 8, 8, 4),
 )
 DESCRIBED = (
-    TileConfig(128, 256, 64, 8, 8, 4, True),
-    TileConfig(128, 256, 64, 16, 8, 4, True),
-    TileConfig(128, 256, 64, 8, 8, 3, True),
-    TileConfig(128, 128, 64, 8, 8, 5, True),
-    TileConfig(128, 128, 64, 8, 4, 4, True),
-    TileConfig(256, 128, 64, 8, 8, 4, True),
+    TileConfig(128, 256, 64, 8, 8, 4, descriptors=True, flatten=True),
+    TileConfig(128, 256, 64, 16, 8, 4, descriptors=True, flatten=True),
+    TileConfig(128, 256, 64, 8, 8, 3, descriptors=True, flatten=True),
+    TileConfig(128, 128, 64, 8, 8, 5, descriptors=True, flatten=True),
+    TileConfig(128, 128, 64, 8, 4, 4, descriptors=True, flatten=True),
+    TileConfig(256, 128, 64, 8, 8, 4, descriptors=True, flatten=True),
 )
-REHEARSED = (TileConfig(16, 32, 16, 2, 1, 1), TileConfig(16, 32, 16, 2, 1, 1, True), TileConfig(32, 16, 16, 4, 1, 1))
+REHEARSED = (
+    TileConfig(16, 32, 16, 2, 1, 1),
+    TileConfig(16, 32, 16, 2, 1, 1, descriptors=True, flatten=True),
+    TileConfig(32, 16, 16, 4, 1, 1),
+)
 EXP_BLOCK = 1024
 
 
@@ -77,7 +80,7 @@ class Problem:
     @classmethod
     def make(cls, shape: tuple[int, int, int], device: torch.device) -> Problem:
         n, vocab, d = shape
-        width = min(vocab, SLICE_BYTES["cuda"] // 2 // n)
+        width = min(vocab, (64 << 20) // 2 // n)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the interpreter's bf16 products are wrong
         generator = torch.Generator(device).manual_seed(0)
         x = torch.randn(n, d, generator=generator, device=device).to(dtype)
@@ -95,10 +98,14 @@ class Problem:
     def tile(self, config: TileConfig) -> Callable[[], Tensor]:
         sums = torch.empty(-(-len(self.w) // config.block_v), len(self.x), device=self.x.device)
         inputs = (self.x, self.w, None, self.labels, self.anchor, None, self.out, sums)
-        options = {"logit_scale": 1.0, "softcap": None, "write": True, "precision": "ieee", "config": config}
+        launch = exp_tile.bind(*inputs, logit_scale=1.0, softcap=None, write=True, precision="ieee", config=config)
+        (n, v), device = self.out.shape, self.x.device
+        programs = triton.cdiv(n, config.block_n) * triton.cdiv(v, config.block_v)
+        if config.flatten and device.type == "cuda":
+            programs = min(programs, torch.cuda.get_device_properties(device).multi_processor_count)
 
         def run() -> Tensor:
-            exp_tile.launch(*inputs, **options)  # type: ignore[arg-type]
+            launch(programs, N=n, V=v, first_x=0, first_row=0, first_column=0)
             return sums.sum(0)
 
         return run

@@ -120,7 +120,7 @@ def _logprobs(
         return logps.view(labels.shape)
     weight = weight if b is None else torch.cat([weight, b], 1)
     options = (flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend, workspace)
-    logps, _ = logprobs.frozen(*options) if want_direction and not trained else logprobs.trained(*options)
+    logps, _ = logprobs.frozen(*options, True) if want_direction and not trained else logprobs.trained(*options)
     return logps.view(labels.shape)
 
 
@@ -279,6 +279,7 @@ class FusedLinearSynPOLoss(nn.Module):
             hidden.requires_grad,
             weight.requires_grad,
             bias is not None and bias.requires_grad,
+            True,
         )
         output, _ = self._end(logps.view(labels.shape), labels, cu_seqlens)
         return replace(output, loss=loss)

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.choice import choose
 from ..backends.passes import Forward, workspace_of
-from ..checks import inside_op
+from ..checks import inside_op, may_overwrite
 from ..head import Head, compute_dtype
 
 
@@ -95,8 +95,12 @@ def frozen(
     ignore_index: int | None,
     backend: str,
     workspace: int | None,
+    private: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x (N, D), W (V, D), labels (N,) → logps (N,), U (N, D); differentiable in x alone."""
+    """x (N, D), W (V, D), labels (N,) → logps (N,), U (N, D); differentiable in x alone.
+
+    private: the caller lets go of U, which the backward pass may then turn into ∂L/∂x.
+    """
     head = Head(weight, bias, softcap, logit_scale)
     found = forward(x, head, labels, ignore_index, backend, want_direction=True, workspace=workspace)
     assert found.direction is not None
@@ -104,7 +108,7 @@ def frozen(
 
 
 @frozen.register_fake
-def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, workspace):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, workspace, private):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype)), x.new_empty(x.shape)
 
 
@@ -112,19 +116,17 @@ def _keep_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
+    ctx.private = inputs[-1]
 
 
 @once_differentiable
 def _frozen_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     (direction,) = ctx.saved_tensors
     if upstream is None:
-        return (None,) * 9
+        return (None,) * 10
     # multiplied in the wider dtype and rounded once; in U itself where this backward pass is its last reader
-    last = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
-    return (
-        torch.mul(direction, upstream[:, None], out=direction if last else torch.empty_like(direction)),
-        *[None] * 8,
-    )
+    out = direction if ctx.private and may_overwrite(direction) else torch.empty_like(direction)
+    return (torch.mul(direction, upstream[:, None], out=out), *[None] * 9)
 
 
 frozen.register_autograd(_frozen_backward, setup_context=_keep_direction)

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import portable
 from ..backends.choice import Backend, choose
 from ..backends.passes import Tiles, target_logits, vocabulary_chunks, workspace_of
-from ..checks import inside_op
+from ..checks import inside_op, may_overwrite
 from ..head import Head, compute_dtype
 from ..losses import sum_by_sequence
 from . import logprobs
@@ -254,10 +254,12 @@ def synpo_trained(
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
+    private: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x (N, D), W (V, D), b (V,), labels (N,) of 2B sequences → loss (), logps (N,), ∂loss/∂x, ∂loss/∂W, ∂loss/∂b.
 
-    The loss is differentiable in x, W and b. A gradient that is not wanted is empty.
+    The loss is differentiable in x, W and b. A gradient that is not wanted is empty. private: the caller lets go of the
+    gradients, which the backward pass may then overwrite.
     """
     batch = Batch(x, labels, cu_seqlens, sequences)
     shape = (sequences, -1) if cu_seqlens is None else (-1,)
@@ -299,6 +301,7 @@ def _(  # type: ignore[no-untyped-def]
     want_hidden,
     want_weight,
     want_bias,
+    private,
 ):
     logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
     shapes = ((want_hidden, x.shape), (want_weight, weight.shape), (want_bias, weight.shape[:1]))
@@ -309,20 +312,21 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
+    ctx.private = inputs[-1]
 
 
 @once_differentiable
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 17
-    saved = [gradient for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3]) if wanted]
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        saved = [gradient.clone() for gradient in saved]
-    for gradient in saved:
-        scale(gradient, upstream)
-    left = iter(saved)
-    scaled = [next(left) if wanted else None for wanted in ctx.needs_input_grad[:3]]
-    return (*scaled, *[None] * 14)
+        return (None,) * 18
+    scaled: list[Tensor | None] = [None] * 3
+    for i, (gradient, wanted) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad)):
+        if wanted and ctx.private and may_overwrite(gradient):
+            scale(gradient, upstream)
+            scaled[i] = gradient
+        elif wanted:
+            scaled[i] = (gradient * upstream).to(gradient.dtype)
+    return (*scaled, *[None] * 15)
 
 
 @torch.library.custom_op("synpo_kernels::scale", mutates_args=("values",))

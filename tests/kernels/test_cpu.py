@@ -114,7 +114,7 @@ def test_no_rows(isa) -> None:
         logps = linear_logprobs(leaf, weight, torch.full_like(labels[rows], -100), backend="cpu")
         assert logps.shape == labels[rows].shape and not logps.any()
         assert not torch.autograd.grad(logps.sum(), leaf)[0].any()
-    found = logprobs.forward(hidden[:0], Head(weight), labels[:0], None, "cpu", want_direction=True, low=False)
+    found = logprobs.forward(hidden[:0], Head(weight), labels[:0], None, "cpu", want_direction=True, workspace=32 << 20)
     assert found.logps.shape == (0,) and found.direction.shape == (0, 8)
 
 
@@ -250,7 +250,9 @@ def test_more_rows_than_a_block(dtype, isa) -> None:
 def test_without_a_gradient_the_logps_are_the_same(isa) -> None:
     hidden, weight, labels = draw(40, 300, 20, torch.bfloat16)
     loud, _ = solve(linear_logprobs, hidden, weight, labels, torch.bfloat16, backend="cpu", softcap=9.0)
-    found = logprobs.forward(hidden, Head(weight, softcap=9.0), labels, None, "cpu", want_direction=False, low=False)
+    found = logprobs.forward(
+        hidden, Head(weight, softcap=9.0), labels, None, "cpu", want_direction=False, workspace=32 << 20
+    )
     assert torch.equal(found.logps, loud) and found.direction is None
     low = linear_logprobs(hidden, weight, labels, softcap=9.0, memory="low", backend="cpu")
     assert torch.equal(low, loud)
@@ -272,7 +274,7 @@ def test_a_trained_head_and_low_memory_are_right_too(isa) -> None:
 def test_opcheck_and_compile() -> None:
     hidden, weight, labels = draw(9, 30, 8, torch.bfloat16)
     leaf = hidden.requires_grad_()
-    torch.library.opcheck(logprobs.frozen, (leaf, weight, None, labels, None, 1.0, -100, "cpu"))
+    torch.library.opcheck(logprobs.frozen, (leaf, weight, None, labels, None, 1.0, -100, "cpu", None, False))
 
     def loss(x: Tensor) -> Tensor:
         return linear_logprobs(x, weight, labels, backend="cpu").sum()

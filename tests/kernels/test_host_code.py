@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 from synpo_kernels import contrast
-from synpo_kernels.kernels import contrast_sample, counted_product, exact_rows, exp_tile
+from synpo_kernels.kernels import contrast_sample, exact_rows, exp_tile, product, rows
 from synpo_kernels.kernels import pair_loss as pair_loss_kernels
 from synpo_kernels.ops import logprobs, pair_loss, partial_head, trained_pairs
 
@@ -30,7 +30,9 @@ pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="need
 KERNELS = (
     (exp_tile, "exp_tile_kernel"),
     (exact_rows, "exact_rows_kernel"),
-    (counted_product, "counted_product_kernel"),
+    (product, "counted_product_kernel"),
+    (rows, "begin_rows_kernel"),
+    (rows, "finish_rows_kernel"),
     (pair_loss_kernels, "sequence_sums_kernel"),
     (pair_loss_kernels, "pair_loss_kernel"),
     (contrast_sample, "expert_peaks_kernel"),
@@ -51,6 +53,7 @@ class Watched:
 
     def __init__(self, kernel: Any, launched: set[str], name: str) -> None:
         self.parameters, self.launched, self.name = list(kernel.arg_names), launched, name
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         assert all(isinstance(size, int) and size > 0 for size in grid), grid
@@ -126,29 +129,31 @@ def body(op: Any) -> Any:
 
 def test_frozen_head(launched, head, ignore_index) -> None:
     x, w, b, labels, *scale = inputs(head)
-    logps, direction = body(logprobs.frozen)(x, w, b, labels, *scale, ignore_index, "auto")
+    logps, direction = body(logprobs.frozen)(x, w, b, labels, *scale, ignore_index, "auto", None, True)
     assert logps.shape == (N,) and direction.shape == x.shape and direction.dtype == x.dtype
-    assert {"exp_tile_kernel", "exact_rows_kernel"} <= launched
+    assert {"begin_rows_kernel", "exp_tile_kernel", "finish_rows_kernel", "exact_rows_kernel"} <= launched
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_trained_head(launched, head, ignore_index, low) -> None:
+@pytest.mark.parametrize("workspace", [None, 1 << 16])
+def test_trained_head(launched, head, ignore_index, workspace) -> None:
     x, w, b, labels, *scale = inputs(head)
-    logps, normalizer = body(logprobs.trained)(x, w, b, labels, *scale, ignore_index, "auto", low)
-    known = (x, w, b, labels, logps, normalizer, torch.empty_like(logps), *scale, ignore_index, "auto", low)
-    for want in ((True, False, False), (True, True, b is not None), (False, True, False)):
+    logps, normalizer = body(logprobs.trained)(x, w, b, labels, *scale, ignore_index, "auto", workspace)
+    known = (x, w, b, labels, logps, normalizer, torch.empty_like(logps), *scale, ignore_index, "auto", workspace)
+    for want in ((True, False, False), (True, True, b is not None, True), (False, True, False)):
         found = body(logprobs.trained_gradients)(*known, *want)
         shapes = zip(want, (x.shape, w.shape, w.shape[:1]), strict=True)
         assert [each.shape for each in found] == [shape if wanted else (0,) for wanted, shape in shapes]
     assert launched
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_lora_head(launched, head, low) -> None:
+@pytest.mark.parametrize("workspace", [None, 1 << 16])
+def test_lora_head(launched, head, workspace) -> None:
     x, w, b, labels, *scale = inputs(head)
     x, extra = torch.cat([x, empty(N, R, dtype=x.dtype)], 1), empty(V, R, dtype=x.dtype)
-    logps, normalizer, _, aimed = body(partial_head.kept)(x, w, extra, b, labels, *scale, -100, "auto", low, "", True)
-    known = (x, w, extra, b, aimed, logps, normalizer, torch.empty_like(logps), *scale, -100, "auto", low)
+    logps, normalizer, _, aimed = body(partial_head.kept)(
+        x, w, extra, b, labels, *scale, -100, "auto", workspace, "", True
+    )
+    known = (x, w, extra, b, aimed, logps, normalizer, torch.empty_like(logps), *scale, -100, "auto", workspace)
     _, d_extra, _ = body(partial_head.kept_gradients)(*known, False, True, b is not None)
     assert d_extra.shape == extra.shape and launched
 
@@ -157,7 +162,7 @@ def test_lora_head(launched, head, low) -> None:
 def test_pairs_under_a_trained_head(launched, head, ignore_index, held_rows, monkeypatch) -> None:
     x, w, b, labels, *scale = inputs(head)
     monkeypatch.setitem(trained_pairs.PAIR_BYTES, "cuda", held_rows * V * x.element_size())
-    options = (*scale, ignore_index, "auto", True, True, b is not None)
+    options = (*scale, ignore_index, "auto", None, True, True, b is not None, True)
     found = body(trained_pairs.synpo_trained)(x, w, b, labels, None, 4, 10.0, 0.2, "mean", *options)
     assert [each.shape for each in found] == [(), (N,), x.shape, w.shape, (0,) if b is None else (V,)]
     assert launched
@@ -167,7 +172,7 @@ def test_packed_pairs_under_a_trained_head(launched, head, ignore_index, monkeyp
     """All at once the host reads nothing; in groups it reads the bounds, as `Batch.bounds` says."""
     x, w, b, labels, *scale = inputs(head)
     bounds = empty(5, dtype=torch.int32)
-    options = (bounds, 4, 10.0, 0.2, "mean", *scale, ignore_index, "auto", True, True, b is not None)
+    options = (bounds, 4, 10.0, 0.2, "mean", *scale, ignore_index, "auto", None, True, True, b is not None, True)
     body(trained_pairs.synpo_trained)(x, w, b, labels, *options)
     assert launched
     if x.dtype != torch.float16:
@@ -218,4 +223,4 @@ def test_faults_are_seen(launched, fault, monkeypatch) -> None:
         monkeypatch.setattr(exp_tile, "describable", lambda tensor: False)
         monkeypatch.setattr(exp_tile.exp_tile_kernel, "parameters", exp_tile.exp_tile_kernel.parameters[:-1])
     with pytest.raises((AssertionError, DataDependentOutputException, RuntimeError)):
-        body(logprobs.frozen)(x, w, b, labels, *scale, -100, "auto")
+        body(logprobs.frozen)(x, w, b, labels, *scale, -100, "auto", None, True)

@@ -99,15 +99,14 @@ def check(problem: Problem, dtype: torch.dtype, trained: bool, backend: str) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}_V{}_D{}".format(*s))
 def test_odd_shapes(shape, dtype, trained, backend, device, monkeypatch) -> None:
-    monkeypatch.setitem(passes.SLICE_BYTES, device.type, 4096)  # many chunks of the vocabulary
+    monkeypatch.setitem(passes.WORKSPACE, device.type, 8192)  # many chunks of the vocabulary
     check(make(shape, device, dtype), dtype, trained, backend)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head(head, trained, backend, device, monkeypatch) -> None:
-    monkeypatch.setitem(passes.SLICE_BYTES, device.type, 8192)
-    monkeypatch.setattr(passes, "MAX_ROWS", 20)  # more than one block of rows
+    monkeypatch.setitem(passes.WORKSPACE, device.type, 8192)  # many chunks of the vocabulary, several blocks of rows
     check(make((43, 150, 24), device, head=head), torch.float32, trained, backend)
 
 
@@ -116,8 +115,7 @@ def test_every_head(head, trained, backend, device, monkeypatch) -> None:
 @pytest.mark.parametrize("kept", [0.0, 0.3])
 def test_ignored_rows_reach_nothing(kept, dtype, trained, backend, device, monkeypatch) -> None:
     """Kept rows scattered over blocks of rows; the others hold NaN, which shows wherever it is read."""
-    monkeypatch.setitem(passes.SLICE_BYTES, device.type, 4096)
-    monkeypatch.setattr(passes, "MAX_ROWS", 20)
+    monkeypatch.setitem(passes.WORKSPACE, device.type, 8192)
     problem = make((61, 70, 24), device, dtype, head="bias", ignored=False)
     ignored = torch.rand(61, generator=torch.Generator().manual_seed(2)) >= kept
     problem.labels[ignored.to(device)] = -100
@@ -155,7 +153,7 @@ def test_probability_close_to_one_keeps_its_digits(backend, device) -> None:
 @pytest.mark.parametrize("head", ["plain", "all"])
 def test_exact_path_for_every_row(head, dtype, trained, backend, device, monkeypatch) -> None:
     monkeypatch.setattr(passes, "OVERFLOW", -1.0)  # every row is flagged
-    monkeypatch.setitem(passes.SLICE_BYTES, device.type, 4096)
+    monkeypatch.setitem(passes.WORKSPACE, device.type, 8192)
     check(make((37, 101, 45), device, dtype, head=head), dtype, trained, backend)
 
 

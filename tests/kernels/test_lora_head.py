@@ -70,12 +70,12 @@ def test_against_the_head_it_stands_for(options, dtype, trained, backend, device
 
 
 @pytest.mark.parametrize("trained", [USUAL, ("hidden",)], ids=str)
-def test_low_memory(trained, backend, device, monkeypatch) -> None:
-    monkeypatch.setattr(passes, "LOW_ROW_BYTES", 3 * (D + R) * 4 * 4)  # four rows at a time
+def test_small_workspace(trained, backend, device) -> None:
+    workspace = 2 * 2 * (D + R) * 4 * 4  # four rows at a time
     labels, upstream = labels_and_upstream(device)
     expected = gradients(naive, inputs(torch.float64, device, trained), labels, upstream)
     given = inputs(torch.float32, device, trained)
-    for name, value in gradients(fused, given, labels, upstream, backend=backend, memory="low").items():
+    for name, value in gradients(fused, given, labels, upstream, backend=backend, workspace=workspace).items():
         assert (value.double() - expected[name]).norm() <= 3e-6 * expected[name].norm(), name
 
 
@@ -94,13 +94,13 @@ def test_the_frozen_weight_costs_no_gradient(device, monkeypatch) -> None:
     shapes: list[tuple[str, int]] = []
 
     class Recorded(portable.TorchTiles):
-        def add_product(self, total, slice_, b, first_row):
+        def add_product(self, total, slice_, b):
             shapes.append(("dX", total.shape[1]))
-            super().add_product(total, slice_, b, first_row)
+            super().add_product(total, slice_, b)
 
-        def add_transposed_product(self, total, slice_, b, first_row):
+        def add_transposed_product(self, total, slice_, b, *, fresh=False):
             shapes.append(("dW", total.shape[1]))
-            super().add_transposed_product(total, slice_, b, first_row)
+            super().add_transposed_product(total, slice_, b, fresh=fresh)
 
     monkeypatch.setattr(portable, "TorchTiles", Recorded)
     monkeypatch.setattr(partial_head, "TorchTiles", Recorded)
@@ -173,7 +173,7 @@ def test_no_host_read_on_the_triton_path(device) -> None:
     given, (labels, upstream) = inputs(torch.float32, device, ()), labels_and_upstream(device)
     u, b = lora_head(given["hidden"], given["a"], given["b"], S)
     x, head = torch.cat([given["hidden"], u], 1), (given["weight"], b, given["bias"])
-    logps, normalizer, _, _ = partial_head.kept(x, *head, labels, None, 1.0, -100, "triton", False, "", True)
+    logps, normalizer, _, _ = partial_head.kept(x, *head, labels, None, 1.0, -100, "triton", None, "", True)
     known = labels, logps, normalizer, upstream
     with HostReads() as reads, torch.no_grad():
         partial_head.kept_gradients._init_fn(x, *head, *known, None, 1.0, -100, "triton", False, True, True, True)

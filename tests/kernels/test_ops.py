@@ -20,15 +20,15 @@ def arguments(dtype: torch.dtype, *, trained: bool, biased: bool, backend: str =
     labels = torch.tensor([3, -100, 0, 10, -100, 3])
     if ignore_index is None:
         labels = labels.clamp(min=0)
-    return x, weight, bias, labels, None if biased else 2.0, 0.5, ignore_index, backend
+    return x, weight, bias, labels, None if biased else 2.0, 0.5, ignore_index, backend, None
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["softcap", "bias"])
 @pytest.mark.parametrize(("ignore_index", "dtype"), [(None, torch.float32), (-100, torch.bfloat16)], ids=str)
 def test_opcheck(ignore_index, dtype, biased) -> None:
-    torch.library.opcheck(logprobs.frozen, arguments(dtype, trained=False, biased=biased, ignore_index=ignore_index))
+    given = arguments(dtype, trained=False, biased=biased, ignore_index=ignore_index)
+    torch.library.opcheck(logprobs.frozen, (*given, False))
     given = arguments(dtype, trained=True, biased=biased, ignore_index=ignore_index)
-    given = (*given, False)
     torch.library.opcheck(logprobs.trained, given)
     x, weight, bias, labels, *options = (a.detach() if isinstance(a, Tensor) else a for a in given)
     found = logprobs.trained(x, weight, bias, labels, *options)

@@ -11,7 +11,7 @@ from torch import Tensor
 from synpo_kernels import FusedLinearSynPOLoss, losses, synpo_pairs
 from synpo_kernels.backends import choice, gpu
 from synpo_kernels.head import Head
-from synpo_kernels.kernels import counted_product, exact_rows, exp_tile
+from synpo_kernels.kernels import exact_rows, exp_tile, product, rows
 from synpo_kernels.kernels import pair_loss as pair_loss_kernels
 from synpo_kernels.ops import logprobs, pair_loss
 
@@ -213,23 +213,33 @@ def test_no_host_read_around_the_ops(trained, packed, no_autocast) -> None:
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("ignore_index", [-100, None])
-@pytest.mark.parametrize("low", [False, True], ids=["default", "low"])
-def test_no_host_read_inside_the_ops(low, ignore_index, trained, no_autocast, monkeypatch) -> None:
+@pytest.mark.parametrize("workspace", [None, 1 << 16], ids=["default", "small"])
+def test_no_host_read_inside_the_ops(workspace, ignore_index, trained, no_autocast, monkeypatch) -> None:
     """The host code around the kernels, every launch counted in place of run."""
 
     launched: set[str] = set()
-    for module in (exp_tile, exact_rows, counted_product, pair_loss_kernels):
+    for module, function in (
+        (exp_tile, "bind"),
+        (product, "bind"),
+        (exact_rows, "launch"),
+        (pair_loss_kernels, "launch"),
+    ):
         name = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(module, "launch", lambda *_, name=name, **__: launched.add(name))
+        start = lambda *_, name=name, **__: (launched.add(name), lambda *_, **__: None)[1]  # noqa: E731
+        monkeypatch.setattr(module, function, start)
+    for name in ("begin", "finish"):
+        monkeypatch.setattr(rows, name, lambda *_, name=name, **__: launched.add(name))
     monkeypatch.setattr(logprobs, "choose", lambda *_: choice.BACKENDS["triton"][1]())
     monkeypatch.setattr(gpu, "_major", lambda _: 9)
+    monkeypatch.setattr(gpu, "_processors", lambda _: 132)
     x = torch.zeros(96, 32, dtype=torch.bfloat16, device="meta")
     labels = torch.zeros(96, dtype=torch.int64, device="meta")
     head = Head(torch.zeros(70, 32, dtype=torch.bfloat16, device="meta"))
-    found = logprobs.forward(x, head, labels, ignore_index, "auto", want_direction=not trained, low=low)
+    found = logprobs.forward(x, head, labels, ignore_index, "auto", want_direction=not trained, workspace=workspace)
     if trained:
         upstream, want = torch.zeros(96, device="meta"), (True, True, False)
-        logprobs.gradients(x, head, labels, ignore_index, "auto", found, upstream, want, low)
+        logprobs.gradients(x, head, labels, ignore_index, "auto", found, upstream, want, workspace)
     pair_loss._by_kernel(found.logps.view(8, 12), labels.view(8, 12), None, 30.0, 0.2, ignore_index, "mean")
     assert launched >= {"exp_tile", "exact_rows", "pair_loss"}
-    assert ("counted_product" in launched) == (ignore_index is not None)
+    assert ("product" in launched) == (ignore_index is not None)
+    assert trained or {"begin", "finish"} <= launched

@@ -165,12 +165,9 @@ def triton_tiles(rank: int) -> None:
 
 
 @two_processes
-def low_memory(rank: int) -> None:
-    before, passes.LOW_ROW_BYTES = passes.LOW_ROW_BYTES, 3 * D * 8 * 4  # four rows at a time
-    try:
-        Case(bias=True).check(rows_of(rank, 15), group=dist.group.WORLD, memory="low")
-    finally:
-        passes.LOW_ROW_BYTES = before
+def small_workspace(rank: int) -> None:
+    workspace = 2 * 2 * D * 8 * 4  # four rows at a time
+    Case(bias=True).check(rows_of(rank, 15), group=dist.group.WORLD, workspace=workspace)
 
 
 @two_processes
@@ -407,8 +404,6 @@ def test_zero3_that_cannot_be_served_is_refused(monkeypatch: pytest.MonkeyPatch,
     hidden = case.hidden.clone().requires_grad_()
     with pytest.raises(ValueError, match="a head that is trained cannot be gathered from ZeRO-3"):
         linear_logprobs(hidden, Partitioned(case.weight, trained=True), case.labels)
-    with pytest.raises(ValueError, match="memory='low' computes the slices again in the backward pass"):
-        linear_logprobs(hidden, Partitioned(case.weight), case.labels, memory="low")
     assert deepspeed == []
     monkeypatch.delitem(sys.modules, "deepspeed")
     monkeypatch.setattr(parallel, "find_spec", lambda name: None)

@@ -22,8 +22,7 @@ HEADS = [{}, {"softcap": 1.5}, {"logit_scale": 0.4}, {"softcap": 2.0, "logit_sca
 @pytest.mark.parametrize("options", HEADS, ids=lambda o: "_".join(o) or "plain")
 @pytest.mark.parametrize("exact", [False, True], ids=["anchored", "exact"])
 def test_gradcheck(exact, options, with_bias, trained, monkeypatch) -> None:
-    monkeypatch.setitem(passes.SLICE_BYTES, "cpu", 200)
-    monkeypatch.setattr(passes, "MAX_ROWS", 4)
+    monkeypatch.setitem(passes.WORKSPACE, "cpu", 400)
     if exact:
         monkeypatch.setattr(passes, "OVERFLOW", -1.0)
     generator = torch.Generator().manual_seed(0)
@@ -68,13 +67,13 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 def test_never_more_than_a_slice_of_the_logits(trained, dtype, monkeypatch) -> None:
     budget = 64 << 10
-    monkeypatch.setitem(passes.SLICE_BYTES, "cpu", budget)
+    monkeypatch.setitem(passes.WORKSPACE, "cpu", 2 * budget)
     n, v, d = 256, 4096, 16
     x, head, labels = torch.randn(n, d).to(dtype), Head(torch.randn(v, d).to(dtype)), torch.randint(0, v, (n,))
     with LargestTensor() as largest:  # inside the ops, where the mode sees every operation
-        found = logprobs.forward(x, head, labels, -100, "chunked", want_direction=not trained, low=False)
+        found = logprobs.forward(x, head, labels, -100, "chunked", want_direction=not trained, workspace=None)
         if trained:
-            logprobs.gradients(x, head, labels, -100, "chunked", found, torch.ones(n), (True, True, False), False)
+            logprobs.gradients(x, head, labels, -100, "chunked", found, torch.ones(n), (True, True, False), None)
     weight = head.weight
     allowed = max(budget, weight.untyped_storage().nbytes())
     assert budget / 2 < largest.bytes <= allowed < n * v * 4 / 8

@@ -65,7 +65,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 @pytest.fixture(params=GROUPS)
 def grouped(request, device, monkeypatch) -> str:
     monkeypatch.setitem(trained_pairs.PAIR_BYTES, device.type, GROUPS[request.param])
-    monkeypatch.setitem(passes.SLICE_BYTES, device.type, 4096)  # several chunks of the vocabulary
+    monkeypatch.setitem(passes.WORKSPACE, device.type, 8192)  # several chunks of the vocabulary
     return request.param
 
 
@@ -236,8 +236,8 @@ def arguments(problem: Problem, dtype: torch.dtype, want: tuple[bool, bool, bool
     flat = hidden.detach().reshape(-1, D).requires_grad_(want[0])
     bias = bias[0].detach().requires_grad_(want[2]) if bias else None
     weight = weight.detach().requires_grad_(want[1])
-    options = (2 * B, 8.0, 0.2, "mean", None, 1.0, -100, "chunked")
-    return flat, weight, bias, problem.labels.reshape(-1), problem.bounds, *options, *want
+    options = (2 * B, 8.0, 0.2, "mean", None, 1.0, -100, "chunked", None)
+    return flat, weight, bias, problem.labels.reshape(-1), problem.bounds, *options, *want, False
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -278,7 +278,7 @@ class Products(TorchDispatchMode):
 
 
 def test_products_counted(monkeypatch) -> None:
-    """In units of G = 2·N·V·D: frozen 2, without gradients 1, low 3, trained 3, streamed 4. Rows that are ignored are free."""
+    """In units of G = 2·N·V·D: frozen 2, without gradients 1, trained 3, streamed 4. Rows that are ignored are free."""
     n, v, d = 64, 300, 64
     hidden, weight = torch.randn(n, d), torch.randn(v, d)
     labels = torch.randint(0, v, (n,))
@@ -291,20 +291,37 @@ def test_products_counted(monkeypatch) -> None:
             run()
         return products.operations / product
 
-    def passed(low: bool, want: tuple[bool, bool, bool] | None, direction: bool = False) -> None:
-        found = logprobs.forward(hidden, head, labels, -100, "chunked", want_direction=direction, low=low)
+    def passed(want: tuple[bool, bool, bool] | None, direction: bool = False) -> None:
+        found = logprobs.forward(hidden, head, labels, -100, "chunked", want_direction=direction, workspace=None)
         if want is not None:
-            logprobs.gradients(hidden, head, labels, -100, "chunked", found, g, want, low)
+            logprobs.gradients(hidden, head, labels, -100, "chunked", found, g, want, None)
 
     def trained() -> None:  # inside the op, where the mode sees every operation
         trained_pairs.synpo_trained._init_fn(
-            *(hidden, weight, None, labels, None, 4, 30.0, 0.2, "mean", None, 1.0, -100, "chunked", True, True, False)
+            *(
+                hidden,
+                weight,
+                None,
+                labels,
+                None,
+                4,
+                30.0,
+                0.2,
+                "mean",
+                None,
+                1.0,
+                -100,
+                "chunked",
+                None,
+                True,
+                True,
+                False,
+            )
         )
 
-    assert counted(lambda: passed(False, None, direction=True)) == 2
-    assert counted(lambda: passed(False, None)) == 1
-    assert counted(lambda: passed(True, (True, False, False))) == 3
-    assert counted(lambda: passed(False, (True, True, False))) == 4
+    assert counted(lambda: passed(None, direction=True)) == 2
+    assert counted(lambda: passed(None)) == 1
+    assert counted(lambda: passed((True, True, False))) == 4
     assert counted(trained) == 3
     monkeypatch.setitem(trained_pairs.PAIR_BYTES, "cpu", 0)
     assert counted(trained) == 4
@@ -316,5 +333,5 @@ def test_no_host_read_on_the_triton_path(device) -> None:
     problem = Problem(device)
     given = arguments(problem, torch.float32, (True, True, False))
     with HostReads() as reads, torch.no_grad():
-        trained_pairs.synpo_trained._init_fn(*given[:-4], "triton", *given[-3:])
+        trained_pairs.synpo_trained._init_fn(*given[:-6], "triton", *given[-5:])
     assert reads.found == []

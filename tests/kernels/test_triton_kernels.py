@@ -10,8 +10,9 @@ import torch
 
 from synpo_kernels import FusedLinearSynPOLoss, contrastive_sample, linear_logprobs
 from synpo_kernels.backends import gpu
-from synpo_kernels.kernels import contrast_sample, counted_product, exact_rows, exp_tile, pair_loss
+from synpo_kernels.kernels import contrast_sample, exact_rows, exp_tile, pair_loss, product
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
+from synpo_kernels.kernels.tiles import describable
 
 STRIDE = (1 << 30) + 64  # elements between rows: row 2 lies past 2³¹
 OPTIONS = {"logit_scale": 1.0, "softcap": None, "precision": "ieee"}
@@ -29,6 +30,12 @@ def far_apart(tmp_path, device) -> torch.Tensor:
     return rows
 
 
+def exponentials(x, w, bias, labels, anchor, at_target, out, sums, *, first_row=0, **options) -> None:
+    """One launch over all of x and w, by three programs."""
+    run = exp_tile.bind(x, w, bias, labels, anchor, at_target, out, sums, **options)
+    run(3, N=len(x), V=len(w), first_x=0, first_row=first_row, first_column=0)
+
+
 @pytest.mark.parametrize("which", ["x", "w", "out"])
 def test_addresses_past_two_to_the_31(which, far_apart, device) -> None:
     near = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
@@ -41,7 +48,7 @@ def test_addresses_past_two_to_the_31(which, far_apart, device) -> None:
     sums = torch.empty(1, 3, device=device)
     expected = (x.float() @ w.float().T).exp().fill_diagonal_(0)
     config = TileConfig(16, 16, 16, 1, 1, 1)
-    exp_tile.launch(x, w, None, labels, anchor, None, out, sums, write=True, config=config, **OPTIONS)
+    exponentials(x, w, None, labels, anchor, None, out, sums, write=True, config=config, **OPTIONS)
     torch.testing.assert_close(sums[0], expected.sum(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-6)
 
@@ -86,7 +93,7 @@ def test_every_tile_is_visited_once(group, device) -> None:
     sums = torch.full((3, n), torch.nan, device=device)
     labels = torch.full((n,), -1, device=device)  # not in this chunk
     config = TileConfig(16, 32, 16, group, 1, 1)
-    exp_tile.launch(
+    exponentials(
         x, w, None, labels, torch.zeros(n, device=device), None, out[:, :v], sums, write=True, config=config, **OPTIONS
     )
     assert (out[:, :v] == 1).all() and out[:, v:].isnan().all()
@@ -97,34 +104,36 @@ def test_every_tile_is_visited_once(group, device) -> None:
 @pytest.mark.parametrize("counted", [0, 1, 16, 33, 50])
 @pytest.mark.parametrize("shape", [(50, 70, 40), (50, 33, 1)], ids=str)
 def test_counted_product(shape, counted, first_row, device) -> None:
-    """Rows past the count hold NaN; they enter no sum and their result is left alone."""
+    """Rows past the count hold NaN; they enter no sum and their result is left alone. Rows of b before `first_k` neither."""
     n, v, d = shape
     generator = torch.Generator().manual_seed(0)
-    slice_, w, x = (torch.randn(*size, generator=generator).to(device) for size in ((n, v), (v, d), (n, d)))
-    slice_[counted:], x[counted:] = torch.nan, torch.nan
+    slice_, w, x = (torch.randn(*size, generator=generator).to(device) for size in ((n, v), (v + 3, d), (n, d)))
+    slice_[counted:], x[counted:], w[:3] = torch.nan, torch.nan, torch.nan
     count = torch.tensor(first_row + counted, dtype=torch.int32, device=device)
-    options = {"first_row": first_row, "precision": "ieee", "config": INTERPRETER}
-    rows = torch.full((n, d), 7.0, device=device)
-    counted_product.launch(slice_, w, rows, count, sum_counted=False, **options)
-    torch.testing.assert_close(rows[:counted], 7 + slice_[:counted] @ w, rtol=1e-5, atol=1e-5)
-    assert (rows[counted:] == 7).all()
-    columns = torch.full((v, d), 7.0, device=device)
-    counted_product.launch(slice_.T, x, columns, count, sum_counted=True, **options)
-    torch.testing.assert_close(columns, 7 + slice_[:counted].T @ x[:counted], rtol=1e-5, atol=1e-5)
+    options = {"precision": "ieee", "config": INTERPRETER}
+    for add in (1, 0):
+        rows, columns = torch.full((n, d), 7.0, device=device), torch.full((v, d), 7.0, device=device)
+        run = product.bind(slice_, w, rows, count, sum_counted=False, **options)
+        run(3, M=n, K=v, first_row=first_row, first_k=3, add=add)
+        torch.testing.assert_close(rows[:counted], 7 * add + slice_[:counted] @ w[3:], rtol=1e-5, atol=1e-5)
+        assert (rows[-(-counted // 16) * 16 :] == 7).all()
+        run = product.bind(slice_, x, columns, count, sum_counted=True, **options)
+        run(3, M=v, K=n, first_row=first_row, first_k=0, add=add)
+        torch.testing.assert_close(columns, 7 * add + slice_[:counted].T @ x[:counted], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("counted", "written"), [(0, 0), (1, 16), (16, 16), (17, 32), (40, 40)])
 def test_rows_past_the_count_are_not_computed(counted, written, device) -> None:
-    """Tiles of 16 rows: one that holds no counted row writes nothing."""
+    """Tiles of 16 rows: one that holds no counted row writes nothing; in the last that does, the others are 0."""
     n, v, first_row = 40, 50, 100
     x, w = torch.zeros(n, 16, device=device), torch.zeros(v, 16, device=device)
     labels, anchor = torch.full((n,), -1, device=device), torch.zeros(n, device=device)
     out, sums = torch.full((n, v), torch.nan, device=device), torch.full((2, n), torch.nan, device=device)
     count = torch.tensor(first_row + counted, dtype=torch.int32, device=device)
     options = {"write": True, "config": INTERPRETER, "count": count, "first_row": first_row, **OPTIONS}
-    exp_tile.launch(x, w, None, labels, anchor, None, out, sums, **options)
-    assert (out[:written] == 1).all() and out[written:].isnan().all()
-    assert (sums.sum(0)[:written] == v).all() and sums[:, written:].isnan().all()
+    exponentials(x, w, None, labels, anchor, None, out, sums, **options)
+    assert (out[:counted] == 1).all() and (out[counted:written] == 0).all() and out[written:].isnan().all()
+    assert (sums.sum(0)[:counted] == v).all() and sums[:, written:].isnan().all()
 
 
 def test_partition_keeps_the_order(device) -> None:
@@ -148,9 +157,10 @@ def test_descriptors_and_pointers_agree_bitwise(shape, dtype, device) -> None:
     found = []
     for descriptors in (False, True):
         config = replace(INTERPRETER, descriptors=descriptors)
-        out, sums = torch.zeros(n, v, dtype=dtype, device=device), torch.zeros(-(-v // 32), n, device=device)
+        out = torch.zeros(n, -(-v // 16) * 16, dtype=dtype, device=device)[:, :v]  # rows that descriptors can write
+        sums = torch.zeros(-(-v // 32), n, device=device)
         options = {"write": True, "config": config, "count": count, **OPTIONS, "softcap": 3.0, "logit_scale": 0.5}
-        exp_tile.launch(x, w, bias, labels, anchor, at_target, out, sums, **options)
+        exponentials(x, w, bias, labels, anchor, at_target, out, sums, **options)
         found.append((out, sums))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     z = 3 * torch.tanh((x.double() @ w.double().T + bias.double()) / 6)
@@ -161,31 +171,41 @@ def test_descriptors_and_pointers_agree_bitwise(shape, dtype, device) -> None:
 
 def test_what_the_copy_engine_can_read(device) -> None:
     whole = torch.zeros(40, 64, dtype=torch.bfloat16, device=device)
-    assert exp_tile.describable(whole) and exp_tile.describable(whole[3:, 8:40]) and exp_tile.describable(whole[::2])
-    assert not exp_tile.describable(whole.T)  # rows not contiguous
-    assert not exp_tile.describable(whole[:, 1:])  # base off by 2 bytes
-    assert not exp_tile.describable(torch.zeros(40, 60, dtype=torch.bfloat16, device=device))  # rows of 120 bytes
-    assert not exp_tile.describable(whole[:1].expand(40, -1)) and not exp_tile.describable(whole[:0])
-    assert not exp_tile.describable(whole.as_strided((40, 64), (8, 1)))  # rows that overlap
+    assert describable(whole) and describable(whole[3:, 8:40]) and describable(whole[::2])
+    assert not describable(whole.T)  # rows not contiguous
+    assert not describable(whole[:, 1:])  # base off by 2 bytes
+    assert not describable(torch.zeros(40, 60, dtype=torch.bfloat16, device=device))  # rows of 120 bytes
+    assert not describable(whole[:1].expand(40, -1)) and not describable(whole[:0])
+    assert not describable(whole.as_strided((40, 64), (8, 1)))  # rows that overlap
 
 
 @pytest.mark.parametrize(("major", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (11, 10), (12, 12), (13, 12)])
 def test_a_chip_without_an_entry_takes_an_older_one(major, known) -> None:
     chip = CHIPS[known]
-    assert tile_config(major, 2, softcap=False, counted=False) is chip.half
-    assert tile_config(major, 2, softcap=False, counted=True) is chip.half_counted
-    assert tile_config(major, 2, softcap=True, counted=True) is product_config(major, 2) is chip.half_small
-    assert tile_config(major, 4, softcap=False, counted=True) is chip.full
-    assert tile_config(major, 4, softcap=True, counted=False) is chip.full_small
-    assert product_config(major, 4) is chip.full_product
-    described = tile_config(major, 2, softcap=False, counted=False, describable=True)
-    assert described is (chip.described if known in (9, 10) else chip.half)
-    assert tile_config(major, 4, softcap=False, counted=False, describable=True) is chip.full
+    size = (8192, 3584, 132)
+    assert tile_config(major, 2, softcap=False) is chip.half
+    assert tile_config(major, 2, softcap=True) is product_config(major, 2, *size) is chip.half_small
+    assert tile_config(major, 4, softcap=False, describable=True) is chip.full
+    assert tile_config(major, 4, softcap=True) is chip.full_small
+    assert product_config(major, 4, *size) is chip.full_product
+    for softcap, described, pointers in (
+        (False, chip.described, chip.half),
+        (True, chip.described_small, chip.half_small),
+    ):
+        expected = described if known in (9, 10) else pointers
+        assert tile_config(major, 2, softcap=softcap, describable=True) is expected
+
+
+def test_a_product_takes_tiles_that_fill_the_chip() -> None:
+    chip = CHIPS[9]
+    assert product_config(9, 2, 8192, 3584, 132, describable=True) is chip.described
+    assert product_config(9, 2, 512, 3584, 132, describable=True) is chip.described_small
+    assert product_config(9, 2, 8192, 1, 132).block_v == 32, "a bias has one column"
 
 
 def test_without_a_tensor_copy_engine_nothing_is_described() -> None:
     for major, chip in CHIPS.items():
-        assert chip.descriptors == (major in (9, 10)) and (chip.described is not None) == chip.descriptors
+        assert (chip.described is not None) == (chip.described_small is not None) == (major in (9, 10))
     assert CHIPS[12] is CHIPS[8]  # its 99 KiB of shared memory hold no tile of CHIPS[10]
 
 
@@ -222,18 +242,19 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(device, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "device_of", Watched)
     launched: set[str] = set()
-    for module in (exp_tile, exact_rows, counted_product, pair_loss, contrast_sample):
-        name = module.__name__.rpartition(".")[2]
+    starts = [(exp_tile, "bind"), (product, "bind"), *((m, "launch") for m in (exact_rows, pair_loss, contrast_sample))]
+    for module, function in starts:
+        name, start = module.__name__.rpartition(".")[2], getattr(module, function)
 
-        def launch(*args, name=name, real=module.launch, **options):
+        def launch(*args, name=name, real=start, **options):
             assert inside, f"{name} was launched on whatever device is current"
             launched.add(name)
             return real(*args, **options)
 
-        monkeypatch.setattr(module, "launch", launch)
+        monkeypatch.setattr(module, function, launch)
     monkeypatch.setattr("synpo_kernels.ops.logprobs._used", lambda labels, ignore_index: ignore_index)  # as on a GPU
     every_path(device)
-    assert launched == {"exp_tile", "exact_rows", "counted_product", "pair_loss", "contrast_sample"}
+    assert launched == {"exp_tile", "exact_rows", "product", "pair_loss", "contrast_sample"}
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ from synpo.model.meant import meant_for
 from synpo.model.packing import install
 from synpo.model.quantize import weight_bytes
 from synpo.train.optimizers import state_bytes
-from synpo_kernels.backends.passes import MAX_ROWS, SLICE_BYTES
+from synpo_kernels.backends.passes import WORKSPACE
 from synpo_kernels.ops.trained_pairs import PAIR_BYTES
 
 RESERVE = 1 << 30
@@ -308,28 +308,30 @@ class MemoryModel:
             trained=self.trained,
             activations=self.saved(batch, checkpointing) + (tower * depth if self.trains_vision else 0),
             backward=batch.tokens * (intermediate + 4 * hidden) * size,
-            loss=n * hidden * (2 * size + 4) + self._logits(n),
+            loss=2 * n * hidden * size + self._logits(n),
             vision=tower,
             naive_loss=batch.tokens * vocabulary * (size + 4 + 4),
         )
 
     def _logits(self, n: int) -> int:
-        """One slice of the logits of N completion rows; of a trained head also its gradient, on its way to where it is kept."""
+        """The loss's workspace for N completion rows; of a trained head also its gradient, on its way to where it is kept."""
         head = self.base.get_output_embeddings().weight
-        dtype = self.autocast or head.dtype
-        slice_bytes = SLICE_BYTES.get(self.device, SLICE_BYTES["cpu"])
-        slice_ = min(slice_bytes, 4 * min(n, MAX_ROWS) * len(head))
+        (vocabulary, hidden), dtype = head.shape, self.autocast or head.dtype
+        workspace = WORKSPACE.get(self.device, WORKSPACE["cpu"])
+        slice_ = min(workspace, 4 * n * (vocabulary + hidden))
         if not head.requires_grad:
             return slice_
-        whole = head.numel() * dtype.itemsize
+        sums, whole = 4 * n * hidden, head.numel() * dtype.itemsize
         # under autocast a copy of the head, and the gradient in the head's own dtype
         copy, widened = (0, 0) if dtype == head.dtype else (whole, head.nbytes)
         if self.loss_type != "synpo":
-            chunk = min(4 * head.numel(), 4 * slice_bytes // dtype.itemsize)
-            return slice_ + copy + whole + max(chunk, widened)
-        pairs = min(PAIR_BYTES.get(self.device, PAIR_BYTES["cpu"]), n * len(head) * dtype.itemsize)
+            chunk = min(4 * head.numel(), 4 * workspace // dtype.itemsize)
+            return sums + slice_ + copy + whole + max(chunk, widened)
+        pairs, allowed = n * vocabulary * dtype.itemsize, PAIR_BYTES.get(self.device, PAIR_BYTES["cpu"])
+        if self.device == "cuda" and dtype.itemsize == 2 and pairs <= allowed + 4 * head.numel():  # ∂L/∂W written once
+            return sums + copy + max(whole + pairs, 2 * whole + widened)
         rounded = whole if dtype.itemsize < 4 else 0
-        return copy + max(4 * head.numel() + max(pairs, rounded), 2 * whole + widened)
+        return sums + copy + max(4 * head.numel() + max(min(pairs, allowed), rounded), 2 * whole + widened)
 
     def _vision(self, visual: int) -> tuple[int, int]:
         """One layer of the tower over four patches a visual token (2 × 2 are merged), its pixels in fp32, the features; and how
