@@ -281,3 +281,20 @@ def test_file_set_and_flags_lie_over_a_preset(tmp_path):
     assert (config.lora.r, config.lora.alpha, config.model.device, config.model.path) == (2, 8, "cpu", "m")
     assert config.train["beta"] == 0.3
     assert (config.train["max_steps"], config.train["num_train_epochs"]) == (7, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "demo-out"),
+        (["--seed", "1"], "demo-out-seed-1"),
+        (["--scale", "0.5"], "demo-out-scale-0.5"),
+        (["--seed", "2", "--scale", "0.1"], "demo-out-seed-2-scale-0.1"),
+        (["--seed", "1", "--output", "here"], "here"),
+    ],
+)
+def test_a_demo_of_another_seed_goes_beside_the_first(arguments, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr("synpo.demo.run.demo", lambda output, **plan: seen.append(output))
+    assert main(["demo", *arguments]) == 0
+    assert seen == [Path(folder)]

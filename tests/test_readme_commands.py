@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from made_videos import write_video
 from synpo import cli
@@ -22,6 +21,7 @@ from synpo.records import Pair, write_records
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = ("synpo", ".venv/bin/synpo", "make", "pip", "python", "torchrun", "bench/gpu.sh")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+-(ov|hf|VL|Instruct)[\w.-]*")
 SHORT = {
     "pairs": ["--preset", "smoke"],
     "train": ["--preset", "smoke"],
@@ -47,10 +47,7 @@ def filled(line: list[str], model: Path) -> list[str]:
     """With a model for every hub id and every …, and without the … that stands for what else there may be."""
     if line[-1] == "…" and line[-2] != "--model":
         line = line[:-1]
-    return [
-        str(model) if word == "…" or re.fullmatch(r"[\w.-]+/[\w.-]+-(ov|hf|VL|Instruct)[\w.-]*", word) else word
-        for word in line
-    ]
+    return [str(model) if word == "…" or HUB_ID.fullmatch(word) else word for word in line]
 
 
 @pytest.fixture
@@ -120,10 +117,11 @@ def test_targets_of_make_are_there_and_take_their_arguments(tmp_path: Path) -> N
 
 
 def test_what_pip_is_given_is_there() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    extras = set(re.findall(r"^(\w+) = \[", text.partition("\n[")[0], re.MULTILINE))
     installs = [" ".join(arguments) for program, *arguments in commands() if program == "pip"]
     named = re.findall(r"\[([\w,]+)\]", " ".join(installs)) + re.findall(r"'synpo\[([\w,]+)\]'", TEXT)
-    assert installs and {extra for group in named for extra in group.split(",")} <= extras.keys()
+    assert installs and {extra for group in named for extra in group.split(",")} <= extras
 
 
 def test_modules_and_scripts_are_there() -> None:
