@@ -136,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="GPU memory to fit, e.g. 24GB (default: the GPU here)",
     )
+    plan.add_argument("--fit", action="store_true", help="also which GPU trains what: LoRA and QLoRA, 8 to 80 GB")
     plan.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
     train = commands.add_parser("train", help="train a LoRA adapter on preference pairs")
@@ -219,7 +220,7 @@ def run_pairs(args: argparse.Namespace) -> None:
 def run_plan(args: argparse.Namespace) -> None:
     from synpo.train.plan import plan, show
 
-    show(plan(_config(args), args.videos, args.pairs, args.gpu), as_json=args.json)
+    show(plan(_config(args), args.videos, args.pairs, args.gpu, args.fit), as_json=args.json)
 
 
 def run_train(args: argparse.Namespace) -> None:

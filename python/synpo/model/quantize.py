@@ -67,16 +67,28 @@ def check(model: Any) -> None:
         )
 
 
+def _quantized(model: nn.Module, quantization: str) -> list[torch.Tensor]:
+    """The weights of `model`, which stands here unquantized, that `quantization` packs."""
+    if quantization == "none":
+        return []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not (module is head or module.weight.requires_grad or re.match(NOT_LANGUAGE, name))
+    ]
+
+
 def weight_bytes(model: nn.Module, quantization: str) -> int:
     """Bytes that parameters and buffers of `model`, which stands here unquantized, take once loaded with `quantization`."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    smaller: set[int] = set()
-    if quantization != "none":
-        smaller = {
-            id(module.weight)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and not (module is head or module.weight.requires_grad or re.match(NOT_LANGUAGE, name))
-        }
+    smaller = {id(weight) for weight in _quantized(model, quantization)}
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     return sum(round(t.numel() * BITS[quantization] / 8) if id(t) in smaller else t.nbytes for t in tensors)
+
+
+def unpacked_bytes(model: nn.Module, quantization: str) -> int:
+    """Bytes of the largest weight that a product in 4 bits makes whole."""
+    if quantization != "nf4":
+        return 0
+    return max((weight.nbytes for weight in _quantized(model, quantization)), default=0)

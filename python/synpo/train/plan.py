@@ -31,12 +31,13 @@ from synpo import terminal
 from synpo.config import Config, ConfigError, ModelConfig
 from synpo.data.batches import TokenBatches
 from synpo.data.pairs import hold_out, load_pairs, videos_of
-from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
+from synpo.data.tokenize import PairDataset, PairEncoder
 from synpo.model import liger
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.lora_linear import fuse
 from synpo.model.vision import vision_for
 from synpo.train.choices import half, in_words, settle
+from synpo.train.fit import SIZES, Way, largest_batch, table_of, ways
 from synpo.train.lora import base_is_kept, make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
 from synpo.train.reference import kind_of
@@ -82,6 +83,7 @@ class Plan:
     precision: str
     optimizer: str
     estimates: list[Estimate]
+    ways: list[Way]
 
 
 def gpu_bytes(text: str) -> int:
@@ -140,33 +142,19 @@ def stored_dtype(path: str, described: Any) -> torch.dtype:
     return torch.float32
 
 
-def largest_batch(model: MemoryModel, lengths: Lengths, layout: str, checkpointing: bool, size: int) -> int:
-    """Most pairs of these lengths whose step fits in `size` bytes; 0 when one does not."""
-
-    def fits(pairs: int) -> bool:
-        return model.step(Batch(pairs, lengths, layout), checkpointing).total <= size
-
-    fitting, beyond = 0, 1
-    while fits(beyond):
-        fitting, beyond = beyond, 2 * beyond
-    while beyond - fitting > 1:
-        middle = (fitting + beyond) // 2
-        fitting, beyond = (middle, beyond) if fits(middle) else (fitting, middle)
-    return fitting
-
-
 def statistics(values: Sequence[int]) -> dict[str, int]:
     ordered = sorted(values)
     at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in at.items()}
 
 
-def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] = ()) -> Plan:
+def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] = (), fit: bool = False) -> Plan:
     """Count tokens and estimate memory for training with `config` on the pairs of a file.
 
     Args:
         config, videos, pairs: as `synpo.train.run.train`.
         gpus: sizes such as "24GB"; none: those of this machine's GPU, or a few common ones.
+        fit: look at other ways to train the model, too, and at GPUs of every size (fit.py).
 
     Raises:
         ConfigError: a setting or size cannot be used. FileNotFoundError, RecordError, ValueError: as `train`.
@@ -214,6 +202,18 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     at = max(range(len(used)), key=lambda i: Batch(1, used[i], chosen_layout).tokens)
     if batches is None:
         batches = len(used) // micro if args.dataloader_drop_last else -(-len(used) // micro)
+    others: list[Way] = []
+    if fit:
+        worst = max(used, key=lambda lengths: lengths.shared)
+        others = ways(
+            lm.model,
+            worst,
+            optimizer=model.optimizer,
+            autocast=half(args),
+            loss_type=args.loss_type,
+            checkpointing=how,
+            sizes={name: gpu_bytes(name) for name in gpus} or SIZES,
+        )
     windows = -(-batches // args.gradient_accumulation_steps)
     return Plan(
         pairs=len(loaded),
@@ -237,6 +237,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         precision=in_words(args, lm),
         optimizer=model.optimizer,
         estimates=estimates,
+        ways=others,
     )
 
 
@@ -274,6 +275,9 @@ def show(found: Plan, as_json: bool = False) -> None:
     for table in (_pairs_table(found), _tokens_table(found), _memory_table(found)):
         console.print(table)
     longest = found.longest
+    if found.ways:
+        tokens = found.tokens["pair, shared"]["max"]
+        console.print(table_of(found.ways, f"Which GPU trains what: pairs of {tokens:,} tokens, prompts once"))
     console.print(
         f"longest pair: {longest['id']}" + (f" ({longest['video']})" if longest["video"] else ""),
         f"\ntrained: {found.trained:,} of {found.parameters:,} parameters ({found.precision}),",
