@@ -98,6 +98,18 @@ def test_inputs_are_peaked_and_ignored_as_said() -> None:
     assert float((probabilities < 0.5).float().mean()) > 0.1
 
 
+def test_peaked_inputs_meet_denormal_numbers_and_ours_pass_the_gate() -> None:
+    case = cases.SWEEPS["cpu-peaked"][-1]
+    assert case.name.endswith("bfloat16 peaked") and case.small().spread == case.spread
+    problem = cases.make(case.small(), CPU)
+    logits = problem.hidden.detach().double().flatten(0, 1) @ problem.weight.double().T
+    labels = problem.labels.flatten()
+    gap = (logits - logits.gather(1, labels.clamp(min=0)[:, None]))[labels >= 0]
+    assert ((gap < -87.34) & (gap > -103.3)).double().mean() > 0.15
+    rows = loss.Bench(CPU, ["synpo chunked", "synpo cpu"]).gate(case, "frozen", "ours")
+    assert {row.status for row in rows} <= {"ok", "absent"} and any(row.status == "ok" for row in rows)
+
+
 def test_a_run_prints_and_writes_everything(monkeypatch, tmp_path, capsys) -> None:
     ours = next(p for p in peers.providers() if p.name == "synpo chunked")
     code, rows = measured(monkeypatch, tmp_path, ours, peers.Provider("nobody", refuses, "absent"), head="trained")
