@@ -6,8 +6,8 @@ label's probability near 1; for a noisy share (a quarter) it lies anywhere from 
 softmax is thin and the same for no two rows: enough to see overflow, cancellation and rounding, not to judge methods that
 skip unlikely tokens, whose gain hangs on a trained model's tail.
 
-Peaked inputs (a spread of 20): a fifth to a third of the exponentials of z - z_y lies where fp32 has denormal numbers alone, with which
-some CPUs compute twenty times more slowly.
+Peaked inputs (a spread of 20): a fifth to a third of the exponentials of z - z_y lies where fp32 has denormal numbers alone,
+with which some CPUs compute twenty times more slowly.
 """
 
 from __future__ import annotations

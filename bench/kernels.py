@@ -26,6 +26,7 @@ from bench import cases, loss, peers  # isort: skip
 from bench.report import reason_of  # isort: skip
 
 SHAPE = {"cuda": "8192x152064x3584", "cpu": "256x4096x256"}
+UNCOUNTED = peers.Provider("synpo uncounted", partial(peers.mode, ignore_index=None), "where no label is ignored")
 SHOWN = 12  # rows of a table; the file has them all
 
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     inputs = cases.make(case, device)
     for head in peers.HEADS:
         problem = inputs.with_head(head == "trained")
-        for provider in peers.providers():
+        for provider in [*peers.providers(), UNCOUNTED]:
             if head not in provider.heads or not provider.name.startswith(tuple(options.providers)):
                 continue
             try:

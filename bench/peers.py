@@ -45,7 +45,7 @@ class Provider:
         return self.name.startswith("synpo ")
 
 
-def _mode(device: torch.device, **options: Any) -> LossFunction:
+def mode(device: torch.device, **options: Any) -> LossFunction:
     """Ours in another mode, on the backend that is chosen for the device."""
     module = FusedLinearSynPOLoss(**options)
     return lambda hidden, weight, labels: module(hidden, weight, labels).loss
@@ -176,9 +176,9 @@ def providers() -> Iterator[Provider]:
     """All of them, ours first."""
     for backend in choice.BACKENDS:
         yield Provider(f"synpo {backend}", partial(_ours, backend), f"FusedLinearSynPOLoss(backend={backend!r})")
-    low = partial(_mode, memory="low")
-    yield Provider("synpo low-memory", low, "memory='low': slices computed again in backward", heads=("frozen",))
-    yield Provider("synpo streaming", low, "memory='low': the logits twice, four products", heads=("trained",))
+    low = partial(mode, memory="low")
+    yield Provider("synpo low-memory", low, "memory='low': a workspace of 16 MiB", heads=("frozen",))
+    yield Provider("synpo streaming", low, "memory='low': the logits twice, four products, 16 MiB", heads=("trained",))
     # what compiles longest comes last
     yield Provider("naive", _naive, "full logits in fp32, log-softmax, gather")
     yield Provider("torch lce", partial(_torch, "none"), "linear_cross_entropy(reduction='none') in chunks, torch 2.13")

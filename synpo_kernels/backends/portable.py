@@ -7,12 +7,17 @@ is found and done again around its largest logit, which reads one number back fr
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..head import Head, add_matmul, compute_dtype, taken_whole
 from . import passes
 from .passes import Forward, Gradients, target_logits, vocabulary_chunks
+
+# of exponents: torch's exp on a CPU takes ten times as long where it leaves the normal numbers
+FLOOR = math.log(passes.LEAST) - 0.1
 
 
 class TorchTiles:
@@ -47,7 +52,7 @@ class TorchTiles:
         out: Tensor,
     ) -> Tensor:
         _, slope = self.logits(x, part, out)
-        torch.threshold_(out.sub_(anchor[:, None]).exp_(), passes.LEAST, 0.0)  # NaN stays
+        torch.threshold_(out.sub_(anchor[:, None]).clamp_(min=FLOOR).exp_(), passes.LEAST, 0.0)  # NaN stays
         row = torch.arange(out.shape[0], device=out.device)
         column = labels.clamp(0, out.shape[1] - 1)
         elsewhere = labels != column  # the label is not in this chunk

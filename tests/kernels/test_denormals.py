@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,11 +11,14 @@ from torch import Tensor
 
 import float_flags
 from synpo_kernels import _ext
+from synpo_kernels.backends import passes
+from synpo_kernels.backends.portable import TorchTiles
+from synpo_kernels.head import Head
 
 if not _ext.available():
     pytest.skip(f"C++ extension: {_ext.reason}", allow_module_level=True)
 
-LEAST = 2.0**-100
+LEAST = passes.LEAST
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -74,12 +77,8 @@ def test_half_precision_and_softcaps(softcap, dtype, isa) -> None:
         torch.testing.assert_close(found[kept], expected, rtol=rounding + 1e-4, atol=0.0)
 
 
-@pytest.mark.skipif(not float_flags.AVAILABLE, reason="reads a register of x86-64 CPUs under Linux")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("softcap", [0.0, 40.0])
-@pytest.mark.parametrize("spread", [2.0, 20.0, 100.0])
-def test_the_cpu_notices_no_denormal_number(spread, softcap, dtype, isa) -> None:
-    """Not in the slice, and not in what is multiplied with it: the flags of the floating-point unit stay clear."""
+def problem(spread: float, softcap: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, W and the likeliest labels; with a spread of 20 many exponentials of z - z_y would be denormal."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(500, 96, generator=generator) / math.sqrt(96)
     x = spread * torch.randn(70, 96, generator=generator)
@@ -88,8 +87,38 @@ def test_the_cpu_notices_no_denormal_number(spread, softcap, dtype, isa) -> None
     if spread == 20.0 and not softcap:
         gap = logits - logits.gather(1, labels[:, None])
         assert ((gap < -87.34) & (gap > -103.3)).float().mean() > 0.05, "exponentials would not be denormal"
+    return x.to(dtype), weight.to(dtype), labels
+
+
+def noticed(run: Callable[[], object]) -> int:
+    """What the floating-point unit noticed, where this thread does all the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    flags = float_flags.noticed(lambda: head_pass(x.to(dtype), weight.to(dtype), labels, softcap))
+    flags = float_flags.noticed(run)
     torch.set_num_threads(threads)
-    assert flags == 0
+    return flags
+
+
+PEAKED = pytest.mark.parametrize("spread", [2.0, 20.0, 100.0])
+READABLE = pytest.mark.skipif(not float_flags.AVAILABLE, reason="reads a register of x86-64 CPUs under Linux")
+
+
+@READABLE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 40.0])
+@PEAKED
+def test_the_cpu_notices_no_denormal_number(spread, softcap, dtype, isa) -> None:
+    """Not in the slice, and not in what is multiplied with it: the flags of the floating-point unit stay clear."""
+    inputs = problem(spread, softcap, dtype)
+    assert noticed(lambda: head_pass(*inputs, softcap)) == 0
+
+
+@READABLE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 40.0])
+@PEAKED
+def test_nor_does_it_in_the_portable_backend(spread, softcap, dtype) -> None:
+    x, weight, labels = problem(spread, softcap or 0.0, dtype)
+    head, tiles = Head(weight, softcap=softcap), TorchTiles()
+    anchor, _ = passes.target_logits(x, head, labels)
+    assert noticed(lambda: passes.accumulate(x, head, labels, anchor, tiles, 1 << 18, want_pull=True)) == 0
