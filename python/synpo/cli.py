@@ -4,7 +4,7 @@ synpo demo     the whole system on a small video world, from rendering to report
 synpo pairs    videos → clips → captions → scores → preference pairs
 synpo plan     config and pairs → token counts, memory, largest micro-batch; no training
 synpo train    preference pairs → LoRA adapter
-synpo eval     held-out videos → captions → CIDEr and the rest
+synpo eval     held-out videos → captions → CIDEr and the rest; held-out pairs → likelihoods, answers
 synpo presets  settings to start from
 synpo config   every setting: its default, its type, what it does
 synpo doctor   what this machine has, and which backends will be used
@@ -152,22 +152,32 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on from the last checkpoint in the output folder (default), or start over",
     )
 
-    evaluate = commands.add_parser("eval", help="caption videos and score the captions")
+    evaluate = commands.add_parser(
+        "eval", help="caption videos and score the captions, or score what is preferred in held-out pairs"
+    )
     _common(evaluate)
     _batch(evaluate, "eval")
     evaluate.add_argument(
-        "--videos", metavar="DIR", type=Path, required=True, help="folder of held-out videos; links are followed"
+        "--videos",
+        metavar="DIR",
+        type=Path,
+        help="folder of held-out videos, or of those of --pairs; links are followed",
+    )
+    evaluate.add_argument(
+        "--pairs", metavar="FILE", type=Path, help="held-out pairs: likelihoods and greedy answers in place of captions"
     )
     evaluate.add_argument(
         "--references", metavar="FILE", type=Path, help="reference captions (VATEX, MSR-VTT, DREAM-1k or JSONL)"
     )
-    evaluate.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of captions and scores")
+    evaluate.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="folder of captions or answers, and scores"
+    )
     evaluate.add_argument(
         "--against",
         metavar="NAME=FILE",
         action="append",
         default=[],
-        help="captions.jsonl of an earlier evaluation to compare with; the first is the baseline",
+        help="captions.jsonl (with --pairs answers.jsonl) of an earlier evaluation to compare with; the first is the baseline",
     )
 
     presets = commands.add_parser("presets", help="list the presets, or print one")
@@ -230,13 +240,24 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from synpo.evaluate.caption import evaluate_model
-
     named = [_named_file(text) for text in args.against]
     against = dict(named)
     if len(against) < len(named):
         raise ValueError(f"--against takes each name once, got {', '.join(name for name, _ in named)}")
-    evaluate_model(_config(args), args.videos, args.references, args.output, against)
+    if args.pairs is not None and args.references is not None:
+        raise ValueError("--references are of captions of videos, --pairs brings its own answers: give one of the two")
+    if args.pairs is not None:
+        from synpo.evaluate.answers import evaluate_pairs
+
+        evaluate_pairs(_config(args), args.pairs, args.videos, args.output, against)
+    elif args.videos is not None:
+        from synpo.evaluate.caption import evaluate_model
+
+        evaluate_model(_config(args), args.videos, args.references, args.output, against)
+    else:
+        raise ValueError(
+            "give --videos DIR (captions of videos) or --pairs FILE (likelihoods of held-out answers, for text too)"
+        )
 
 
 def run_presets(args: argparse.Namespace) -> None:

@@ -172,13 +172,13 @@ class JudgeConfig(Section):
 
 @dataclass(frozen=True)
 class EvalConfig(Section):
-    """Captioning of held-out videos and its scoring."""
+    """Captions of held-out videos, or likelihoods and answers of held-out pairs, and their scores."""
 
     prompt: str = setting("Describe the video in detail.", "what the model is asked")
     sampling: SamplingConfig = setting(
-        lambda: SamplingConfig(temperature=0.0, top_k=0, top_p=1.0), "of captions, greedy by default"
+        lambda: SamplingConfig(temperature=0.0, top_k=0, top_p=1.0), "of captions and answers, greedy by default"
     )
-    batch_size: int = setting(8, "videos captioned together", at_least(1))
+    batch_size: int = setting(8, "videos captioned, or pairs looked at, together", at_least(1))
     bootstrap: int = setting(1000, "resamples behind the intervals", at_least(1))
 
 

@@ -1,4 +1,4 @@
-"""`synpo eval`: caption every video with a model, keep the captions, score them where there are references.
+"""`synpo eval --videos`: caption every video with a model, keep the captions, score them where there are references.
 
     videos ─ frames ─ generate ─→ captions.work.jsonl ─→ captions.jsonl ─┬→ scores.json, a table
                                             references (and --against) ──┘   report.html
@@ -20,7 +20,7 @@ from synpo.config import Config, ConfigError
 from synpo.evaluate.benchmarks import match_videos, read_references
 from synpo.evaluate.run import EvalResult, evaluate, read_captions
 from synpo.evaluate.scores import count
-from synpo.evaluate.show import show
+from synpo.evaluate.show import groups, show
 from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
@@ -60,7 +60,7 @@ def caption_videos(
     Returns:
         video → caption, and video → reason for those that could not be read.
     """
-    made_with = record_id(
+    settings = record_id(
         fingerprint(config.model), config.eval.prompt, config.eval.sampling, config.frames, config.seed
     )
     records: RecordStore[VideoCaption] = RecordStore(VideoCaption, store)
@@ -69,7 +69,7 @@ def caption_videos(
     waiting: list[tuple[str, str]] = []
     for video in videos:
         try:
-            key = record_id(made_with, video, video_size(root, video))
+            key = record_id(settings, video, video_size(root, video))
         except VideoError as error:
             problems[video] = str(error)
             continue
@@ -137,7 +137,10 @@ def evaluate_model(
     with own_folder(output, "--output"):
         lm = load(config.model)
         if not lm.sees_video:
-            raise ConfigError(f"model {config.model.path} takes no video; captions of videos need a video model")
+            raise ConfigError(
+                f"model {config.model.path} takes no video, and --videos asks for captions of videos; what a text model makes of "
+                "held-out pairs is evaluated with --pairs"
+            )
         captions, problems = caption_videos(lm, config, videos, sorted(wanted.values()), output / "captions.work.jsonl")
         for video, reason in problems.items():
             console.print(f"left out {video}: {reason}")
@@ -161,14 +164,12 @@ def evaluate_model(
             seed=config.seed,
             resamples=config.eval.bootstrap,
         )
-        figures = result.to_json() | {"run": run | {"unreadable": problems} | _made_with(config)}
+        figures = result.to_json() | {"run": run | {"unreadable": problems} | made_with(config)}
         page = show(
             output,
             " with ".join(filter(None, [config.model.path, config.model.adapter])),
             result,
-            systems,
-            reference_captions,
-            lambda video: strip(videos, usable[video]),
+            groups(result, systems, reference_captions, lambda video: strip(videos, usable[video])),
             {"references": str(references), "videos": str(videos), "seed": str(config.seed)},
             figures,
         )
@@ -179,8 +180,8 @@ def evaluate_model(
     return result
 
 
-def _made_with(config: Config) -> dict[str, Any]:
-    """What the captions and scores of a run depend on."""
+def made_with(config: Config) -> dict[str, Any]:
+    """What the captions, or answers, and scores of a run depend on."""
     versions = {"python": platform.python_version()}
     for package in COUNTED_BY:
         try:

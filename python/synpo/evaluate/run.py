@@ -2,6 +2,7 @@
 
     captions.jsonl {"video", "caption"} ─ read_captions ─┐
     references     (benchmarks.py)      ─────────────────┴→ evaluate → EvalResult → to_json / to_table / to_charts
+    answers.jsonl  (answers.py)         ─→ scores of pairs ─→ compare ─┘
 
 The first system is the baseline, the last one what the evaluation is about: every system is compared with the first, and the
 last one with every other, on the same videos, by paired bootstrap.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,54 @@ from synpo.progress import Bar
 from synpo.records import read_jsonl
 from synpo.report.table import Chart, Table
 
-SHOWN = ("fact F1", "fact precision", "fact recall", "CIDEr", "BLEU-4", "ROUGE-L", "METEOR")  # what tells most first
-CHARTED = ("fact F1", "CIDEr")  # the others are in the tables
+
+@dataclass(frozen=True)
+class Kind:
+    """What is evaluated, and how its figures are shown.
+
+    noun     what an item is called; title: its table
+    units    of the figures in scores.json; note: of those in tables
+    shown    metrics in tables, what tells most first; charted: those that are drawn
+    natural  metrics with a unit of their own, shown with three digits; the others are shares, shown times 100
+    neither  metrics of which neither more nor less is better
+    """
+
+    noun: str
+    title: str
+    units: str
+    note: str
+    shown: tuple[str, ...]
+    charted: tuple[str, ...]
+    natural: frozenset[str] = frozenset()
+    neither: frozenset[str] = frozenset()
+
+    def figure(self, metric: str, value: float, sign: str = "") -> str:
+        """A value as it is shown; `sign` "+" shows that of a gain too."""
+        return f"{value:{sign}.3f}" if metric in self.natural else f"{100 * value:{sign}.1f}"
+
+    def shown_as(self, metric: str, value: float) -> float:
+        """A value in the units of charts."""
+        return value if metric in self.natural else 100 * value
+
+
+CAPTIONS = Kind(
+    noun="video",
+    title="Caption scores",
+    units="CIDEr 0-10, all others 0-1; tables show them times 100",
+    note="×100",
+    shown=("fact F1", "fact precision", "fact recall", "CIDEr", "BLEU-4", "ROUGE-L", "METEOR"),
+    charted=("fact F1", "CIDEr"),
+)
+ANSWERS = Kind(
+    noun="pair",
+    title="Preference between answers",
+    units="accuracy 0-1, times 100 in tables; the others are natural logarithms, a token",
+    note="accuracy ×100; the others are natural logarithms of probabilities, a token",
+    shown=("accuracy", "margin", "chosen", "rejected"),
+    charted=("accuracy", "margin"),
+    natural=frozenset(["margin", "chosen", "rejected"]),
+    neither=frozenset(["rejected"]),
+)
 
 
 @dataclass(frozen=True)
@@ -38,11 +86,11 @@ class FactSheet:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores of several systems on the same videos; system → metric → figure, in the library's units (see metrics.py).
+    """Scores of several systems on the same videos, or pairs; system → metric → figure, in the library's units (see metrics.py).
 
-    Metrics are CIDEr, BLEU-1..4, ROUGE-L, METEOR where Java is, and, with a FactSheet, "fact precision", "fact recall",
-    "fact F1" and their "fact macro ..." counterparts. `differences` are those of (system, other): each system minus `baseline`,
-    the first, and the last one minus each of the others.
+    Metrics of captions are CIDEr, BLEU-1..4, ROUGE-L, METEOR where Java is, and, with a FactSheet, "fact precision", "fact
+    recall", "fact F1" and their "fact macro ..." counterparts; those of pairs are in answers.py. `differences` are those of
+    (system, other): each system minus `baseline`, the first, and the last one minus each of the others.
     """
 
     videos: list[str]
@@ -54,6 +102,7 @@ class EvalResult:
     resamples: int
     level: float
     seed: int
+    kind: Kind = CAPTIONS
 
     @property
     def systems(self) -> list[str]:
@@ -67,9 +116,9 @@ class EvalResult:
     def to_json(self) -> dict[str, Any]:
         """Everything, per-video scores included, as plain JSON values."""
         return {
-            "videos": len(self.videos),
+            f"{self.kind.noun}s": len(self.videos),
             "baseline": self.baseline,
-            "units": "CIDEr 0-10, all others 0-1; tables show them times 100",
+            "units": self.kind.units,
             "bootstrap": {"resamples": self.resamples, "level": self.level, "seed": self.seed},
             "systems": {
                 system: {
@@ -78,7 +127,7 @@ class EvalResult:
                     "minus": {other: _plain(d) for (one, other), d in self.differences.items() if one == system},
                     "counts": self.counts[system],
                     "notes": scores.notes,
-                    "per_video": {
+                    f"per_{self.kind.noun}": {
                         video: {name: values[i] for name, values in scores.per_video.items()}
                         for i, video in enumerate(self.videos)
                     },
@@ -88,28 +137,31 @@ class EvalResult:
         }
 
     def to_table(self) -> Table:
-        """Systems × metrics, ×100, the interval under each score, the best of each column standing out."""
+        """Systems × metrics, the interval under each score, the best of each column standing out."""
         shown = self._shown()
         rows = [
-            [system, *(_points(self.scores[system].corpus[m], self.intervals[system][m]) for m in shown)]
+            [system, *(self._points(m, self.scores[system].corpus[m], self.intervals[system][m]) for m in shown)]
             for system in self.systems
         ]
         best = set()
         if len(rows) > 1:
             for column, metric in enumerate(shown, 1):
+                if metric in self.kind.neither:
+                    continue
                 values = [self.scores[system].corpus[metric] for system in self.systems]
                 best |= {(row, column) for row, value in enumerate(values) if value == max(values)}
-        over = f"{count(len(self.videos), 'video')} ({self.resamples:,} resamples, seed {self.seed})"
+        items = count(len(self.videos), self.kind.noun)
+        over = f"{items} ({self.resamples:,} resamples, seed {self.seed})"
         bounded = any(interval for found in self.intervals.values() for interval in found.values())
         under = (
-            f"×100; under each score its {self.level:.0%} bootstrap interval over {over}"
+            f"{self.kind.note}; under each score its {self.level:.0%} bootstrap interval over {over}"
             if bounded
-            else f"×100; {count(len(self.videos), 'video')}"
+            else f"{self.kind.note}; {items}"
         )
-        return Table("Caption scores", ["system", *shown], rows, best=best, notes=[under, *self._notes()])
+        return Table(self.kind.title, ["system", *shown], rows, best=best, notes=[under, *self._notes()])
 
     def to_difference_table(self) -> Table | None:
-        """Systems minus systems, ×100; differences whose interval leaves out 0 stand out. None where there is none."""
+        """Systems minus systems; differences whose interval leaves out 0 stand out. None where there is none."""
         shown = [m for m in self._shown() if any(found[m] is not None for found in self.differences.values())]
         if not shown:  # a single system, or a single video
             return None
@@ -119,13 +171,22 @@ class EvalResult:
             row = [f"{system} − {other}"]
             for c, metric in enumerate(shown, 1):
                 d = found[metric]
-                row.append("–" if d is None else f"{100 * d.value:+.1f}\n{100 * d.low:.1f}…{100 * d.high:.1f}")
-                if d is not None and d.low > 0:
+                if d is None:
+                    row.append("–")
+                    continue
+                show = partial(self.kind.figure, metric)
+                row.append(f"{show(d.value, '+')}\n{show(d.low)}…{show(d.high)}")
+                if metric in self.kind.neither:
+                    continue
+                if d.low > 0:
                     better.add((r, c))
-                elif d is not None and d.high < 0:
+                elif d.high < 0:
                     worse.add((r, c))
             rows.append(row)
-        note = f"×100; below, the {self.level:.0%} interval of a paired bootstrap over videos; in colour where it leaves out 0"
+        note = (
+            f"{self.kind.note}; below, the {self.level:.0%} interval of a paired bootstrap over {self.kind.noun}s; in colour "
+            "where it leaves out 0"
+        )
         return Table("Paired differences", ["", *shown], rows, good=better, bad=worse, notes=[note])
 
     def to_tables(self) -> list[Table]:
@@ -133,30 +194,39 @@ class EvalResult:
         return [self.to_table(), *filter(None, [self.to_difference_table()])]
 
     def to_charts(self) -> list[Chart]:
-        """The differences in the main metric, and the metrics of CHARTED that have intervals, ×100."""
+        """The differences in the main metric, and those metrics to be drawn that have intervals."""
         charts = []
         gaps = [(f"{one} − {other}", found[self.main]) for (one, other), found in self.differences.items()]
-        differences = [(name, 100 * d.value, Interval(100 * d.low, 100 * d.high)) for name, d in gaps if d is not None]
+        as_shown = partial(self.kind.shown_as, self.main)
+        differences = [
+            (name, as_shown(d.value), Interval(as_shown(d.low), as_shown(d.high))) for name, d in gaps if d is not None
+        ]
         if differences:
             charts.append(Chart(f"{self.main}, difference", [*differences], zero=True))
         for metric in self._shown():
-            if metric not in CHARTED or self.intervals[self.baseline][metric] is None:
+            if metric not in self.kind.charted or self.intervals[self.baseline][metric] is None:
                 continue
-            rows = []
+            rows, as_shown = [], partial(self.kind.shown_as, metric)
             for system in self.systems:
                 interval = self.intervals[system][metric]
-                hundredfold = interval and Interval(100 * interval.low, 100 * interval.high)
-                rows.append((system, 100 * self.scores[system].corpus[metric], hundredfold))
+                around = interval and Interval(as_shown(interval.low), as_shown(interval.high))
+                rows.append((system, as_shown(self.scores[system].corpus[metric]), around))
             charts.append(Chart(metric, rows))
         return charts
 
-    def changes(self, system: str) -> list[tuple[str, float]]:
-        """(video, score of `system` minus the baseline's) in the main metric, the largest gain first."""
-        gain = np.subtract(self.scores[system].per_video[self.main], self.scores[self.baseline].per_video[self.main])
+    def changes(self, system: str, metric: str | None = None) -> list[tuple[str, float]]:
+        """(video, score of `system` minus the baseline's) in a metric, the main one by default, the largest gain first."""
+        metric = metric or self.main
+        gain = np.subtract(self.scores[system].per_video[metric], self.scores[self.baseline].per_video[metric])
         return [(self.videos[i], float(gain[i])) for i in np.argsort(-gain, kind="stable")]
 
     def _shown(self) -> list[str]:
-        return [m for m in SHOWN if all(m in scores.corpus for scores in self.scores.values())]
+        return [m for m in self.kind.shown if all(m in scores.corpus for scores in self.scores.values())]
+
+    def _points(self, metric: str, value: float, interval: Interval | None) -> str:
+        show = partial(self.kind.figure, metric)
+        between = "…" if metric in self.kind.natural else "–"
+        return show(value) + (f"\n{show(interval.low)}{between}{show(interval.high)}" if interval else "")
 
     def _notes(self) -> list[str]:
         said: dict[str, list[str]] = {}
@@ -192,20 +262,33 @@ def evaluate(
     """
     if not captions_by_system:
         raise ValueError("there is no system to evaluate: give at least one set of captions")
-    bootstrap: dict[str, Any] = {"resamples": resamples, "level": level, "seed": seed}
     scores: dict[str, Scores] = {}
     counts: dict[str, dict[str, int]] = {}
-    intervals: dict[str, dict[str, Interval | None]] = {}
     for system, captions in Bar(captions_by_system.items(), desc="scoring", unit="system", disable=not progress):
         try:
             scores[system], counts[system] = _score(captions, references, facts, meteor)
         except ValueError as error:
             raise ValueError(f"{system}: {error}") from error
-        intervals[system] = scores[system].intervals(**bootstrap)
+    return compare(scores, counts, CAPTIONS, seed=seed, resamples=resamples, level=level)
+
+
+def compare(
+    scores: Mapping[str, Scores],
+    counts: Mapping[str, dict[str, int]],
+    kind: Kind,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> EvalResult:
+    """The result of systems' scores on the same items: with intervals and paired differences. The first is the baseline."""
+    bootstrap: dict[str, Any] = {"resamples": resamples, "level": level, "seed": seed}
+    intervals = {system: found.intervals(**bootstrap) for system, found in scores.items()}
     baseline, *others = scores
     compared = [(system, baseline) for system in others] + [(others[-1], rival) for rival in others[:-1]]
     differences = {(one, other): scores[one].minus(scores[other], **bootstrap) for one, other in compared}
-    return EvalResult(list(references), baseline, scores, intervals, differences, counts, resamples, level, seed)
+    items = scores[baseline].videos
+    return EvalResult(items, baseline, dict(scores), intervals, differences, dict(counts), resamples, level, seed, kind)
 
 
 def _score(
@@ -253,10 +336,6 @@ def read_captions(path: str | os.PathLike[str], videos: Iterable[str] | None = N
             f"{path}: no caption of {count(len(missing), 'video')} ({some(missing)}); run the captioning again to resume it"
         )
     return captions
-
-
-def _points(value: float, interval: Interval | None) -> str:
-    return f"{100 * value:.1f}" + (f"\n{100 * interval.low:.1f}–{100 * interval.high:.1f}" if interval else "")
 
 
 def _plain(found: Mapping[str, Interval | Difference | None]) -> dict[str, Any]:

@@ -39,7 +39,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class PairSample:
-    """A preference pair; `remarks` say something of the chosen and of the rejected answer, `remark` of both."""
+    """A preference pair; `remarks` say something of the chosen and of the rejected answer, `remark` of both; `answers` is what
+    systems say to the prompt themselves."""
 
     video: str | None
     chosen: str
@@ -48,6 +49,7 @@ class PairSample:
     prompt: str = ""
     remarks: tuple[str, str] = ("", "")
     remark: str = ""
+    answers: Mapping[str, str] = field(default_factory=dict)
 
 
 def table_html(table: Table, systems: Sequence[str] = ()) -> str:
@@ -100,7 +102,7 @@ def _picture(video: str | None, image: bytes | Path | None) -> str:
 
 def sample_html(sample: Sample | PairSample, systems: Sequence[str] = ()) -> str:
     """A card with the frames of a video and what was said of it."""
-    rows = _answers(sample) if isinstance(sample, PairSample) else _captions(sample, systems)
+    rows = _answers(sample, systems) if isinstance(sample, PairSample) else _captions(sample, systems)
     head = f"<h4>{escape(sample.video)}</h4>" if sample.video else ""
     said = f"<p>{escape(sample.remark)}</p>" if sample.remark else ""
     picture = ""
@@ -123,12 +125,15 @@ def _captions(sample: Sample, systems: Sequence[str]) -> list[str]:
     return rows
 
 
-def _answers(pair: PairSample) -> list[str]:
+def _answers(pair: PairSample, systems: Sequence[str]) -> list[str]:
     words = [set(tokenize(text)) for text in (pair.chosen, pair.rejected)]
     rows = [f'<dt>prompt</dt><dd class="reference">{escape(pair.prompt)}</dd>'] if pair.prompt else []
     for n, (name, text) in enumerate((("chosen", pair.chosen), ("rejected", pair.rejected))):
         name = f"{name}<small>{escape(pair.remarks[n])}</small>"
         rows.append(f'<dt class="key side{n}">{name}</dt><dd class="side{n}">{_marked(text, words[1 - n])}</dd>')
+    for system, answer in pair.answers.items():
+        said = escape(answer) or "<em>(nothing)</em>"
+        rows.append(f'<dt class="key {tone(system, systems)}">{escape(system)}</dt><dd>{said}</dd>')
     return rows
 
 

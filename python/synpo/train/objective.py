@@ -160,7 +160,8 @@ class PairObjective:
         return linear_logprobs(hidden, head, targets, ignore_index=None, backend=self.backend)
 
     def reference_stats(self, batch: PairBatch) -> SequenceStats:
-        """Statistics of the 2B answers under the reference model, outside of training (start: before it)."""
+        """Statistics of the 2B answers under the reference model, outside of training (start: before it); of an objective
+        without a reference, under the model as it is."""
         return self._run_reference(self.lm.model, batch, self.lm.encode_vision(batch["vision"]))
 
     def _reference(self, model: Any, batch: PairBatch, visions: list[Any]) -> SequenceStats:
