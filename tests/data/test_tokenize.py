@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 
 from made_videos import write_latin, write_unfinished
 from synpo.config import ConfigError
@@ -213,3 +214,32 @@ def test_what_fits_is_decoded_once(captioner: CaptionModel, videos: Path, monkey
 def test_no_usable_pair_is_an_error_with_the_reasons(captioner: CaptionModel, videos: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the 2 pairs can be used: 2 video missing \(e\.g\. pair x"):
         PairDataset(PairEncoder(captioner, videos), [pair("x", "no.mp4"), pair("y", "no.mp4")], progress=False)
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["no start", "a start of text"])
+def test_plain_pairs_of_a_base_model_are_tokenized_as_trl_does(begins: bool) -> None:
+    """Without a chat template: prompt + answer as one text, cut where the prompt's tokens end, and the end of sequence."""
+    tokenizer = byte_tokenizer(["The sky is blue."] * 5)
+    tokenizer.chat_template = None
+    if begins:
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        start = [("<s>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", "<s> $A <s> $B", start)
+    lm = CaptionModel(tiny_text_model(tokenizer), tokenizer, None)
+    encoder = PairEncoder(lm)
+    pairs = [
+        Pair("1", None, "The sky is", " blue.", " made of cheese,\n all of it"),
+        Pair("2", None, "def f(x):\n", "    return x", "    pass"),
+    ]
+    for pair, encoded in zip(pairs, PairDataset(encoder, pairs, progress=False)):
+        prompt = tokenizer(pair.prompt).input_ids
+        assert encoded.prompt.tolist() == prompt and (prompt[0] == tokenizer.bos_token_id) == begins
+        for side in ("chosen", "rejected"):
+            whole = tokenizer(pair.prompt + getattr(pair, side)).input_ids
+            assert whole[: len(prompt)] == prompt, "else nothing can be compared"
+            assert getattr(encoded, side).tolist() == [*whole[len(prompt) :], tokenizer.eos_token_id]
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    with pytest.raises(
+        PairError, match=r"prompt unusable: the tokenizer has no chat template, .* set model\.chat_template"
+    ):
+        encoder.encode(Pair("3", None, turns, "a", "b"))
