@@ -196,6 +196,16 @@ def copy_rate(device: torch.device, *, seconds: float = 1.0) -> float:
     return 2 * source.nbytes / (1e-3 * timing.p50)
 
 
+def product_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
+    """Operations per second of one large product, 2 n³ of n × n matrices: what is to be had of the device in this dtype."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    run = {"product": lambda: a @ b}
+    run["product"]()
+    timing = interleave(run, device=device, seconds=seconds, most=20)["product"]
+    return 2 * side**3 / (1e-3 * timing.p50)
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)

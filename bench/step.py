@@ -1,13 +1,19 @@
 """One training step, forward, backward and optimizer: ours beside the usual code and TRL's DPOTrainer.
 
     python -m bench.step [--hidden 512 --layers 8 --vocab 32000 --prompt 2560 --answer 300 --pairs 1 --dtype float32]
-                         [--providers synpo] [--device cuda] [--threads 2] [--time-budget 200] [--out bench/results/step]
+                         [--providers synpo] [--device cuda] [--threads 2] [--time-budget 200] [--profile]
+                         [--out bench/results/step]
 
-Everyone has the same model with the same LoRA, the same pairs and AdamW. A provider first has to give the loss and the
-gradients of the usual code (two forward passes, full logits) on a small problem, and its loss on the very problem that is
-timed; one that does not shows no speed. Providers take turns. Memory is the peak of one step above what was held before it,
-of all tensors (on a CPU the resident set too, which tells as much of malloc as of the step); beside it what `synpo plan`
-estimates for our step, which is to lie within 15 % on a GPU.
+Everyone has the same model with the same LoRA, the same pairs and AdamW; on a GPU the precision, the layers and the activation
+checkpointing that their users get by default, and in rows that end in `, kept` no checkpointing.
+A provider first has to give the loss and the gradients of the usual code (two forward passes, full logits) on a small problem,
+and its loss on the very problem that is timed; one that does not shows no speed. Providers take turns. Memory is the peak of one
+step above what was held before it, of all tensors (on a CPU the resident set too, which tells as much of malloc as of the step);
+beside it what `synpo plan` estimates for our step, which is to lie within 10 % on a GPU.
+
+`% chip` is the share of the rate of one large product on this device, measured in the same run, at which the arithmetic of the
+step is done: that which it cannot do without (steps.arithmetic: prompts once, nothing computed again), whoever makes the step;
+`x equal` is over TRL's row on the same settings. --profile prints one more step of each by kind of kernel (kinds.py).
 Prints a table, and writes OUT.json and OUT.csv.
 """
 
@@ -47,6 +53,9 @@ class Row:
     p80_ms: float | None = None
     runs: int = 0
     pairs_per_second: float | None = None
+    chip_share: float | None = None
+    equal: str = ""  # TRL's row on the same settings
+    kinds: dict[str, tuple[float, int]] | None = None  # kind of kernel: milliseconds and launches of one step
     peak_mib: float | None = None
     plan_mib: float | None = None  # the same as `synpo plan` estimates it
     resident_mib: float | None = None
@@ -60,7 +69,7 @@ def gate(provider: Provider, size: Size, device: Any) -> Row:
     from bench import steps
     from bench.report import reason_of
 
-    blank = Row(size.name, provider.name, provider.objective, provider.note, "ok")
+    blank = Row(size.name, provider.name, provider.objective, provider.note, "ok", equal=provider.equal)
     small = size.small()
     try:
         built = provider.build(small, steps.adapted(small, device), device)
@@ -86,24 +95,25 @@ def gate(provider: Provider, size: Size, device: Any) -> Row:
     return row
 
 
-def run(size: Size, wanted: list[str], device: Any, seconds: float) -> list[Row]:
+def run(size: Size, wanted: list[str], device: Any, seconds: float, rate: float, profile: bool = False) -> list[Row]:
     """Gate, warm up, compare, time in turns and weigh. A provider that fails at full size is a row, and the rest goes on."""
     import torch
 
-    from bench import measure, steps
+    from bench import kinds, measure, steps
     from bench.report import reason_of
 
     rows: dict[str, Row] = {}
     ready: dict[str, Step] = {}
     first: dict[str, float] = {}
-    model = None
-    for provider in steps.providers():
+    models: dict[bool, Any] = {}  # one for those that change its layers, one for the rest
+    for provider in steps.providers(device.type):
         if wanted and not any(provider.name.startswith(word) for word in wanted):
             continue
         row = replace(gate(provider, size, device), load=measure.load())
         if row.status == "ok":
             print(f"warming up {provider.name}", file=sys.stderr, flush=True)
-            model = steps.adapted(size, device) if model is None else steps.moved(model)
+            own = provider.own_layers
+            model = models[own] = steps.moved(models[own]) if own in models else steps.adapted(size, device)
             try:
                 step = provider.build(size, model, device)
                 loss = float(step())
@@ -131,44 +141,57 @@ def run(size: Size, wanted: list[str], device: Any, seconds: float) -> list[Row]
             p80_ms=timing.p80,
             runs=timing.runs,
             pairs_per_second=1e3 * size.pairs / timing.p50,
+            chip_share=1e3 * steps.arithmetic(size, rows[name].objective) / timing.p50 / rate,
             peak_mib=measure.peak_tensor_bytes(step, device) / 2**20,
             plan_mib=step.planned and step.planned / 2**20,
             resident_mib=None if resident is None else resident / 2**20,
         )
+        if profile:
+            from bench.kernels import kernels_of
+
+            rows[name] = replace(rows[name], kinds=kinds.by_kind(kernels_of(step, device)))
     return list(rows.values())
 
 
 def _ours(row: Row) -> bool:
-    return row.provider.endswith((" shared", " padded"))
+    return row.provider.split(",")[0].endswith((" shared", " padded"))
 
 
 def print_table(rows: list[Row]) -> None:
     """Times, throughput and memory, and each next to the usual code and to TRL at its best."""
     by_name = {row.provider: row for row in rows if row.p50_ms is not None}
-    peers = [by_name.get("synpo usual"), by_name.get("dpo trl rows") or by_name.get("dpo trl")]
+    usual = by_name.get("synpo usual") or by_name.get("synpo usual, kept")
+    trl = by_name.get("dpo trl rows") or by_name.get("dpo trl")
     print(
-        f"\n{'provider':<14} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'runs':>5} {'pairs/s':>8} {'x usual':>8} {'x trl':>7} "
+        f"\n{'provider':<18} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'runs':>5} {'pairs/s':>8} {'% chip':>7} {'x usual':>8} "
+        f"{'x trl':>7} {'x equal':>8} "
         f"{'peak MiB':>9} {'% plan':>7} {'% usual':>8} {'% trl':>7} {'resident':>9} {'loss err':>9} {'grad err':>9}"
     )
     for row in rows:
         if row.p50_ms is None:
-            print(f"{row.provider:<14} {row.status}: {row.reason}")
+            print(f"{row.provider:<18} {row.status}: {row.reason}")
             continue
         planned = f"{100 * row.peak_mib / row.plan_mib:.0f}" if row.peak_mib and row.plan_mib else "-"
-        faster = [f"{peer.p50_ms / row.p50_ms:.2f}" if peer and peer.p50_ms else "-" for peer in peers]
+        peers = [usual, trl]
+        faster = [f"{p.p50_ms / row.p50_ms:.2f}" if p and p.p50_ms else "-" for p in (*peers, by_name.get(row.equal))]
         smaller = [
             f"{100 * row.peak_mib / peer.peak_mib:.0f}" if peer and peer.peak_mib and row.peak_mib else "-"
             for peer in peers
         ]
         print(
-            f"{row.provider:<14} {row.p50_ms:9.0f} {row.p20_ms:9.0f} {row.p80_ms:9.0f} {row.runs:5d} "
-            f"{row.pairs_per_second:8.3f} {faster[0]:>8} {faster[1]:>7} "
+            f"{row.provider:<18} {row.p50_ms:9.0f} {row.p20_ms:9.0f} {row.p80_ms:9.0f} {row.runs:5d} "
+            f"{row.pairs_per_second:8.3f} {100 * (row.chip_share or 0):7.1f} {faster[0]:>8} {faster[1]:>7} {faster[2]:>8} "
             f"{'-' if row.peak_mib is None else format(row.peak_mib, '.0f'):>9} {planned:>7} {smaller[0]:>8} {smaller[1]:>7} "
             f"{'-' if row.resident_mib is None else format(row.resident_mib, '.0f'):>9} "
             f"{row.loss_error:9.1e} {row.gradient_error:9.1e}"
         )
     if any((row.p80_ms or 0.0) > 1.5 * (row.p20_ms or 0.0) for row in by_name.values()):
         print("the machine was too busy for these times: some spread by more than half (p80 / p20)")
+    for row in rows:
+        if row.kinds:
+            print(f"\n{row.provider}, one step by kind")
+            for kind, (ms, launches) in row.kinds.items():
+                print(f"{ms:12.1f} ms {launches:7d}  {kind}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda where there is one")
     parser.add_argument("--threads", type=int, help="torch's threads (torch's own choice)")
     parser.add_argument("--time-budget", type=float, default=150.0, help="seconds of timing (150), three runs at least")
+    parser.add_argument("--profile", action="store_true", help="print one more step of each by kind of kernel")
     parser.add_argument("--note", default="", help="a remark to keep beside the figures")
     parser.add_argument("--out", type=Path, help="path without suffix (bench/results/<date>_<chip>_step)")
     options = parser.parse_args(arguments)
@@ -206,7 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
     for key, value in facts.items():
         print(f"{key:20} {value}")
     print(size.name, flush=True)
-    rows = run(size, options.providers, device, options.time_budget)
+    rate = measure.product_rate(device, getattr(torch, size.dtype))
+    facts["product"] = f"{rate / 1e12:.3g} TFLOP/s, {size.dtype}"
+    print(f"{'product':20} {facts['product']}", flush=True)
+    rows = run(size, options.providers, device, options.time_budget, rate, options.profile)
     print_table(rows)
     out = options.out or Path(__file__).parent / "results" / f"{facts['date']}_{measure.chip_slug(device)}_step"
     report.write(out, facts, [asdict(row) for row in rows], [])
