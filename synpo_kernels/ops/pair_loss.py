@@ -107,6 +107,8 @@ def pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ loss (), g like logps, statistics (8, B) in the order of `FIELDS`, empty pairs () int64, nonfinite (B,) bool."""
     compute = _by_kernel if choose(backend, logps).name == "triton" else _by_torch
+    # in one layout, or sums over rows would be taken in another order and end in other bits
+    logps, labels = logps.contiguous(), None if labels is None else labels.contiguous()
     with torch.cuda.device_of(logps):  # Triton launches on the current device
         return compute(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction)
 
@@ -127,8 +129,8 @@ def _by_kernel(
     if not sequences:
         return loss.zero_(), g.zero_(), fields, empty.zero_(), nonfinite
     pair_loss.launch(
-        logps.contiguous(),
-        None if labels is None else labels.contiguous(),
+        logps,
+        labels,
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         torch.empty(4, sequences, dtype=torch.float64, device=logps.device),
         g,
