@@ -1,7 +1,7 @@
 """Models that people train, from the figures of their public configurations, written down here: no weights, no hub.
 
-`ARCHITECTURES[name].skeleton()` is one on torch's meta device; `visual(frames)` counts what it reads of a video of frames of
-448 × 336 pixels.
+`ARCHITECTURES[name].skeleton()` is one on torch's meta device, or on another with random weights; `visual(frames)` counts what it
+reads of a video of frames of 448 × 336 pixels.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Architecture:
     config: Callable[[], Any]
     visual: Callable[[int], int]
 
-    def skeleton(self, dtype: torch.dtype = torch.bfloat16) -> Any:
+    def skeleton(self, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "meta") -> Any:
         config = self.config()
         seen = getattr(config, "vision_config", None) is not None
         kind = transformers.AutoModelForImageTextToText if seen else transformers.AutoModelForCausalLM
-        with torch.device("meta"):
+        with torch.device(device):
             return kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 

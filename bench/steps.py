@@ -67,10 +67,9 @@ class Size:
 RANK = 16
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj", task_type="CAUSAL_LM"
-    )
+def lora(rank: int = RANK) -> LoraConfig:
+    targets = r".*\.(q|k|v|o|gate|up|down)_proj"
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def arithmetic(size: Size, loss_type: str) -> float:
@@ -161,7 +160,7 @@ class Step:
         return loss.detach()
 
 
-def _step(loss: Callable[[], Tensor], model: Any) -> Step:
+def step_of(loss: Callable[[], Tensor], model: Any) -> Step:
     trained = {n[n.index("layers.") :]: p for n, p in model.named_parameters() if p.requires_grad}
     return Step(loss, trained, torch.optim.AdamW(trained.values(), lr=1e-6))
 
@@ -170,21 +169,19 @@ def _on(device: torch.device, batch: Any) -> Any:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _settled(lm: CaptionModel, device: torch.device, kept: bool) -> SynPOConfig | None:
-    """What a run of ours would choose on a GPU; None elsewhere."""
-    if device.type != "cuda":
-        return None
+def settled(lm: CaptionModel, device: torch.device, **said: Any) -> SynPOConfig:
+    """The settings of a run of ours on a device: what is said, and what it chooses itself."""
     with tempfile.TemporaryDirectory() as folder:
-        args = SynPOConfig(output_dir=folder, **({"activation_checkpointing": False} if kept else {}))
+        args = SynPOConfig(output_dir=folder, use_cpu=device.type == "cpu", **said)
     settle(args, lm, device.type)
     return args
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
     return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
 
 
-def _checkpoint(model: Any, on: bool) -> None:
+def checkpoint(model: Any, on: bool) -> None:
     base = model.get_base_model()
     base.gradient_checkpointing_enable({"use_reentrant": False}) if on else base.gradient_checkpointing_disable()
 
@@ -193,7 +190,9 @@ def _ours(
     loss_type: str, prefix_sharing: bool, size: Size, model: Any, device: torch.device, kept: bool = False
 ) -> Step:
     lm = CaptionModel(model, byte_tokenizer(), None)
-    args = _settled(lm, device, kept)
+    args = (
+        settled(lm, device, **({"activation_checkpointing": False} if kept else {})) if device.type == "cuda" else None
+    )
     dtype = half(args) if args else None
     if args:
         prepare(lm, args)
@@ -205,11 +204,11 @@ def _ours(
 
     def loss() -> Tensor:
         if args:  # the model is everyone's of ours
-            _checkpoint(model, bool(args.activation_checkpointing))
-        with _autocast(device, dtype):
+            checkpoint(model, bool(args.activation_checkpointing))
+        with autocast(device, dtype):
             return objective(model, batch).loss
 
-    step = _step(loss, model)
+    step = step_of(loss, model)
     if loss_type == "synpo":
         step.planned = planned(size, "shared" if prefix_sharing else "padded", device, args)
     return step
@@ -244,20 +243,33 @@ def _usual(loss_type: str, size: Size, model: Any, device: torch.device) -> Step
         return sequence_stats(torch.cat([_sequences(model, ids, size.prompt) for ids in sides]))
 
     def loss() -> Tensor:
-        with _autocast(device, torch.bfloat16 if device.type == "cuda" else None):
+        with autocast(device, torch.bfloat16 if device.type == "cuda" else None):
             if not objective.needs_reference:
                 return objective(stats())
             with torch.no_grad(), model.disable_adapter():
                 reference = stats()
             return objective(stats(), reference, beta=BETA)
 
-    return _step(loss, model)
+    return step_of(loss, model)
 
 
-def _trl(
-    size: Size, model: Any, device: torch.device, rows: bool = False, kept: bool = False, liger_kernel: bool = False
+def _trl(size: Size, model: Any, device: torch.device, **how: bool) -> Step:
+    """TRL's step on a model of its own; `how` as `trl_step`."""
+    tokens = torch.cat([_side(size, "chosen"), _side(size, "rejected")])
+    return trl_step(base_model(size, device), tokens, size.prompt, device, lora(), **how)
+
+
+def trl_step(
+    model: Any,
+    tokens: Tensor,
+    prompt: int,
+    device: torch.device,
+    adapter: LoraConfig,
+    rows: bool = False,
+    kept: bool = False,
+    liger_kernel: bool = False,
 ) -> Step:
-    """TRL's DPOTrainer, its own loss on its own batch: both sides in one forward, the head fused, reference = adapter off.
+    """TRL's DPOTrainer, its own loss on ids (2B, P + A): both sides in one forward, the head fused, reference = adapter off.
 
     Its head scores the answers alone where Triton runs, and every position elsewhere; `rows` makes a CPU do as a GPU does. On a
     GPU it has its defaults, bfloat16 autocast and activation checkpointing; `kept`: without the latter; `liger_kernel`: with its
@@ -289,32 +301,31 @@ def _trl(
             **({"use_liger_kernel": True} if liger_kernel else {}),
         )
         trainer = Trainer(
-            model=base_model(size, device),
+            model=model,
             args=args,
             train_dataset=ids,
             processing_class=byte_tokenizer(),
-            peft_config=lora(),
+            peft_config=adapter,
         )
-    _checkpoint(trainer.model, args.gradient_checkpointing)  # as its train() would, with the next
+    checkpoint(trainer.model, args.gradient_checkpointing)  # as its train() would, with the next
     if liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel
 
         apply_liger_kernel(trainer.model, args.liger_kernel_config)
     moved(trainer.model)
-    tokens = torch.cat([_side(size, "chosen"), _side(size, "rejected")])
     completion = torch.zeros_like(tokens)
-    completion[:, size.prompt :] = 1
+    completion[:, prompt:] = 1
     batch = _on(device, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "completion_mask": completion})
 
     def loss() -> Tensor:
         trainer._metrics["train"].clear()
         with (
-            _autocast(device, torch.bfloat16 if args.bf16 else None),
+            autocast(device, torch.bfloat16 if args.bf16 else None),
             patch.object(utils, "_use_triton", lambda device: True) if rows else nullcontext(),
         ):
             return trainer.compute_loss(trainer.model, dict(batch))
 
-    return _step(loss, trainer.model)
+    return step_of(loss, trainer.model)
 
 
 @dataclass(frozen=True)

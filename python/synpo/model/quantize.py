@@ -67,17 +67,22 @@ def check(model: Any) -> None:
         )
 
 
+def quantizable(model: Any) -> list[str]:
+    """Names of the linear layers of `model` that quantization packs: the language model's, without its head."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not (module is head or "lora_" in name or re.match(NOT_LANGUAGE, name))
+    ]
+
+
 def _quantized(model: nn.Module, quantization: str) -> list[torch.Tensor]:
     """The weights of `model`, which stands here unquantized, that `quantization` packs."""
     if quantization == "none":
         return []
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not (module is head or module.weight.requires_grad or re.match(NOT_LANGUAGE, name))
-    ]
+    found = (model.get_submodule(name).weight for name in quantizable(model))
+    return [weight for weight in found if not weight.requires_grad]  # type: ignore[misc]
 
 
 def weight_bytes(model: nn.Module, quantization: str) -> int:

@@ -59,9 +59,11 @@ def ways(
 ) -> list[Way]:
     """Every way to train a model that stands on the meta device, on pairs of these lengths; arguments as `MemoryModel`."""
     adapter = hasattr(model, "peft_config")
-    found = []
+    found: list[Way] = []
+    saved: dict[Any, Any] = {}  # activations are those of any weights
     for name, quantization in (("LoRA", "none"), ("QLoRA", "nf4")) if adapter else (("whole", "none"),):
         memory = MemoryModel(model, optimizer, "cuda", autocast, quantization, loss_type, checkpointing)
+        memory._saved = saved
         for again in (False, True):
             one = memory.step(Batch(1, lengths, "shared"), again).total
             largest = {s: largest_batch(memory, lengths, "shared", again, size) for s, size in sizes.items()}
