@@ -4,21 +4,25 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 
 from interpreter_faults import mend
-from synpo.config import ConfigError
+from runs_of_torch import Runs
+from synpo.config import ConfigError, LoraSection
 from synpo.data.collate import PairCollator
 from synpo.data.tokenize import EncodedPair
-from synpo.model import liger
+from synpo.model import liger, packing
 from synpo.model.adapter import CaptionModel
 from synpo.model.lora_linear import fuse
 from synpo.train.layers import apply_liger, compile_layers, layers_of
+from synpo.train.lora import apply_lora
 from synpo.train.memory import SavedBytes
 from synpo.train.objective import PairObjective
 from synpo.train.trainer import SynPOConfig
@@ -263,3 +267,62 @@ def test_a_run_with_dropout_goes_on_where_it_was(
         ours, again, peft = ([row[name] for row in rows[run]] for run in ("ours", "again", "peft"))
         assert ours == again and len(set(ours)) == 4
         assert ours == pytest.approx(peft, rel=5e-2 if shared["bf16"] else 1e-3)
+
+
+def tied(lm: CaptionModel) -> CaptionModel:
+    lm.base.get_output_embeddings().weight = lm.base.get_input_embeddings().weight
+    return lm
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_5_vl"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_all_of_it_together_is_the_plain_step(
+    family: str, autocast: bool, family_lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA in few passes, one attention call a layer, prompts once and layers run again, against padded rows in float64 with
+    PEFT's layers; the text model's head is tied. Under autocast no further off than what is plain but for autocast."""
+    lm = family_lm(family)
+    lm = tied(lm) if family == "qwen2" else lm
+    apply_lora(lm, LoraSection(r=4, alpha=8, dropout=0.0))
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    pairs = [*a_pair(lm), EncodedPair("q", *torch.arange(20, 60).split([23, 9, 8]), {})]
+
+    def step(lm: CaptionModel, shared: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        lm.model.zero_grad()
+        batch = PairCollator(lm.pad_token_id, shared)(pairs)
+        on = autocast and lm.model.dtype != torch.float64
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = PairObjective(lm, "synpo", {}, "chunked")(lm.model, batch).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in lm.model.named_parameters() if p.grad is not None}
+
+    def errors(found: Any, exact: Any) -> tuple[float, float]:
+        names = sorted(exact[1])
+        assert found[1].keys() == exact[1].keys()
+        a, b = (torch.cat([g[1][n].double().flatten() for n in names]) for g in (found, exact))
+        return float((found[0] - exact[0]).abs() / exact[0].abs()), float((a - b).norm() / b.norm())
+
+    vision, whole = lm.vision, deepcopy(lm.model).double()
+    exact_lm = CaptionModel(
+        whole, lm.tokenizer, None if vision is None else type(vision)(whole.get_base_model(), vision.processor)
+    )
+    for pair in pairs if vision is not None else []:
+        pair.vision.update({k: v.double() for k, v in pair.vision.items() if v.is_floating_point()})
+    exact = step(exact_lm, False)
+    for pair in pairs:
+        pair.vision.update({k: v.float() for k, v in pair.vision.items() if v.is_floating_point()})
+    plain = errors(step(lm, False), exact)
+
+    kernel = Runs()
+    monkeypatch.setattr(packing, "one_call", lambda *_: True)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    assert fuse(lm.model) == 14
+    lm.base.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.model.train()
+    found = errors(step(lm, True), exact)
+    assert kernel.calls == 4  # forward, and again for the backward pass
+    for ours, theirs, least in zip(found, plain, (2e-3, 1e-2) if autocast else (1e-5, 1e-5)):
+        assert ours <= 1.2 * theirs + least, (found, plain)
