@@ -198,7 +198,8 @@ def forward(
 ) -> Forward:
     """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 where ignored."""
     (n, dim), vocabulary, device = x.shape, len(head.weight), x.device
-    logps, target = torch.empty(2, n, dtype=torch.float32, device=device)
+    logps = torch.empty(n, dtype=torch.float32, device=device)
+    target = torch.empty_like(logps)
     direction = torch.empty_like(x, memory_format=torch.contiguous_format) if want_direction else None
     if n == 0:
         return Forward(logps, target, direction)

@@ -151,7 +151,7 @@ def finish_rows_kernel(
         log = tl.where(total < 0.01, small, tl.log(1.0 + total.to(tl.float64)).to(tl.float32))
         logp = (target - target) - log  # the difference is 0, or NaN where the row is not finite
         tl.store(logp_ptr + place, logp, mask=n < N)
-        tl.store(flag_ptr + place, (total > overflow).to(tl.int8), mask=n < N)
+        tl.store(flag_ptr + place, (inside & (total > overflow)).to(tl.int8), mask=n < N)
     if WRITE:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (d < D)[None, :]

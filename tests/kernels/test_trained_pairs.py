@@ -297,27 +297,8 @@ def test_products_counted(monkeypatch) -> None:
             logprobs.gradients(hidden, head, labels, -100, "chunked", found, g, want, None)
 
     def trained() -> None:  # inside the op, where the mode sees every operation
-        trained_pairs.synpo_trained._init_fn(
-            *(
-                hidden,
-                weight,
-                None,
-                labels,
-                None,
-                4,
-                30.0,
-                0.2,
-                "mean",
-                None,
-                1.0,
-                -100,
-                "chunked",
-                None,
-                True,
-                True,
-                False,
-            )
-        )
+        options = (4, 30.0, 0.2, "mean", None, 1.0, -100, "chunked", None, True, True, False, False)
+        trained_pairs.synpo_trained._init_fn(hidden, weight, None, labels, None, *options)
 
     assert counted(lambda: passed(None, direction=True)) == 2
     assert counted(lambda: passed(None)) == 1
