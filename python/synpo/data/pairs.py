@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,17 @@ def load_pairs(path: str | os.PathLike[str], prompt: str = PairsConfig.prompt) -
     if not pairs:
         raise RecordError(f"{path} holds no pair")
     return pairs
+
+
+def pairs_of(rows: Iterable[Any], name: str, prompt: str = PairsConfig.prompt) -> list[Pair]:
+    """Pairs of rows in memory: mappings as the lines of a file have them (a `datasets.Dataset`, say), or records.
+
+    Raises RecordError for a row that is not a pair; the message says which of `name`.
+    """
+    return [
+        row if isinstance(row, Pair) else _parse(row, f"{name}, row {number}", prompt)
+        for number, row in enumerate(rows)
+    ]
 
 
 def origin(path: str | os.PathLike[str]) -> Path:

@@ -282,6 +282,16 @@ def _normalisation(path: str, revision: str | None) -> tuple[Sequence[float], Se
     return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
+def vision_of(model: Any, processor: Any) -> OneVision | Processor | None:
+    """How `model` takes video through a processor at hand; None if it takes none."""
+    if getattr(model.config, "vision_config", None) is None:
+        return None
+    if model.config.model_type == "llava_onevision":
+        pixels = getattr(processor, "video_processor", None) or processor.image_processor
+        return OneVision(model, processor.tokenizer, pixels.image_mean, pixels.image_std)
+    return Processor(model, processor)
+
+
 def vision_for(
     model: Any, tokenizer: Any, path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> OneVision | Processor | None:

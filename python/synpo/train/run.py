@@ -31,9 +31,7 @@ from transformers import set_seed
 
 from synpo import terminal
 from synpo.config import Config, ConfigError, build, suggest
-from synpo.data.features import VisionCache
-from synpo.data.pairs import hold_out, load_pairs, videos_of
-from synpo.data.tokenize import PairDataset, PairEncoder
+from synpo.data.pairs import load_pairs, videos_of
 from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.gather import is_partitioned, whole_state
@@ -41,10 +39,9 @@ from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.report.table import print_table
 from synpo.text import cleaned
-from synpo.train.checkpoint import holds_work, last_checkpoint, owes_evaluation, set_broken_aside, writing
-from synpo.train.choices import OPEN, half, in_words, settle
+from synpo.train.checkpoint import holds_work, last_checkpoint, set_broken_aside, writing
+from synpo.train.choices import OPEN, in_words, settle
 from synpo.train.diagnostics import read_log, warnings_of
-from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.lora import make_trainable
 from synpo.train.show import show, summary
 from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
@@ -61,7 +58,6 @@ FREE = {
 FREE |= {f"config.train.{name}" for name in ("disable_tqdm", "report_to", "run_name")}
 FREE |= {f"config.train.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers")}
 FREE.add("answers")  # `_check_answers` looks at them when the model is there
-WORKERS = 4  # processes that decode videos beside a GPU
 
 
 @dataclass(frozen=True)
@@ -188,18 +184,9 @@ def _train(
     console.print(f"as trained: {wanted['answers']}")
     earlier = None if before is None else before.get("chosen", {})
     wanted = {**wanted, "chosen": {**(earlier or {}), **settle(args, lm, lm.device.type, earlier)}}
-    features = VisionCache(output / "vision", lm, half(args)) if args.cache_vision else None
-    encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length, features)
-    taught, held = hold_out(chosen, args.held_out)
-    room = int(args.cache_gigabytes * 2**30)
-    dataset = PairDataset(encoder, taught, cache_bytes=room, progress=first)
-    console.print(dataset.table())
-    unseen = PairDataset(encoder, held, cache_bytes=room, progress=False) if held else None
     wrapped = make_trainable(lm, config)
-    args.dataloader_pin_memory &= lm.device.type == "cuda"
-    if "dataloader_num_workers" not in config.train and lm.device.type == "cuda":
-        args.dataloader_num_workers = workers(dataset, args.world_size)
-    trainer = SynPOTrainer(lm, args, dataset, unseen)
+    trainer = SynPOTrainer(lm, args, chosen, videos=videos, frames=config.frames)
+    dataset: Any = trainer.train_dataset
     trained = f"LoRA on {len(wrapped)} modules" if wrapped else "the whole language model"
     console.print(
         f"{args.loss_type} on {len(dataset)} pairs, {trained}, {trainable_parameters(lm):,} parameters, "
@@ -222,17 +209,7 @@ def _train(
     log = output / LOG_NAME
     if checkpoint is not None:
         console.print(f"going on from {checkpoint}")
-        args.eval_on_start = owes_evaluation(checkpoint, log, args)
-    guard = Guard(args.loss_type, args.guard, [row for _, row in read_jsonl(log)] if log.exists() else [])
-    curves = Curves(output, args.loss_type, log)
-    trainer.add_callback(guard)
-    trainer.add_callback(curves)
     done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if guard.stopped is not None:
-        raise GuardError(
-            f"stopped by train.guard at step {done.global_step}: {guard.stopped.text} {output}/checkpoint-{done.global_step} "
-            "is saved; --set train.guard=warn goes on from it, other settings want another --output"
-        )
     # where it is spread over processes, all of them put it together
     state: dict[str, Any] | None = None
     if is_partitioned(lm.model):
@@ -241,10 +218,10 @@ def _train(
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if first:
         _save(lm, config, output, state)
-        curves.draw()
+        trainer.curves.draw()
         rows = read_log(log)
         warnings = warnings_of((row for _, row in read_jsonl(log)), args.loss_type)
-        metrics = _metrics(done, trainer, dataset, unseen, rows, warnings)
+        metrics = _metrics(done, trainer, rows, warnings)
         show(output, log, dataset.pairs, videos, json.loads(json.dumps(asdict(config))), metrics)
         write_json(output / "metrics.json", metrics)
         print_table(summary(rows), console)
@@ -253,13 +230,6 @@ def _train(
         console.print(f"trained: {_result(output).adapter}; report.html, plots and {LOG_NAME} beside it")
     trainer.accelerator.wait_for_everyone()
     return _result(output)
-
-
-def workers(dataset: PairDataset, processes: int = 1) -> int:
-    """How many processes read pairs for each training process: none where all are in memory, else what the cores allow."""
-    if dataset.in_memory:
-        return 0
-    return max(0, min(WORKERS, (os.cpu_count() or 1) // processes - 1))
 
 
 def _save(lm: CaptionModel, config: Config, output: Path, state: dict[str, Any] | None) -> None:
@@ -277,13 +247,13 @@ def _save(lm: CaptionModel, config: Config, output: Path, state: dict[str, Any] 
 def _metrics(
     done: Any,
     trainer: SynPOTrainer,
-    dataset: PairDataset,
-    unseen: PairDataset | None,
     rows: Sequence[Mapping[str, Any]],
     warnings: list[str],
 ) -> dict[str, Any]:
     """The content of metrics.json."""
     args: Any = trainer.args
+    dataset: Any = trainer.train_dataset
+    unseen: Any = trainer.eval_dataset
     return {
         "loss_type": args.loss_type,
         "loss_parameters": trainer.pair_objective.parameters,

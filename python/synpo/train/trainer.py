@@ -1,7 +1,9 @@
 """The training loop: transformers.Trainer with batches of pairs, the fused loss, and a log that tells what the loss does.
 
-    trainer = SynPOTrainer(lm, SynPOConfig(output_dir="run", loss_type="synpo"), train_dataset=PairDataset(...))
+    trainer = SynPOTrainer(model, SynPOConfig("run"), train_dataset=rows, processing_class=tokenizer, peft_config=LoraConfig(…))
     trainer.train()
+
+It is used as TRL's trainers are; `synpo train` is made of it (run.py).
 
 Checkpoints, resuming, mixed precision, accumulation and distribution are the Trainer's own. What differs from it:
 
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -34,13 +36,13 @@ from synpo.config import DEFAULT_LOSS, LOSS_PARAMETERS, ConfigError, suggest
 from synpo.data.batches import TokenBatches
 from synpo.data.collate import PairBatch
 from synpo.data.tokenize import EncodedPair
-from synpo.model.adapter import CaptionModel
 from synpo.records import atomic_path, read_jsonl
 from synpo.setting import Range, above, at_least, check, setting
 from synpo.train.bar import TrainingBar
-from synpo.train.checkpoint import last_checkpoint, writing
+from synpo.train.checkpoint import last_checkpoint, owes_evaluation, writing
 from synpo.train.choices import OPEN, half, settle
-from synpo.train.guard import MODES
+from synpo.train.given import Data, model_of, name_of, workers
+from synpo.train.guard import MODES, Curves, Guard, GuardError
 from synpo.train.layers import prepare
 from synpo.train.objective import Outcome, PairObjective, parameters_of
 from synpo.train.optimizers import check_optimizer
@@ -48,6 +50,7 @@ from synpo.train.reference import kind_of, precompute
 from synpo.train.repetition import repetition
 from synpo.train.saving import Saver
 from synpo.train.sharing import collator_for
+from synpo.video import FrameSampling
 
 LOG_NAME = "train_log.jsonl"
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -60,7 +63,6 @@ RANGES = {
     "adam_beta1": Range(lambda value: 0 <= value < 1, "from 0 to less than 1"),
     "adam_beta2": Range(lambda value: 0 <= value < 1, "from 0 to less than 1"),
     "adam_epsilon": at_least(0),
-    "dataloader_num_workers": at_least(0),
     "save_steps": above(0),
     "eval_steps": above(0),
     "eval_delay": at_least(0),
@@ -164,6 +166,11 @@ class SynPOConfig(TrainingArguments):
     )
     held_out: int = setting(0, "Pairs kept from training and evaluated once an epoch.", at_least(0))
     samples: int = setting(4, "Held-out prompts answered greedily at every evaluation.", at_least(0))
+    dataloader_num_workers: int | None = setting(  # type: ignore[assignment]
+        None,
+        "Processes that read pairs. Left open: on a GPU, where the pairs do not fit in memory, up to four.",
+        at_least(0),
+    )
     sample_tokens: int = setting(64, "Most tokens of such an answer; 0: none is written.", at_least(0))
 
     logging_steps: float = setting(1, "Steps from one line of the log to the next; below 1 their share.", above(0))
@@ -204,6 +211,8 @@ class SynPOConfig(TrainingArguments):
             )
         self.left_open = tuple(name for name in OPEN if getattr(self, name) is None)
         self.bf16, self.use_liger_kernel = bool(self.bf16), bool(self.use_liger_kernel)
+        self.workers_open = self.dataloader_num_workers is None
+        self.dataloader_num_workers = self.dataloader_num_workers or 0
         super().__post_init__()
         self.activation_checkpointing = self.gradient_checkpointing = bool(self.activation_checkpointing)
 
@@ -230,28 +239,56 @@ def check_reporters(names: str | list[str] | None) -> None:
 
 
 class SynPOTrainer(Trainer):
-    """Trains `lm.model` (with or without PEFT) on preference pairs.
+    """Trains a model on preference pairs.
 
     Args:
-        lm: the model; what is to be trained requires gradients already (see `synpo.train.lora`).
-        args: the settings.
-        train_dataset, eval_dataset: of `EncodedPair`.
+        model: a causal or image-text-to-text model of transformers, in PEFT or not, or the folder or hub id of one. What
+            requires gradients is trained.
+        args: the settings; None: SynPOConfig's defaults, in a folder of the model's name.
+        train_dataset: rows of pairs, a `datasets.Dataset` or any sequence of mappings, in every form that the lines of a pairs
+            file have (`synpo.data.pairs`): prompt, chosen and rejected, as texts or as conversations, and perhaps a video.
+        eval_dataset: rows as well, or several by name; None: `args.held_out` of those to train on.
+        processing_class: tokenizer or processor; None: those of the folder or hub id that the model comes from.
+        peft_config: put this adapter on the model, and train that alone.
+        videos: the folder that the videos of rows are in. frames: how many of each are shown; None: `FrameSampling()`.
+        options: what `transformers.Trainer` takes beside these: callbacks, optimizers, ….
+
+    Attributes:
+        lm: the model with its tokenizer and vision (`synpo.model.adapter.CaptionModel`, which `model` may be, too).
+
+    A pair that cannot be trained on is left out, counted, and shown with its reason.
 
     Raises:
         ConfigError: `args.reference` is one that the model cannot give, the weights are float16 without train.fp16, or
             `args.fsdp` is set where accelerate does not shard.
-        ValueError: the model's output head is not one the fused loss supports.
+        RecordError: a row is not a pair. ValueError: no pair can be used; the model's output head is not one the fused loss
+            supports; as `synpo.train.given.model_of`.
     """
 
     def __init__(
         self,
-        lm: CaptionModel,
-        args: SynPOConfig,
-        train_dataset: Dataset[EncodedPair] | None = None,
-        eval_dataset: Dataset[EncodedPair] | None = None,
+        model: Any,
+        args: SynPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        *,
+        videos: str | os.PathLike[str] | None = None,
+        frames: FrameSampling | None = None,
         **options: Any,
     ) -> None:
+        if args is None:
+            args = SynPOConfig(f"{name_of(model)}-SynPO")
+        if not isinstance(args, SynPOConfig):
+            raise ValueError(f"args: expected a SynPOConfig, got {type(args).__name__}")
+        lm = model_of(model, processing_class, peft_config, cpu=args.use_cpu, seed=args.seed)
         settle(args, lm, args.device.type)
+        data = Data(lm, args, Path(videos) if videos is not None else None, frames)
+        train_dataset, eval_dataset = data.both(train_dataset, eval_dataset)
+        args.dataloader_pin_memory &= args.device.type == "cuda"
+        if args.workers_open and args.device.type == "cuda":
+            args.dataloader_num_workers = workers(train_dataset, args.world_size)
         prepare(lm, args)
         if lm.head().weight.dtype == torch.float16 and not args.fp16:
             raise ConfigError(
@@ -262,11 +299,6 @@ class SynPOTrainer(Trainer):
             raise ConfigError(
                 "train.fp16 scales the gradients of float32 weights, and those that are trained here are float16: load the model "
                 "with model.dtype = float32"
-            )
-        if args.cache_vision and not lm.vision_frozen:
-            raise ConfigError(
-                "train.cache_vision keeps what a frozen vision tower saw, and this one is trained: freeze it, or set "
-                "train.cache_vision = false"
             )
         with torch.autocast(args.device.type, half(args), enabled=half(args) is not None):
             collate: Any = collator_for(lm, args.prefix_sharing)
@@ -283,6 +315,7 @@ class SynPOTrainer(Trainer):
             data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            processing_class=processing_class,
             **options,
         )
         args.torch_compile_backend, args.torch_compile_mode = compiled
@@ -305,17 +338,37 @@ class SynPOTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingBar)
+        output = Path(str(args.output_dir))
+        log = output / LOG_NAME
         self.saver = Saver(args.save_minutes, args.world_size)
-        self.add_callback(self.saver)
-        self.add_callback(JsonLog(Path(str(args.output_dir)) / LOG_NAME))
+        self.guard = Guard(args.loss_type, args.guard, [row for _, row in read_jsonl(log)] if log.exists() else [])
+        self.curves = Curves(output, args.loss_type, log)
+        for callback in (self.saver, JsonLog(log), self.guard, self.curves):
+            self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; a reference that is to be stored runs first, once over every pair."""
+        """As the Trainer's; True goes on from the last checkpoint that is whole. A reference that is to be stored runs first,
+        once over every pair.
+
+        Raises GuardError where `args.guard` stopped the run.
+        """
         settings: Any = self.args
+        output = Path(str(settings.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(output) or "") or True
+        if isinstance(resume_from_checkpoint, str):
+            settings.eval_on_start = owes_evaluation(Path(resume_from_checkpoint), output / LOG_NAME, settings)
         kind = self.pair_objective.reference
         if kind == "start" or (kind == "base" and settings.precompute_reference):
             self.pair_objective.references = precompute(self, resuming=bool(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        done = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.guard.stopped is not None:
+            raise GuardError(
+                f"stopped by train.guard at step {done.global_step}: {self.guard.stopped.text} "
+                f"{output}/checkpoint-{done.global_step} is saved; --set train.guard=warn goes on from it, other settings want "
+                "another --output"
+            )
+        return done
 
     def _of_tokens(self, budget: int | None) -> TokenBatches | None:
         """How pairs are put together where micro-batches are as large as their tokens allow."""
