@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +96,38 @@ def gate(provider: Provider, size: Size, device: Any) -> Row:
     return row
 
 
-def run(size: Size, wanted: list[str], device: Any, seconds: float, rate: float, profile: bool = False) -> list[Row]:
-    """Gate, warm up, compare, time in turns and weigh. A provider that fails at full size is a row, and the rest goes on."""
+def weighed(row: Row, step: Step, timing: Any, size: Size, device: Any, rate: float) -> Row:
+    """The row with its times and what one step holds."""
+    from bench import measure, steps
+
+    resident = measure.peak_bytes(step, device) if device.type == "cpu" else None
+    return replace(
+        row,
+        p20_ms=timing.p20,
+        p50_ms=timing.p50,
+        p80_ms=timing.p80,
+        runs=timing.runs,
+        pairs_per_second=1e3 * size.pairs / timing.p50,
+        chip_share=1e3 * steps.arithmetic(size, row.objective) / timing.p50 / rate,
+        peak_mib=measure.peak_tensor_bytes(step, device) / 2**20,
+        plan_mib=step.planned and step.planned / 2**20,
+        resident_mib=None if resident is None else resident / 2**20,
+    )
+
+
+def run(
+    size: Size,
+    wanted: list[str],
+    device: Any,
+    seconds: float,
+    rate: float,
+    profile: bool = False,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Gate, warm up, compare, time in turns and weigh. A provider that fails at full size is a row, and the rest goes on.
+
+    On a GPU each is timed alone once it is warm, too, and `keep` is given what there is: a run that is cut off leaves that.
+    """
     import torch
 
     from bench import kinds, measure, steps
@@ -129,27 +160,19 @@ def run(size: Size, wanted: list[str], device: Any, seconds: float, rate: float,
                 row = replace(row, status="wrong", reason=f"loss off by {error:.1e} at full size")
             else:
                 ready[provider.name] = step
+                if device.type == "cuda":
+                    alone = measure.interleave({"alone": step}, device=device, seconds=0.0, least=3, most=3)["alone"]
+                    row = weighed(row, step, alone, size, device, rate)
         rows[provider.name] = row
+        keep(list(rows.values()))
     timings = measure.interleave(ready, device=device, seconds=seconds, title="steps")
     for name, step in ready.items():
-        timing = timings[name]
-        resident = measure.peak_bytes(step, device) if device.type == "cpu" else None
-        rows[name] = replace(
-            rows[name],
-            p20_ms=timing.p20,
-            p50_ms=timing.p50,
-            p80_ms=timing.p80,
-            runs=timing.runs,
-            pairs_per_second=1e3 * size.pairs / timing.p50,
-            chip_share=1e3 * steps.arithmetic(size, rows[name].objective) / timing.p50 / rate,
-            peak_mib=measure.peak_tensor_bytes(step, device) / 2**20,
-            plan_mib=step.planned and step.planned / 2**20,
-            resident_mib=None if resident is None else resident / 2**20,
-        )
+        rows[name] = weighed(rows[name], step, timings[name], size, device, rate)
         if profile:
             from bench.kernels import kernels_of
 
             rows[name] = replace(rows[name], kinds=kinds.by_kind(kernels_of(step, device)))
+        keep(list(rows.values()))
     return list(rows.values())
 
 
@@ -233,10 +256,13 @@ def main(arguments: list[str] | None = None) -> int:
     rate = measure.product_rate(device, getattr(torch, size.dtype))
     facts["product"] = f"{rate / 1e12:.3g} TFLOP/s, {size.dtype}"
     print(f"{'product':20} {facts['product']}", flush=True)
-    rows = run(size, options.providers, device, options.time_budget, rate, options.profile)
-    print_table(rows)
     out = options.out or Path(__file__).parent / "results" / f"{facts['date']}_{measure.chip_slug(device)}_step"
-    report.write(out, facts, [asdict(row) for row in rows], [])
+
+    def keep(rows: list[Row]) -> None:
+        report.write(out, facts, [asdict(row) for row in rows], [])
+
+    rows = run(size, options.providers, device, options.time_budget, rate, options.profile, keep)
+    print_table(rows)
     print(f"written: {out}.json, .csv")
     return int(any(row.status == "wrong" or row.status in ("absent", "failed") and _ours(row) for row in rows))
 

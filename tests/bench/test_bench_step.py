@@ -134,6 +134,20 @@ def test_a_profile_is_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "synpo shared, one step by kind" in capsys.readouterr().out
 
 
+def test_a_run_that_is_cut_off_leaves_the_rows_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, *_ = steps.providers()
+
+    def killed(size: Any, model: Any, device: torch.device) -> steps.Step:
+        raise KeyboardInterrupt
+
+    after = steps.Provider("synpo other", "synpo", killed, "")
+    monkeypatch.setattr(steps, "providers", lambda device: iter([ours, after]))
+    with pytest.raises(KeyboardInterrupt):
+        step.main([*TINY, "--out", str(tmp_path / "step")])
+    (row,) = rows_of(tmp_path / "step").values()
+    assert row["provider"] == ours.name and row["status"] == "ok" and row["gradient_error"] < 1e-4
+
+
 def test_tensors_alive_are_added_up() -> None:
     def run() -> torch.Tensor:
         first = torch.ones(1 << 20)  # 4 MiB
