@@ -81,7 +81,7 @@ class EmulatedTiles {
 template <class Tiles>
 struct TileProducts {
   using Format = Pairs;
-  static constexpr int64_t kRows = 2 * kTileRows, kLanes = 2 * kTileUnits, kDepth = kTileUnits, kPanels = 4;
+  static constexpr int64_t kRows = 2 * kTileRows, kLanes = 2 * kTileUnits, kDepth = kTileUnits;
   static constexpr bool kRowsAreNeighbours = false;
   // Where kWidth units go that are neighbours in the layout: steps s.. of row i, s a multiple of 16 (or s = 1: the step's size).
   static constexpr int64_t at(int64_t s, int64_t i) { return s * kRows + i * kTileUnits; }

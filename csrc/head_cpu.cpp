@@ -23,6 +23,7 @@ constexpr int64_t kMostTokens = 2048;      // of a chunk of the vocabulary
 constexpr int64_t kWeightBytes = 4 << 20;  // a chunk of W, packed for one product
 constexpr int64_t kSliceBytes = 8 << 20;   // P of a chunk and a block of rows
 constexpr int64_t kBlock = 8;              // tiles of a task
+constexpr int64_t kPanelBytes = 512 << 10, kMostPanels = 16;  // panels of a task: they stay in the second cache, tiles pass by
 
 int64_t number_size(Type type) { return type == Type::f32 ? 4 : 2; }
 
@@ -114,15 +115,17 @@ class Block {
     return token < 0 ? 0 : std::clamp<int64_t>(pass_.vocab - token, 0, most_tokens_);
   }
 
-  // All pack(0 … packs - 1), and product(first panel, panels, first tile, tiles, block of tiles) for all panels and tiles;
-  // neighbouring products share their panels.
+  // All pack(0 … packs - 1), and product(first panel, panels, first tile, tiles, block of tiles) for all panels, of `panel_size`
+  // units each, and tiles; neighbouring products share their panels.
   template <class P, class F>
-  void parallel_with_packing(int64_t packs, const P& pack, int64_t all_tiles, const F& product) {
+  void parallel_with_packing(int64_t packs, const P& pack, int64_t all_tiles, int64_t panel_size, const F& product) {
     const int64_t blocks = ceil_div(all_tiles, kBlock);
-    parallel(packs + ceil_div(panels_, kernels_.panels) * blocks, [&](int64_t i) {
+    const int64_t even = panels_ * blocks / (4 * torch::stable::get_num_threads());  // for all threads to be done at once
+    const int64_t group = std::clamp<int64_t>(std::min(kPanelBytes / 4 / std::max<int64_t>(1, panel_size), even), 1, kMostPanels);
+    parallel(packs + ceil_div(panels_, group) * blocks, [&](int64_t i) {
       if (i < packs) return pack(i);
-      const int64_t panel = (i - packs) / blocks * kernels_.panels, block = (i - packs) % blocks;
-      product(panel, std::min(kernels_.panels, panels_ - panel), block * kBlock, std::min(kBlock, all_tiles - block * kBlock), block);
+      const int64_t panel = (i - packs) / blocks * group, block = (i - packs) % blocks;
+      product(panel, std::min(group, panels_ - panel), block * kBlock, std::min(kBlock, all_tiles - block * kBlock), block);
     });
   }
 
@@ -158,7 +161,7 @@ class Block {
       kernels_.logits(task);
     };
     for (int64_t i = 0; pass_.bias != nullptr && i < tokens; ++i) bias_[i] = widened(pass_.type, pass_.bias, token + i);
-    parallel_with_packing(keep_ ? ceil_div(hidden_tiles_, kBlock) : 0, pack, tiles(tokens), product);
+    parallel_with_packing(keep_ ? ceil_div(hidden_tiles_, kBlock) : 0, pack, tiles(tokens), panel_size, product);
     for (int64_t block = 0; block < ceil_div(tiles(tokens), kBlock); ++block) {
       for (int64_t i = 0; i < panels_ * lanes; ++i) total_[i] += sums_[block * panels_ * lanes + i];
     }
@@ -178,7 +181,8 @@ class Block {
       kernels_.sum({sum_tiles_.get() + tile * tile_size, tiles, tile_size, p_.get() + panel * p_size(), panels, p_size(),
                     steps(tokens), token > 0, out, e_size()});
     };
-    parallel_with_packing(tiles(next_tokens), pack, keep_ && tokens > 0 ? hidden_tiles_ : 0, product);
+    parallel_with_packing(tiles(next_tokens), pack, keep_ && tokens > 0 ? hidden_tiles_ : 0, tile_size / kernels_.tile_step * lanes,
+                          product);
   }
 
   void directions() {

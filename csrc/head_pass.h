@@ -42,7 +42,6 @@ struct HeadKernels {
   int64_t unit;         // numbers in a unit
   int64_t depth;        // steps of a product are padded to a multiple of this
   int64_t tile_step;    // units of a tile per step
-  int64_t panels;       // panels that share a tile in cache
 
   // x · w over `hidden` numbers of each.
   float (*dot)(const void* x, const void* weight, int64_t hidden);

@@ -56,7 +56,7 @@ inline Vec across(const typename F::Number* p, int64_t stride, int64_t rows, int
 template <class F, int kRowsOf, int kVecs>
 struct Broadcast {
   using Format = F;
-  static constexpr int64_t kRows = kRowsOf, kLanes = kVecs * Vec::kWidth, kDepth = 1, kPanels = 2;
+  static constexpr int64_t kRows = kRowsOf, kLanes = kVecs * Vec::kWidth, kDepth = 1;
   static constexpr int64_t kStride = (kRows + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;  // whole vectors to write
   static constexpr bool kRowsAreNeighbours = true;
   // Where kWidth units go that are neighbours in the layout: rows i.. of step s.
@@ -318,7 +318,7 @@ void directions(const DirectionsTask& task) {
 
 template <class E>
 constexpr HeadKernels table() {
-  return {E::kRows,  E::kLanes,     E::Format::kUnit,  E::kDepth,           E::at(1, 0),       E::kPanels,
+  return {E::kRows,  E::kLanes,     E::Format::kUnit,  E::kDepth,           E::at(1, 0),
           dot<E>,    pack_panel<E>, pack_sum_panel<E>, pack_logits_tile<E>, pack_sum_tiles<E>, logits<E>,
           sum<E>,    directions<E>};
 }
