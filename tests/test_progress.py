@@ -1,6 +1,7 @@
 """Bars on a terminal, lines elsewhere: few, whole, and without control codes."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +84,21 @@ def test_every_bar_of_ours_is_one_of_these() -> None:
         path for path in (ROOT / "python").rglob("*.py") if re.search(r"\btqdm\(", path.read_text(encoding="utf-8"))
     ]
     assert drawn == []
+
+
+def test_libraries_draw_no_bars_in_a_pipe(tmp_path: Path) -> None:
+    code = (
+        "from synpo import cli\n"
+        "def show(args):\n"
+        "    from transformers.utils import logging\n"
+        "    list(logging.tqdm(range(3)))\n"
+        "cli.COMMANDS['presets'] = show\n"
+        "raise SystemExit(cli.main(['presets']))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "python"), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_bars_in_a_pipe() -> None:

@@ -321,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
     tolerant(sys.stdout)
     tolerant(sys.stderr)
     args = _parse(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too; ours are lines then
     try:
         onednn.settle()
         COMMANDS[args.command](args)

@@ -39,6 +39,7 @@ from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.report.table import print_table
 from synpo.text import cleaned
+from synpo.train.card import write_card
 from synpo.train.checkpoint import holds_work, last_checkpoint, set_broken_aside, writing
 from synpo.train.choices import OPEN, in_words, settle
 from synpo.train.diagnostics import read_log, warnings_of
@@ -217,7 +218,7 @@ def _train(
     elif args.world_size > 1:
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if first:
-        _save(lm, config, output, state)
+        write_card(_save(lm, config, output, state), trainer)
         trainer.curves.draw()
         rows = read_log(log)
         warnings = warnings_of((row for _, row in read_jsonl(log)), args.loss_type)
@@ -232,16 +233,17 @@ def _train(
     return _result(output)
 
 
-def _save(lm: CaptionModel, config: Config, output: Path, state: dict[str, Any] | None) -> None:
-    """Write what was trained; `state` holds its weights where no process has them whole."""
+def _save(lm: CaptionModel, config: Config, output: Path, state: dict[str, Any] | None) -> Path:
+    """Write what was trained, into the folder returned; `state` holds its weights where no process has them whole."""
     if config.lora is not None:
         with writing(output / "adapter"):  # LoRA on a head is not that head
             lm.model.save_pretrained(output / "adapter", state_dict=state, save_embedding_layers=False)
-        return
+        return output / "adapter"
     with writing(output / "model"):
         lm.model.save_pretrained(output / "model", state_dict=state)
         lm.tokenizer.save_pretrained(output / "model")
         copy_preprocessing(os.path.expanduser(config.model.path), config.model.revision, output / "model")
+    return output / "model"
 
 
 def _metrics(

@@ -39,6 +39,7 @@ from synpo.data.tokenize import EncodedPair
 from synpo.records import atomic_path, read_jsonl
 from synpo.setting import Range, above, at_least, check, setting
 from synpo.train.bar import TrainingBar
+from synpo.train.card import write_card
 from synpo.train.checkpoint import last_checkpoint, owes_evaluation, writing
 from synpo.train.choices import OPEN, half, settle
 from synpo.train.given import Data, model_of, name_of, workers
@@ -521,6 +522,14 @@ class SynPOTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.saver.writing(), writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        write_card(Path(str(output_dir or self.args.output_dir)), self)  # in place of PEFT's
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, before what is trained goes to the hub."""
+        write_card(Path(str(self.args.output_dir)), self)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, which takes a step too many where a run goes on that has made its last one within an epoch."""
