@@ -87,7 +87,7 @@ class SynPOConfig(TrainingArguments):
     and `weight` are the objective's parameters, None its own defaults (synpo: alpha 30, beta 0.2).
     """
 
-    learning_rate: float = setting(5e-6, "Learning rate after warm-up.", above(0))
+    learning_rate: float = setting(5e-6, "Learning rate after warm-up.", at_least(0))
     lr_scheduler_type: str = setting("linear", "Course of the learning rate: linear, cosine, constant_with_warmup …")
     warmup_steps: float = setting(0.1, "Steps, or below 1 their share, in which the rate rises from 0.", at_least(0))
     num_train_epochs: float = setting(5.0, "Times that every pair is seen.", above(0))
