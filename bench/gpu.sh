@@ -196,7 +196,7 @@ call_peers() {
 call_checks() {
     local aot=(--jobs 4) tune=("$PYTHON" -m bench.tune --seconds 20) chip sanitizer watched name
     if [ "$MODE" = cpu ]; then
-        aot=(--arch 90 --only "exp bf16")
+        aot=(--arch 90 --only "exp described bf16")
         tune=(env TRITON_INTERPRET=1 "$PYTHON" -m bench.tune --device cpu --seconds 2)
     else
         chip=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_capability()[0] * 10)' 2>/dev/null)
