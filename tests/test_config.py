@@ -21,6 +21,7 @@ from synpo.config import (
 )
 from synpo.train.objective import parameters_of
 from synpo.train.run import settings
+from synpo_kernels import OBJECTIVES
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -163,6 +164,15 @@ OBJECTIVES_OWN = {
     "dpo": {"beta": 0.1},
     "simpo": {"beta": 2.0, "gamma": 1.0},
 }
+
+
+@pytest.mark.parametrize("loss", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_goes_with_every_objective(name: str, loss: str, tmp_path: Path) -> None:
+    config = load_config(preset=name, overrides=[f"train.loss_type={loss}", "model.device=cpu"])
+    args = settings(config, tmp_path)
+    defaults = parameters_of(loss, {})
+    assert parameters_of(loss, args.loss_parameters) == defaults
 
 
 def test_suggestions() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -323,6 +324,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too; ours are lines then
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # names a kernel for CPUs that it could fetch, at every start
     try:
         onednn.settle()
         COMMANDS[args.command](args)

@@ -189,8 +189,10 @@ def _train(
     trainer = SynPOTrainer(lm, args, chosen, videos=videos, frames=config.frames)
     dataset: Any = trainer.train_dataset
     trained = f"LoRA on {len(wrapped)} modules" if wrapped else "the whole language model"
+    parameters = ", ".join(f"{name} {value:g}" for name, value in trainer.pair_objective.parameters.items())
     console.print(
-        f"{args.loss_type} on {len(dataset)} pairs, {trained}, {trainable_parameters(lm):,} parameters, "
+        f"{args.loss_type}{f' ({parameters})' if parameters else ''} on {len(dataset)} pairs, {trained}, "
+        f"{trainable_parameters(lm):,} parameters, "
         f"{in_words(args, lm)}"
     )
     if config.lora is None and lm.head().weight.dtype == torch.bfloat16:
