@@ -5,38 +5,15 @@
 
 #pragma once
 
+#include "numbers.h"
+
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
 namespace synpo {
 
-enum class Type { f32, bf16, f16 };
-
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-inline float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-inline float to_float(float x) { return x; }
-inline float to_float(Bf16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
-inline float to_float(F16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t magnitude = x.bits & 0x7FFF;
-  if (magnitude >= 0x7C00) return from_bits(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);  // inf, NaN
-  // Shifting the exponent by a multiplication also normalises the subnormals.
-  return from_bits(sign | magnitude << 13) * from_bits(0x77800000);  // 2^112
-}
 
 // One row of logits. `amateur` is null for plain sampling.
 struct Row {

@@ -4,134 +4,7 @@
 namespace synpo {
 namespace SYNPO_ISA {
 
-#if SYNPO_LEVEL == 2
-
-struct Vec {
-  static constexpr int64_t kWidth = 16;
-  __m512 v;
-  static Vec fill(float x) { return {_mm512_set1_ps(x)}; }
-  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static Vec load(const Bf16* p) {
-    __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
-  }
-  static Vec load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-  void store(float* p) const { _mm512_storeu_ps(p, v); }
-  Vec operator*(Vec o) const { return {_mm512_mul_ps(v, o.v)}; }
-  Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
-  Vec operator-(Vec o) const { return {_mm512_sub_ps(v, o.v)}; }
-  uint32_t eq(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_EQ_OQ); }
-  uint32_t lt(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_LT_OQ); }
-  uint32_t ge(Vec o) const { return _mm512_cmp_ps_mask(v, o.v, _CMP_GE_OQ); }
-  uint32_t nan() const { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
-  Vec max_number(Vec acc) const { return {_mm512_max_ps(v, acc.v)}; }  // acc where this is NaN
-  Vec where(uint32_t mask, Vec o) const { return {_mm512_mask_mov_ps(v, static_cast<__mmask16>(mask), o.v)}; }
-  float reduce_max() const {
-    const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    const __m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    const __m128 pair = _mm_max_ps(quarter, _mm_movehl_ps(quarter, quarter));
-    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
-  }
-  // Write the lanes in `mask`, in order, with their ids; up to kWidth entries beyond the count are scribbled on.
-  int64_t compress(uint32_t mask, int32_t first, float* x, int32_t* id) const {
-    __m512i ids = _mm512_add_epi32(_mm512_set1_epi32(first),
-                                   _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    _mm512_storeu_ps(x, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), v));
-    _mm512_storeu_si512(id, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), ids));
-    return __builtin_popcount(mask);
-  }
-};
-
-#elif SYNPO_LEVEL == 1
-
-struct Vec {
-  static constexpr int64_t kWidth = 8;
-  __m256 v;
-  static Vec fill(float x) { return {_mm256_set1_ps(x)}; }
-  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  static Vec load(const Bf16* p) {
-    __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
-  }
-  static Vec load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-  void store(float* p) const { _mm256_storeu_ps(p, v); }
-  Vec operator*(Vec o) const { return {_mm256_mul_ps(v, o.v)}; }
-  Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }
-  Vec operator-(Vec o) const { return {_mm256_sub_ps(v, o.v)}; }
-  static uint32_t bits(__m256 m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
-  uint32_t eq(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_EQ_OQ)); }
-  uint32_t lt(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_LT_OQ)); }
-  uint32_t ge(Vec o) const { return bits(_mm256_cmp_ps(v, o.v, _CMP_GE_OQ)); }
-  uint32_t nan() const { return bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
-  Vec max_number(Vec acc) const { return {_mm256_max_ps(v, acc.v)}; }
-  Vec where(uint32_t mask, Vec o) const {
-    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane), lane);
-    return {_mm256_blendv_ps(v, o.v, _mm256_castsi256_ps(on))};
-  }
-  float reduce_max() const {
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
-  }
-  int64_t compress(uint32_t mask, int32_t first, float* x, int32_t* id) const {
-    // The lanes in `mask` as packed byte indices, widened to a permutation.
-    uint64_t bytes = _pdep_u64(mask, 0x0101010101010101ULL) * 0xFF;
-    uint64_t order = _pext_u64(0x0706050403020100ULL, bytes);
-    __m256i permutation = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(order)));
-    _mm256_storeu_ps(x, _mm256_permutevar8x32_ps(v, permutation));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(id), _mm256_add_epi32(permutation, _mm256_set1_epi32(first)));
-    return __builtin_popcount(mask);
-  }
-};
-
-#else
-
-struct Vec {
-  static constexpr int64_t kWidth = 8;
-  float v[8];
-  static Vec fill(float x) { return map([&](int) { return x; }); }
-  template <class T>
-  static Vec load(const T* p) {
-    return map([&](int i) { return to_float(p[i]); });
-  }
-  void store(float* p) const { std::memcpy(p, v, sizeof(v)); }
-  Vec operator*(Vec o) const { return map([&](int i) { return v[i] * o.v[i]; }); }
-  Vec operator+(Vec o) const { return map([&](int i) { return v[i] + o.v[i]; }); }
-  Vec operator-(Vec o) const { return map([&](int i) { return v[i] - o.v[i]; }); }
-  uint32_t eq(Vec o) const { return test([&](int i) { return v[i] == o.v[i]; }); }
-  uint32_t lt(Vec o) const { return test([&](int i) { return v[i] < o.v[i]; }); }
-  uint32_t ge(Vec o) const { return test([&](int i) { return v[i] >= o.v[i]; }); }
-  uint32_t nan() const { return test([&](int i) { return v[i] != v[i]; }); }
-  Vec max_number(Vec acc) const { return map([&](int i) { return v[i] > acc.v[i] ? v[i] : acc.v[i]; }); }
-  Vec where(uint32_t mask, Vec o) const { return map([&](int i) { return mask >> i & 1 ? o.v[i] : v[i]; }); }
-  float reduce_max() const { return *std::max_element(v, v + kWidth); }
-  int64_t compress(uint32_t mask, int32_t first, float* x, int32_t* id) const {
-    int64_t n = 0;
-    for (int i = 0; i < kWidth; ++i) {
-      x[n] = v[i];
-      id[n] = first + i;
-      n += mask >> i & 1;
-    }
-    return n;
-  }
-
- private:
-  template <class F>
-  static Vec map(F f) {
-    Vec r;
-    for (int i = 0; i < kWidth; ++i) r.v[i] = f(i);
-    return r;
-  }
-  template <class F>
-  static uint32_t test(F f) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint32_t>(f(i)) << i;
-    return bits;
-  }
-};
-
-#endif
+#include "vec.h"
 
 // Mixed logits of kWidth tokens from v on. A token the expert excludes (-inf) stays excluded: -inf - -inf would be NaN.
 template <class T, bool kMix>
@@ -178,15 +51,15 @@ inline float group_maximum(const Mixer<T, kMix>& mixer, int64_t v, bool& nan) {
   Vec max = mixer.raw(v), sum = max;
   for (int64_t i = Vec::kWidth; i < kGroup; i += Vec::kWidth) {
     const Vec x = mixer.raw(v + i);
-    max = x.max_number(max);
+    max = Vec::max(x, max);
     sum = sum + x;
   }
-  if (sum.nan()) {  // seldom: a NaN or infinities, so that the maximum above may be wrong
+  if (Vec::bits(sum.nan()) != 0) {  // seldom: a NaN or infinities, so that the maximum above may be wrong
     max = Vec::fill(-kInf);
     for (int64_t i = 0; i < kGroup; i += Vec::kWidth) {
       const Vec x = mixer.exact(v + i);
-      nan |= x.nan() != 0;
-      max = x.max_number(max);
+      nan |= Vec::bits(x.nan()) != 0;
+      max = Vec::max(x, max);
     }
   }
   return max.reduce_max();
@@ -220,7 +93,7 @@ void collect(const Row& row, int64_t begin, int64_t end, float threshold, int64_
     for (int64_t i = 0; i < kGroup; i += Vec::kWidth) {
       const Vec x = mixer.exact(at + i);
       x.store(values + i);
-      hits |= static_cast<uint64_t>(x.ge(least) & ~x.eq(excluded)) << i;
+      hits |= static_cast<uint64_t>(Vec::bits(x.ge(least)) & ~Vec::bits(x.eq(excluded))) << i;
     }
     float* x_out = c.x.data();
     int32_t* id_out = c.id.data();
@@ -254,7 +127,7 @@ void collect(const Row& row, int64_t begin, int64_t end, float threshold, int64_
   const Mixer<T, kMix> mixer(row);
   int64_t g = 0;
   for (; g + Vec::kWidth <= whole; g += Vec::kWidth) {  // a branch for every group would be guessed wrong too often
-    for (uint32_t mask = Vec::load(c.group_max.data() + g).ge(Vec::fill(threshold)); mask != 0; mask &= mask - 1) {
+    for (uint32_t mask = Vec::bits(Vec::load(c.group_max.data() + g).ge(Vec::fill(threshold))); mask != 0; mask &= mask - 1) {
       const int64_t at = begin + (g + __builtin_ctz(mask)) * kGroup;
       take(mixer, at, at);
     }
@@ -287,7 +160,7 @@ void mix(const Row& row, int64_t begin, int64_t end, float threshold, float* out
 int64_t count(const float* x, int64_t n, float threshold) {
   const Vec t = Vec::fill(threshold);
   int64_t found = 0, i = 0;
-  for (; i + Vec::kWidth <= n; i += Vec::kWidth) found += __builtin_popcount(Vec::load(x + i).ge(t));
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) found += __builtin_popcount(Vec::bits(Vec::load(x + i).ge(t)));
   for (; i < n; ++i) found += x[i] >= threshold;
   return found;
 }
@@ -326,7 +199,7 @@ double weigh(const float* x, int64_t n, double scale, double* w, float& max) {
   max = -kInf;
   int64_t i = 0;
   Vec lanes = Vec::fill(-kInf);
-  for (; i + Vec::kWidth <= n; i += Vec::kWidth) lanes = Vec::load(x + i).max_number(lanes);
+  for (; i + Vec::kWidth <= n; i += Vec::kWidth) lanes = Vec::max(Vec::load(x + i), lanes);
   for (; i < n; ++i) max = std::max(max, x[i]);
   max = std::max(max, lanes.reduce_max());
 

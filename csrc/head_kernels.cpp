@@ -11,36 +11,6 @@
 #include <immintrin.h>
 #endif
 
-namespace synpo::head {
-namespace {
-
-// To nearest even; NaN stays NaN.
-template <class T>
-T rounded(float x);
-template <>
-inline Bf16 rounded<Bf16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if (x != x) return {0x7FC0};
-  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
-}
-template <>
-inline F16 rounded<F16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  const uint32_t magnitude = bits & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return {static_cast<uint16_t>(sign | 0x7E00)};
-  if (magnitude >= 0x477FF000) return {static_cast<uint16_t>(sign | 0x7C00)};  // 65520 and above round to infinity
-  if (magnitude < 0x38800000) {  // below 2^-14: a whole number of 2^-24
-    return {static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(from_bits(magnitude) * 16777216.0f)))};
-  }
-  return {static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13)};
-}
-
-}  // namespace
-}  // namespace synpo::head
-
 #define SYNPO_LOOPS "head_loops.h"
 #define SYNPO_MOST_LEVEL 3
 #include "for_each_isa.h"

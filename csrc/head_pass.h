@@ -13,7 +13,7 @@
 
 #pragma once
 
-#include "contrast.h"
+#include "numbers.h"
 
 namespace synpo {
 

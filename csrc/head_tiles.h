@@ -236,7 +236,7 @@ void exponentials(const LogitsTask& task, float* z, int64_t first, int64_t rows,
       sum = sum + p;
       if constexpr (kKeep && kCapped) {
         p = p * slope;
-        p = p.where(p.less(Vec::fill(kLeast)), Vec::fill(0.0f));
+        p = p.where(p.lt(Vec::fill(kLeast)), Vec::fill(0.0f));
       }
       if constexpr (kKeep) p.store(z + i * E::kLanes + l);
     }
