@@ -69,7 +69,7 @@ def test_a_bar_that_does_not_stay_leaves_nothing(clock: list[float]) -> None:
 def test_a_bar_of_unknown_length() -> None:
     file = io.StringIO()
     list(Bar(iter("ab"), desc="looking", unit="batch", file=file))
-    assert re.fullmatch(r"looking: 2 batchs, 00:00 gone, \S+ batchs/s\n", file.getvalue())
+    assert re.fullmatch(r"looking: 2 batches, 00:00 gone, \S+ batches/s\n", file.getvalue())
 
 
 def test_a_terminal_gets_a_bar() -> None:

@@ -15,6 +15,10 @@ from tqdm import tqdm
 SOONEST, LATEST = 30.0, 300.0  # seconds from one line to the next: a twentieth of the time gone, within these
 
 
+def _plural(unit: str) -> str:
+    return f"{unit}es" if unit.endswith(("ch", "s", "x")) else f"{unit}s"
+
+
 class Bar(tqdm):
     """tqdm, which a file gets as lines. Arguments as tqdm's."""
 
@@ -32,14 +36,14 @@ class Bar(tqdm):
             return
         facts = self.format_dict
         rate = facts["rate"] or (facts["n"] - facts["initial"]) / max(facts["elapsed"], 1e-9)
-        total, unit = facts["total"], facts["unit"].strip()
+        total, units = facts["total"], _plural(facts["unit"].strip())
         parts = [
-            f"{facts['n']}{'' if total is None else f' of {total}'} {unit}s",
+            f"{facts['n']}{'' if total is None else f' of {total}'} {units}",
             f"{self.format_interval(facts['elapsed'])} gone",
         ]
         if total is not None and rate and facts["n"] < total:
             parts.append(f"{self.format_interval((total - facts['n']) / rate)} left")
-        parts.append(f"{rate:.3g} {unit}s/s")
+        parts.append(f"{rate:.3g} {units}/s")
         if facts["postfix"]:
             parts.append(facts["postfix"])
         self.fp.write(f"{facts['prefix']}: {', '.join(parts)}\n" if facts["prefix"] else f"{', '.join(parts)}\n")

@@ -88,7 +88,7 @@ def test_an_adapter_and_its_checkpoints(tiny_captioner_path: Path, tmp_path: Pat
     result = train(build(Config, values), tmp_path / "videos", tmp_path / "pairs.jsonl", tmp_path / "run")
     for folder in (result.adapter, tmp_path / "run" / "checkpoint-1"):
         text = (folder / "README.md").read_text(encoding="utf-8")
-        assert checked(text)["library_name"] == "peft"
+        assert checked(text) == {"library_name": "peft", "tags": ["synpo", "preference-optimization"]}
         assert "2 preference pairs, 2 of them about a video." in text
         assert "| LoRA | rank 4, alpha 8, dropout 0.05 |" in text
         assert "alpha = 30, beta = 0.2" in text and "--adapter FOLDER --videos" in text

@@ -111,7 +111,7 @@ def decode_views(scenes: Sequence[Scene], videos: Path, side: int, sampling: Fra
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = Bar(pool.map(decode, scenes, wanted), total=len(scenes), desc="decoding", unit="video")
-            frames = {scene.id: images for scene, images in zip(scenes, decoded)}
+            frames = {scene.id: images for images, scene in zip(decoded, scenes)}
         with atomic_path(kept) as temporary:
             save_file(frames, temporary)
     views = []

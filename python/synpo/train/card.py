@@ -49,7 +49,10 @@ def card(trainer: Any) -> str:
     on_hub = bool(HUB_ID.fullmatch(base)) and not os.path.isdir(base)
     name = base if on_hub else Path(base).name
     front: dict[str, Any] = {"base_model": base} if on_hub else {}
-    front |= {"library_name": "peft" if adapter else "transformers", "tags": ["synpo", "preference-optimization", loss]}
+    front |= {
+        "library_name": "peft" if adapter else "transformers",
+        "tags": [*dict.fromkeys(["synpo", "preference-optimization", loss])],
+    }
     what = "A LoRA adapter of" if adapter else "Trained from"
     parameters = ", ".join(f"{key} = {value:g}" for key, value in trainer.pair_objective.parameters.items())
     paper = f" ({PAPERS[loss]})" if loss in PAPERS else ""
