@@ -525,11 +525,13 @@ class SynPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        write_card(Path(str(output_dir or self.args.output_dir)), self)  # in place of PEFT's
+        if self.args.should_save:
+            write_card(Path(str(output_dir or self.args.output_dir)), self)  # in place of PEFT's
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, before what is trained goes to the hub."""
-        write_card(Path(str(self.args.output_dir)), self)
+        if self.args.should_save:
+            write_card(Path(str(self.args.output_dir)), self)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, which takes a step too many where a run goes on that has made its last one within an epoch."""
