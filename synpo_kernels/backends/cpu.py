@@ -1,8 +1,9 @@
 """The compiled backend for CPUs: both products of the frozen head's pass in the C++ extension, logits never in memory.
 
 A chunk of W is packed for each product; each tile of logits becomes exponentials while it is in cache, which the
-second product takes at once. x is packed once, the sum E' is held in fp32, rows are taken in blocks of at most 16 MiB of
-the two. Results are the same bit for bit for any number of threads (torch's own: OMP_NUM_THREADS, torch.set_num_threads).
+second product takes at once. x is packed once, the sum E' is held in fp32: a block of rows takes half the workspace with the two,
+the chunks of W and the exponentials the rest. Results are the same bit for bit for any number of threads (torch's own:
+OMP_NUM_THREADS, torch.set_num_threads).
 
     instruction set   bfloat16                                    float32, float16
     amx               tile registers                              as avx512
@@ -10,9 +11,12 @@ the two. Results are the same bit for bit for any number of threads (torch's own
     avx512, avx2      widened to fp32 while packing               fp32, float16 widened
     portable          the same without vector instructions: for tests, "auto" prefers plain torch
 
+The first of these that the CPU has is taken, but no dot products of bf16 on Intel's, where widening is faster: a rule, not a
+timing, so that a run that is resumed rounds as before. SYNPO_CPU_ISA names another. "auto" leaves fp32 on Intel's CPUs to plain
+torch (`_ext.outdoes_library`). "amx-emulated" is the path of "amx" with the tile registers in memory, for tests on other CPUs.
+
 With bf16 instructions exponentials are rounded to bf16 for the second product, whose sums are fp32; the sum of a row's
-exponentials is taken before that. SYNPO_CPU_ISA names an instruction set to use instead of the best one here.
-"amx-emulated" is the path of "amx" with the tile registers in memory, for tests on other CPUs.
+exponentials is taken before that.
 
 Gradients of a trained head are the portable backend's, as are heads whose rows are not contiguous.
 """
