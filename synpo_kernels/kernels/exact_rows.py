@@ -63,7 +63,7 @@ def exact_rows_kernel(
         return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.minimum(n, N - 1)
-    label = tl.load(label_ptr + row)
+    label = tl.load(label_ptr + row, mask=flagged, other=0)  # of a row that is ignored it is no column
     target = tl.load(target_ptr + row)
     largest = target
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
