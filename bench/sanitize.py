@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
 
 os.environ.setdefault(
     "PYTORCH_NO_CUDA_MEMORY_CACHING", "1"
@@ -111,7 +113,53 @@ def solve(problem: Callable[[], float]) -> float:
     """How far off a problem is, over its tolerance; infinite where that is no number."""
     torch.backends.cuda.matmul.allow_tf32 = False
     off = problem()
-    return off if off == off else float("inf")
+    return off if off == off else math.inf
+
+
+def _work(pipe: Connection) -> None:
+    """Solve problems as they come; after a fault in a kernel a process has no GPU any more, and ends."""
+    while True:
+        problem = pipe.recv()
+        try:
+            pipe.send(solve(problem))
+        except Exception as error:  # whatever it is belongs to the problem
+            pipe.send(f"{type(error).__name__}: {error}".splitlines()[0][:160])
+            return
+
+
+def solved(todo: dict[str, Callable[[], float]], jobs: int) -> Iterator[tuple[str, float | str]]:
+    """(name, how far off or why it failed) of every problem, in processes side by side; one that dies costs its problem alone."""
+    context = get_context("spawn")
+    waiting = list(reversed(todo.items()))
+    busy: dict[Connection, tuple[str, Any]] = {}
+    idle: list[tuple[Connection, Any]] = []
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < jobs:
+                if not idle:
+                    own, other = context.Pipe()
+                    process = context.Process(target=_work, args=(other,), daemon=True)
+                    process.start()
+                    other.close()
+                    idle.append((own, process))
+                pipe, process = idle.pop()
+                name, problem = waiting.pop()
+                pipe.send(problem)
+                busy[pipe] = name, process
+            for ready in wait(list(busy)):
+                pipe = cast(Connection, ready)
+                name, process = busy.pop(pipe)
+                try:
+                    found = pipe.recv()
+                except EOFError:
+                    process.join()
+                    found = f"the process died with exit code {process.exitcode}"
+                if isinstance(found, float):
+                    idle.append((pipe, process))
+                yield name, found
+    finally:
+        for _, process in [*idle, *busy.values()]:
+            process.terminate()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,18 +172,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is here; --device cpu checks the backends of CPUs")
     there = torch.empty(0, device=options.device)
-    backends = options.backends or [name for name, (serves, _) in choice.BACKENDS.items() if serves(there)[0]]
+    serving = [name for name, (serves, _) in choice.BACKENDS.items() if serves(there)[0]]
+    backends = options.backends or serving[::-1]  # kernels first, plain torch last
     todo = problems(options.device, backends)
     end, done, bad = time.monotonic() + options.seconds, 0, 0
-    with ExitStack() as stack:
-        found: Iterable[float] = map(solve, todo.values())
-        if options.jobs > 1:
-            pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"))
-            stack.callback(pool.shutdown, cancel_futures=True)  # what has not begun when time is up never does
-            found = pool.map(solve, todo.values(), chunksize=2 * len(SHAPES))
-        for name, off in zip(todo, found):
-            done, bad = done + 1, bad + (not off < 1)
-            print(f"{'ok   ' if off < 1 else 'WRONG'} {off:8.3f} tolerances  {name}", flush=True)
+    found: Iterable[tuple[str, float | str]] = ((name, solve(problem)) for name, problem in todo.items())
+    with closing(solved(todo, options.jobs)) if options.jobs > 1 else nullcontext(found) as results:
+        for name, off in results:
+            right = isinstance(off, float) and off < 1
+            done, bad = done + 1, bad + (not right)
+            said = f"{off:8.3f} tolerances" if isinstance(off, float) else off
+            print(f"{'ok   ' if right else 'WRONG'} {said}  {name}", flush=True)
             if time.monotonic() > end:
                 break
     print(f"{bad} of {done} problems are wrong; {len(todo) - done} left out for want of time")
