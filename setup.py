@@ -100,6 +100,8 @@ class BuildExtension(build_ext):
             )
         if shutil.which(compiler()) is None:
             raise PlatformError(f"there is no C++ compiler ({compiler()})")
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            raise PlatformError("Python's headers are missing; install them (Debian, Ubuntu: apt install python3-dev)")
         try:
             import pybind11
         except ImportError:

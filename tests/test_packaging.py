@@ -79,6 +79,8 @@ def test_source_distribution_is_complete(checkout: Path, tmp_path: Path) -> None
 
 HIDDEN = "import runpy, sys; sys.modules['pybind11'] = None; sys.argv[0] = 'setup.py'; "
 HIDDEN += "runpy.run_path('setup.py', run_name='__main__')"
+HEADERS = "import sysconfig; real = sysconfig.get_path; "
+HEADERS += "sysconfig.get_path = lambda name, *a, **k: '/nowhere' if name == 'include' else real(name, *a, **k); "
 BUILD = ["--quiet", "build_ext", "--inplace"]
 
 
@@ -88,8 +90,9 @@ BUILD = ["--quiet", "build_ext", "--inplace"]
         ("no-such-compiler", ["setup.py"], "there is no C++ compiler (no-such-compiler)", True),
         ("false", ["setup.py"], "false'", False),  # as setuptools words it
         ("true", ["-c", HIDDEN], 'pip install "setuptools>=77" wheel "pybind11>=2.13"', False),
+        ("true", ["-c", HEADERS + HIDDEN], "Python's headers are missing; install them", False),
     ],
-    ids=["no compiler", "a compiler that fails", "no pybind11"],
+    ids=["no compiler", "a compiler that fails", "no pybind11", "no headers"],
 )
 def test_no_extension_is_an_error_unless_there_is_no_compiler(
     compiler: str, program: list[str], reason: str, without: bool, checkout: Path
