@@ -21,6 +21,12 @@ torch.backends.cudnn.allow_tf32 = False  # convolutions of a vision tower too ar
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What runs keep for the next one does not end up in the cache of whoever runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real clips, captions and weights beside the checkout (or $SYNPO_TEST_DATA); skips where it is absent."""

@@ -3,9 +3,9 @@
     pair + frames → EncodedPair(prompt ids with visual placeholders, vision, chosen ids, rejected ids)
 
 Nothing is ever cut: a pair whose answer, end of sequence or visual tokens do not fit is dropped as a whole, with a reason
-that is counted and shown. `PairDataset` looks at every pair once at the start; what fits in `cache_bytes` it keeps encoded
-in memory, the rest is decoded again each time it is asked for. Of the rest no more than the first frame is decoded at the start:
-a video that turns out to be broken further on costs its pair, not the run.
+that is counted and shown. `PairDataset` knows the tokens of every pair from the start (reading.py). Of a video no more than the
+packets and the first frame are read then; it is decoded when its pair is first asked for, and what fits in `cache_bytes` stays
+in memory. A video that turns out to be broken further on costs its pair, not the run.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from synpo.config import ConfigError
-from synpo.data.features import VisionCache
+from synpo.data.features import READING, VisionCache
+from synpo.data.reading import PairError, TokenCache, Tokens, read_tokens, reader_of, stamp
 from synpo.model.adapter import CaptionModel, Prompt
 from synpo.model.chat import conversation
 from synpo.model.vision import Vision
@@ -30,14 +33,6 @@ from synpo.records import Pair, record_id
 from synpo.video import FrameSampling, VideoError, VideoInfo, probe, read_frames, resolve_video
 
 STAND_INS = 8  # pairs in a row that may fail to decode while training before that is an error
-
-
-class PairError(ValueError):
-    """A pair that cannot be trained on. `reason` is one of a few fixed phrases, `detail` says what was found."""
-
-    def __init__(self, pair: str, reason: str, detail: str) -> None:
-        super().__init__(f"pair {pair}: {reason}: {detail}")
-        self.pair, self.reason, self.detail = pair, reason, detail
 
 
 @dataclass(frozen=True)
@@ -108,32 +103,50 @@ class PairEncoder:
         self._checked: dict[tuple[str, torch.Size, float | None], Prompt] = {}
         self._tells_time: bool | None = None
 
-    def encode(self, pair: Pair) -> EncodedPair:
-        """Decode the video and tokenize. Raises PairError if the pair cannot be used, ConfigError if no video can."""
-        self._check_texts(pair)
+    def encode(self, pair: Pair, tokens: Tokens | None = None) -> EncodedPair:
+        """Decode the video and tokenize; `tokens`: what is known already.
+
+        Raises PairError if the pair cannot be used, ConfigError if no video can.
+        """
         if pair.video is None:
-            return self._build(pair, self._prompt(pair, None))
+            return self.fitted(pair, tokens or self.tokens(pair))
+        if tokens is None:
+            self._check_texts(pair)
         path, info = self._locate(pair)
         if self.features is None:
-            return self._build(pair, self._look(pair, path, info.duration))
+            prompt = self._look(pair, path, info.duration)
+            return self.fitted(pair, self._with_answers(pair, prompt, tokens), prompt.vision)
         try:
             key = self.features.key(path, self.sampling.times(0.0, info.duration))
         except OSError as error:
             raise PairError(pair.id, "video unreadable", f"{path}: {error.strerror}") from error
-        if (vision := self.features.read(key)) is not None:
-            return self._build(pair, Prompt(self._blank(pair, info).input_ids, vision))
-        prompt = self._look(pair, path, info.duration)
-        return self._build(pair, Prompt(prompt.input_ids, self.features.make(key, prompt.vision)))
+        if (vision := self.features.read(key)) is None:
+            vision = self.features.make(key, self._look(pair, path, info.duration).vision)
+        return self.fitted(pair, self._with_answers(pair, self._blank(pair, info), tokens), vision)
+
+    def tokens(self, pair: Pair) -> Tokens:
+        """The ids alone, however many: of a video only its packets are read. Raises as `encode`, but for limits."""
+        self._check_texts(pair)
+        if pair.video is None:
+            return self._with_answers(pair, self._prompt(pair, None))
+        return self._with_answers(pair, self._blank(pair, self._locate(pair)[1]))
 
     def check(self, pair: Pair) -> EncodedPair:
-        """As `encode` without pixels: of the video only its packets are read.
+        """As `encode` without pixels."""
+        return self.fitted(pair, self.tokens(pair))
 
-        Where features are kept, they are made now.
-        """
-        if pair.video is None or self.features is not None:
-            return self.encode(pair)
-        self._check_texts(pair)
-        return self._build(pair, self._blank(pair, self._locate(pair)[1]))
+    def key(self, pair: Pair) -> str | None:
+        """Hash of all of a pair that `tokens` depends on; None where its video is not there."""
+        try:
+            video = pair.video and stamp(resolve_video(self.videos or Path(), pair.video))
+        except (VideoError, OSError):
+            return None
+        return record_id(pair.prompt, pair.chosen, pair.rejected, video)
+
+    @cached_property
+    def reader(self) -> str:
+        """Hash of all else that `tokens` depends on."""
+        return record_id(reader_of(self.lm), READING, self.sampling)
 
     def _look(self, pair: Pair, path: Path, seconds: float) -> Prompt:
         """The prompt with the pixels of its video."""
@@ -154,9 +167,9 @@ class PairEncoder:
             self._checked[key] = Prompt(self._prompt(pair, blank, seconds).input_ids, {})
         return self._checked[key]
 
-    def lengths(self, pair: EncodedPair) -> Lengths:
-        visual = int(torch.isin(pair.prompt, torch.tensor(self._placeholders, dtype=torch.long)).sum())
-        return Lengths(visual, len(pair.prompt) - visual, len(pair.chosen), len(pair.rejected))
+    def lengths(self, tokens: Tokens) -> Lengths:
+        visual = int(np.isin(tokens.prompt, self._placeholders).sum())
+        return Lengths(visual, len(tokens.prompt) - visual, len(tokens.chosen), len(tokens.rejected))
 
     def _check_texts(self, pair: Pair) -> None:
         """Raise PairError for an answer that is empty or not different, or a text with the model's visual placeholder."""
@@ -203,59 +216,84 @@ class PairEncoder:
         except ValueError as error:
             raise PairError(pair.id, f"{side} answer unusable", str(error)) from error
 
-    def _build(self, pair: Pair, prompt: Prompt) -> EncodedPair:
-        chosen, rejected = self._answer(pair, "chosen"), self._answer(pair, "rejected")
-        answer = max(len(chosen), len(rejected))
+    def _with_answers(self, pair: Pair, prompt: Prompt, tokens: Tokens | None = None) -> Tokens:
+        """Tokens of a pair whose prompt is known; `tokens`: whose answers are, too."""
+        ids = prompt.input_ids.numpy().astype(np.int32)
+        if tokens is not None:
+            return replace(tokens, prompt=ids)
+        chosen, rejected = (self._answer(pair, side).numpy().astype(np.int32) for side in ("chosen", "rejected"))
+        return Tokens(ids, chosen, rejected)
+
+    def fitted(self, pair: Pair, tokens: Tokens, vision: Vision | None = None) -> EncodedPair:
+        """The encoded pair. Raises PairError where it is longer than the limits."""
+        answer = max(len(tokens.chosen), len(tokens.rejected))
         if self.max_completion_length is not None and answer > self.max_completion_length:
             raise PairError(
                 pair.id, "answer too long", f"{answer} tokens, max_completion_length is {self.max_completion_length}"
             )
-        if len(prompt.input_ids) + answer > self.max_length:
+        if len(tokens.prompt) + answer > self.max_length:
             raise PairError(
                 pair.id,
                 "prompt and answer too long",
-                f"{len(prompt.input_ids)} + {answer} tokens, max_length is {self.max_length}; "
-                "raise it or show fewer frames",
+                f"{len(tokens.prompt)} + {answer} tokens, max_length is {self.max_length}; raise it or show fewer frames",
             )
-        return EncodedPair(pair.id, prompt.input_ids, chosen, rejected, prompt.vision)
+        prompt, chosen, rejected = (
+            torch.from_numpy(part.astype(np.int64)) for part in (tokens.prompt, tokens.chosen, tokens.rejected)
+        )
+        return EncodedPair(pair.id, prompt, chosen, rejected, vision or {})
 
 
 class PairDataset(Dataset[EncodedPair]):
     """The usable ones of `pairs`, encoded on demand; all are looked at once when it is built.
 
+    Args:
+        cache_bytes: memory for encoded pairs. cache, processes, progress: as `synpo.data.reading.read_tokens`.
+
     Attributes:
         pairs: the pairs kept, in their order; lengths: their tokens.
         dropped: why each of the others was not.
 
-    Raises ValueError when no pair is left.
+    Where the encoder keeps visual features, they are made now. Raises ValueError when no pair is left.
     """
 
     def __init__(
-        self, encoder: PairEncoder, pairs: Sequence[Pair], *, cache_bytes: int = 1 << 30, progress: bool = True
+        self,
+        encoder: PairEncoder,
+        pairs: Sequence[Pair],
+        *,
+        cache_bytes: int = 1 << 30,
+        cache: TokenCache | None = None,
+        processes: int = 1,
+        progress: bool = True,
     ) -> None:
         self.encoder = encoder
         self.pairs: list[Pair] = []
         self.lengths: list[Lengths] = []
         self.dropped: list[PairError] = []
-        self._cache: dict[int, EncodedPair] = {}
-        room = cache_bytes
+        self._tokens: list[Tokens] = []
+        self._kept: dict[int, EncodedPair] = {}
+        self._room = self.cache_bytes = cache_bytes
+        found = read_tokens(encoder, pairs, cache, processes=processes, progress=progress)
         seen: set[str] = set()
-        for pair in Bar(pairs, desc="reading pairs", unit="pair", disable=not progress):
+        seen_by_tower = progress and encoder.features is not None
+        for pair, tokens in Bar(
+            list(zip(pairs, found)), desc="visual features", unit="pair", disable=not seen_by_tower
+        ):
             try:
                 if pair.id in seen:
                     raise PairError(pair.id, "id twice", "an earlier pair has the same id")
                 seen.add(pair.id)
-                if room > 0:
-                    encoded = encoder.encode(pair)
-                    room -= encoded.nbytes
-                    self._cache[len(self.pairs)] = encoded
-                else:
-                    encoded = encoder.check(pair)
+                if isinstance(tokens, PairError):
+                    raise tokens
+                encoder.fitted(pair, tokens)
+                if encoder.features is not None:
+                    encoder.encode(pair, tokens)
             except PairError as error:
                 self.dropped.append(error)
             else:
                 self.pairs.append(pair)
-                self.lengths.append(encoder.lengths(encoded))
+                self._tokens.append(tokens)
+                self.lengths.append(encoder.lengths(tokens))
         if not self.pairs:
             reasons = "; ".join(f"{count} {reason} (e.g. {example})" for reason, count, example in self.reasons())
             raise ValueError(f"none of the {len(pairs)} pairs can be used: {reasons}")
@@ -265,8 +303,8 @@ class PairDataset(Dataset[EncodedPair]):
 
     @property
     def in_memory(self) -> bool:
-        """Whether no pair has to be decoded again."""
-        return len(self._cache) == len(self)
+        """Whether all pairs, were they as large as the first, would stay in memory once they are decoded."""
+        return self.cache_bytes > 0 and self[0].nbytes * len(self) <= self.cache_bytes
 
     def __iter__(self) -> Iterator[EncodedPair]:
         return (self[i] for i in range(len(self)))
@@ -277,13 +315,10 @@ class PairDataset(Dataset[EncodedPair]):
         Raises VideoError when `STAND_INS` pairs in a row cannot be: then it is the folder that is gone.
         """
         index %= len(self)
-        if index in self._cache:
-            return self._cache[index]
         failed: list[PairError] = []
         for step in range(min(STAND_INS, len(self))):
-            place = (index + step) % len(self)
             try:
-                found = self._cache[place] if place in self._cache else self.encoder.encode(self.pairs[place])
+                found = self._encoded((index + step) % len(self))
             except PairError as error:
                 failed.append(error)
             else:
@@ -291,6 +326,15 @@ class PairDataset(Dataset[EncodedPair]):
         raise VideoError(
             f"{len(failed)} pairs in a row cannot be read any more, the first: {failed[0]}. Is the disk gone?"
         )
+
+    def _encoded(self, place: int) -> EncodedPair:
+        if place in self._kept:
+            return self._kept[place]
+        found = self.encoder.encode(self.pairs[place], self._tokens[place])
+        if self._room > 0 and get_worker_info() is None:  # of what a worker keeps the others know nothing
+            self._room -= found.nbytes
+            self._kept[place] = found
+        return found
 
     def reasons(self) -> list[tuple[str, int, str]]:
         """(reason, how many pairs it cost, the first of them in words), the most frequent first."""

@@ -18,6 +18,7 @@ from synpo import terminal
 from synpo.config import ConfigError, ModelConfig
 from synpo.data.features import VisionCache
 from synpo.data.pairs import hold_out, pairs_of
+from synpo.data.reading import TokenCache
 from synpo.data.tokenize import EncodedPair, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, load, tokenizer_of
 from synpo.model.vision import vision_for, vision_of
@@ -156,7 +157,10 @@ class Data:
             return data
         shown = show and self.first and not self.args.disable_tqdm
         room = int(self.args.cache_gigabytes * 2**30)
-        dataset = PairDataset(self.encoder, data, cache_bytes=room, progress=shown)
+        cache = TokenCache() if self.args.cache_tokens else None
+        dataset = PairDataset(
+            self.encoder, data, cache_bytes=room, cache=cache, processes=self.args.world_size, progress=shown
+        )
         if self.first and (shown or dataset.dropped):
             terminal.console(stderr=True).print(dataset.table())
         return dataset

@@ -54,7 +54,10 @@ OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
 ELSEWHERE = ("config.pairs.", "config.judge.", "config.eval.", "chosen.")
 FREE = {
     "config.model.device",
-    *(f"config.train.{name}" for name in ("guard", "save_minutes", "save_total_limit", "cache_gigabytes")),
+    *(
+        f"config.train.{name}"
+        for name in ("guard", "save_minutes", "save_total_limit", "cache_gigabytes", "cache_tokens")
+    ),
 }
 FREE |= {f"config.train.{name}" for name in ("disable_tqdm", "report_to", "run_name")}
 FREE |= {f"config.train.dataloader_{name}" for name in ("num_workers", "prefetch_factor", "persistent_workers")}

@@ -117,6 +117,12 @@ class SynPOConfig(TrainingArguments):
         default=False,
         metadata={"help": "Run a reference that is base once before training too, and keep what it says."},
     )
+    cache_tokens: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep tokens of pairs on disk for the next start ($XDG_CACHE_HOME/synpo/tokens, at most 2 GiB)."
+        },
+    )
     cache_vision: bool = field(
         default=False, metadata={"help": "Keep visual features on disk: the tower runs once a video and run."}
     )
