@@ -137,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         help="GPU memory to fit, e.g. 24GB (default: the GPU here)",
     )
+    plan.add_argument("--all", action="store_true", help="read every pair, where a sample of many is read otherwise")
     plan.add_argument("--fit", action="store_true", help="also which GPU trains what: LoRA and QLoRA, 8 to 80 GB")
     plan.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
@@ -231,7 +232,7 @@ def run_pairs(args: argparse.Namespace) -> None:
 def run_plan(args: argparse.Namespace) -> None:
     from synpo.train.plan import plan, show
 
-    show(plan(_config(args), args.videos, args.pairs, args.gpu, args.fit), as_json=args.json)
+    show(plan(_config(args), args.videos, args.pairs, args.gpu, args.fit, args.all), as_json=args.json)
 
 
 def run_train(args: argparse.Namespace) -> None:

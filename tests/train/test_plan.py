@@ -255,6 +255,27 @@ def test_tokens_and_what_is_dropped_are_counted(folders: dict[str, Path], pairs:
     assert (configured.micro_batch, configured.checkpointing) == (2, False)
 
 
+def test_of_many_pairs_a_sample_is_read_and_the_longest(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("synpo.train.plan.DRAWN", 20)
+    monkeypatch.setattr("synpo.train.plan.LONGEST", 3)
+    rows = [Pair(f"p{i}", None, "Why?", "Because. " * (1 + i % 4), "No.") for i in range(200)]
+    rows[77] = replace(rows[77], rejected="Never. " * 40)
+    rows[11:191:20] = [replace(row, rejected=row.chosen) for row in rows[11:191:20]]  # 9 that are dropped
+    write_records(tmp_path / "pairs.jsonl", rows)
+    config = build(Config, {"model": {"path": str(folders["llama"])}, "lora": {"r": 4}})
+    some, every = (plan(config, None, tmp_path / "pairs.jsonl", ["24GB"], every=every) for every in (False, True))
+    assert every.sample is None and every.used == 191
+    assert some.sample is not None and 20 <= some.sample <= 23
+    assert some.longest == every.longest and some.longest["id"] == "p77"
+    assert some.tokens["pair, shared"]["max"] == every.tokens["pair, shared"]["max"]
+    assert some.tokens["chosen"]["median"] <= every.tokens["chosen"]["max"]
+    assert some.steps == pytest.approx(every.steps, rel=0.1)
+    show(some)
+    assert f"of {some.sample} that were read: some by chance" in capsys.readouterr().out
+
+
 def test_a_budget_of_tokens_is_counted_in_its_batches(folders: dict[str, Path], pairs: Path) -> None:
     train = {"max_completion_length": 120, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
     values = {"model": {"path": str(folders["llama"])}, "lora": {"r": 4}, "train": train}

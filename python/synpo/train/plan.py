@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,11 +32,14 @@ from synpo import terminal
 from synpo.config import Config, ConfigError, ModelConfig
 from synpo.data.batches import TokenBatches
 from synpo.data.pairs import hold_out, load_pairs, videos_of
-from synpo.data.tokenize import PairDataset, PairEncoder
+from synpo.data.reading import TokenCache
+from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model import liger
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
+from synpo.model.chat import conversation
 from synpo.model.lora_linear import fuse
 from synpo.model.vision import vision_for
+from synpo.records import Pair
 from synpo.train.choices import half, in_words, settle
 from synpo.train.fit import SIZES, Way, largest_batch, table_of, ways
 from synpo.train.lora import base_is_kept, make_trainable
@@ -46,6 +50,14 @@ from synpo.train.trainer import SynPOConfig
 from synpo_kernels import OBJECTIVES
 
 LAYOUTS = ("padded", "shared")
+DRAWN, LONGEST = 400, 50  # of many pairs so many are read, drawn by chance, and those with the most text
+PARTS: dict[str, Callable[[Lengths], int]] = {
+    "visual": lambda n: n.visual,
+    "prompt text": lambda n: n.text,
+    "chosen": lambda n: n.chosen,
+    "rejected": lambda n: n.rejected,
+    **{f"pair, {layout}": lambda n, layout=layout: Batch(1, n, layout).tokens for layout in LAYOUTS},  # type: ignore[misc]
+}
 COMMON_SIZES = ("24GB", "48GB", "80GB")
 UNITS = {"": 10**9, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -66,9 +78,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `synpo plan` finds. `tokens` maps a part of a pair to its min, median, p95 and max over the pairs."""
+    """What `synpo plan` finds. `tokens` maps a part of a pair to its min, median, p95 and max over the pairs.
+
+    `sample`: how many pairs were looked at, None for all; `used` and `dropped` are of these, and steps are estimated then.
+    """
 
     pairs: int
+    sample: int | None
     used: int
     dropped: dict[str, dict[str, Any]]
     tokens: dict[str, dict[str, int]]
@@ -148,13 +164,16 @@ def statistics(values: Sequence[int]) -> dict[str, int]:
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in at.items()}
 
 
-def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] = (), fit: bool = False) -> Plan:
+def plan(
+    config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] = (), fit: bool = False, every: bool = False
+) -> Plan:
     """Count tokens and estimate memory for training with `config` on the pairs of a file.
 
     Args:
         config, videos, pairs: as `synpo.train.run.train`.
         gpus: sizes such as "24GB"; none: those of this machine's GPU, or a few common ones.
         fit: look at other ways to train the model, too, and at GPUs of every size (fit.py).
+        every: read every pair, not a sample of many.
 
     Raises:
         ConfigError: a setting or size cannot be used. FileNotFoundError, RecordError, ValueError: as `train`.
@@ -166,7 +185,12 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     args = settings(away, Path("plan"))
     lm = skeleton(config.model)
     encoder = PairEncoder(lm, videos, config.frames, args.max_length, args.max_completion_length)
-    dataset = PairDataset(encoder, hold_out(loaded, args.held_out)[0], cache_bytes=0)
+    taught = hold_out(loaded, args.held_out)[0]
+    drawn = {pair.id for pair in (taught if every else random.Random(0).sample(taught, min(DRAWN, len(taught))))}
+    long = {pair.id for pair in sorted(taught, key=_characters)[-LONGEST:]}
+    read = [pair for pair in taught if pair.id in drawn or pair.id in long]
+    cache = TokenCache() if args.cache_tokens else None
+    dataset = PairDataset(encoder, read, cache_bytes=0, cache=cache)
     with torch.device("meta"):
         wrapped = make_trainable(lm, config)
     device = "cpu" if config.model.device == "cpu" else "cuda"
@@ -186,10 +210,13 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         checkpointing=how,
     )
     used = dataset.lengths
+    typical = [n for pair, n in zip(dataset.pairs, used) if pair.id in drawn] or used
+    whole = len(used) if len(read) == len(taught) else round(len(taught) * len(typical) / len(drawn))
     chosen_layout = "shared" if getattr(args, "prefix_sharing", False) else "padded"
     micro, batches = args.per_device_train_batch_size, None
     if args.tokens_per_batch is not None:
-        batches = batches_of([n.shared for n in used], args.tokens_per_batch)
+        batches = batches_of([n.shared for n in typical], args.tokens_per_batch)
+        batches = math.ceil(batches * whole / len(typical))
         micro = max(1, args.tokens_per_batch // max(n.shared for n in used))
     estimates = []
     for layout in LAYOUTS:
@@ -201,7 +228,7 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
             estimates.append(Estimate(layout, checkpointing, configured, micro, memory, memory.total, largest))
     at = max(range(len(used)), key=lambda i: Batch(1, used[i], chosen_layout).tokens)
     if batches is None:
-        batches = len(used) // micro if args.dataloader_drop_last else -(-len(used) // micro)
+        batches = whole // micro if args.dataloader_drop_last else -(-whole // micro)
     others: list[Way] = []
     if fit:
         worst = max(used, key=lambda lengths: lengths.shared)
@@ -217,18 +244,16 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
     windows = -(-batches // args.gradient_accumulation_steps)
     return Plan(
         pairs=len(loaded),
+        sample=len(read) if len(read) < len(taught) else None,
         used=len(used),
         dropped={reason: {"count": count, "example": example} for reason, count, example in dataset.reasons()},
         tokens={
-            "visual": statistics([n.visual for n in used]),
-            "prompt text": statistics([n.text for n in used]),
-            "chosen": statistics([n.chosen for n in used]),
-            "rejected": statistics([n.rejected for n in used]),
-            **{f"pair, {layout}": statistics([Batch(1, n, layout).tokens for n in used]) for layout in LAYOUTS},
+            name: statistics([part(n) for n in typical]) | {"max": max(part(n) for n in used)}
+            for name, part in PARTS.items()
         },
         longest={"id": dataset.pairs[at].id, "video": dataset.pairs[at].video, **asdict(used[at])},
         steps=args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs),
-        reference=_reference(args, lm.model, len(loaded) - len(dataset.dropped)),
+        reference=_reference(args, lm.model, whole + len(loaded) - len(taught)),
         answers=lm.chat.describe(),
         parameters=sum(p.numel() for p in lm.model.parameters()),
         trained=sum(p.numel() for p in lm.model.parameters() if p.requires_grad),
@@ -239,6 +264,12 @@ def plan(config: Config, videos: Path | None, pairs: Path, gpus: Sequence[str] =
         estimates=estimates,
         ways=others,
     )
+
+
+def _characters(pair: Pair) -> int:
+    """How long the texts of a pair are."""
+    asked = sum(len(message["content"]) for message in conversation(pair.prompt))
+    return asked + len(pair.chosen) + len(pair.rejected)
 
 
 def batches_of(tokens: Sequence[int], budget: int) -> int:
@@ -298,6 +329,10 @@ def _pairs_table(found: Plan) -> Table:
     table.add_row("used", str(found.used), "")
     for reason, entry in found.dropped.items():
         table.add_row(f"dropped: {reason}", str(entry["count"]), entry["example"])
+    if found.sample is not None:
+        table.caption = (
+            f"of {found.sample:,} that were read: some by chance, and the longest in characters (--all: every one)"
+        )
     return table
 
 
