@@ -19,8 +19,9 @@ from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.records import Pair, write_records
 from synpo.train.checkpoint import fault
-from synpo.train.run import WORKERS, train, workers
+from synpo.train.given import WORKERS, workers
 from synpo.train.run import settings as settings_of
+from synpo.train.run import train
 from synpo.train.trainer import DivergenceError, MemoryLimitError
 from synpo.video import VideoError
 
