@@ -26,7 +26,7 @@ OPTIONAL = {
     "wandb": "train.report_to=wandb: pip install 'synpo[wandb]'",
     "trackio": "train.report_to=trackio: pip install 'synpo[trackio]'",
     "tensorboard": "train.report_to=tensorboard: pip install 'synpo[tensorboard]'",
-    "liger-kernel": "norms, gates and rotary positions on a GPU (train.use_liger_kernel): pip install 'synpo[liger]'",
+    "liger-kernel": "norms, gates and rotary positions while training on a GPU: pip install 'synpo[liger]'",
     "deepspeed": "train.deepspeed: pip install deepspeed",
 }
 """Package → what it is for, and how it is had."""
