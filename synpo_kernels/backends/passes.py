@@ -114,6 +114,15 @@ def blocks(labels: Tensor, ignore_index: int | None, step: int) -> Iterator[slic
         yield from (rows for rows in (labels != ignore_index).nonzero().squeeze(1).split(step) if len(rows))
 
 
+def in_order(x: Tensor, rows: Tensor | slice, count: Tensor | None) -> Tensor:
+    """x (N, D) in the order of `choice.Partition`, 0 past a count that the host does not know: whole blocks of rows are
+    multiplied, in which what is not a number would reach the others, times 0."""
+    taken = x[rows]
+    if count is None:
+        return taken
+    return taken.masked_fill_((torch.arange(len(taken), device=x.device) >= count)[:, None], 0.0)
+
+
 def vocabulary_chunks(
     x: Tensor, head: Head, tiles: Tiles, workspace: int, *, sliced: bool = True, summed: bool = False
 ) -> Iterator[tuple[slice, Head, Tensor]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.choice import choose
-from ..backends.passes import Forward, workspace_of
+from ..backends.passes import Forward, in_order, workspace_of
 from ..checks import inside_op, may_overwrite
 from ..head import Head, compute_dtype
 
@@ -68,7 +68,7 @@ def gradients(
     with inside_op(x):
         known = Forward(found.logps[rows], found.normalizer[rows], None)
         options: dict[str, Any] = {"want": want, "workspace": size, "count": count}
-        result = chosen.gradients(x[rows], head, labels[rows], known, upstream[rows], **options)
+        result = chosen.gradients(in_order(x, rows, count), head, labels[rows], known, upstream[rows], **options)
     if result.hidden is not None:
         d_hidden[rows] = result.hidden
     return (

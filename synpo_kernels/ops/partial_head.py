@@ -116,7 +116,7 @@ def kept_gradients(
         if ignored is not None:
             upstream = upstream.where(labels != ignored, 0)  # rows past the count have none
         result = passes.gradients(
-            x[rows],
+            passes.in_order(x, rows, count),
             Head(_wide(weight, extra), bias, softcap, logit_scale),
             labels[rows],
             Forward(logps[rows], normalizer[rows], None),

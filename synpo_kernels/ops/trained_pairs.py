@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import portable
 from ..backends.choice import Backend, choose
-from ..backends.passes import Tiles, target_logits, vocabulary_chunks, workspace_of
+from ..backends.passes import Tiles, in_order, target_logits, vocabulary_chunks, workspace_of
 from ..checks import inside_op, may_overwrite
 from ..head import Head, compute_dtype
 from ..losses import sum_by_sequence
@@ -185,7 +185,7 @@ class Step:
     def _keep(self, group: Batch, at: Tensor, logps: Tensor) -> None:
         """Three products: P̂ of the whole group is held while g is found."""
         rows, count, labels = self._rows(group)
-        x, tiles, head = group.x[rows], _tiles(self.tiled, count), self.head
+        x, tiles, head = in_order(group.x, rows, count), _tiles(self.tiled, count), self.head
         stride = -(-len(head.weight) // 16) * 16  # whole rows for the copy engine
         held = torch.empty(len(x), stride, dtype=tiles.slice_dtype(x.dtype), device=x.device)[:, : len(head.weight)]
         options: dict[str, Any] = {"workspace": self.workspace, "count": count}
