@@ -111,7 +111,7 @@ def _exponentials(arch: int, dtype: str, precision: str, hidden: int) -> Iterato
             boxes = {"x_ptr": (n, d), "w_ptr": (v, d), "out_ptr": (n, v)} if described else {}
             label = f"{name}{' described' if described else ''} {_label(dtype, precision)}"
             case = _tiled(label, exp_tile.exp_tile_kernel, arch, dtype, tile, config, _described(dtype, boxes))
-            yield replace(case, spills=EPILOGUE if n * v == 128 * 256 else 0)
+            yield replace(case, spills=EPILOGUE if arch == 90 else 0)
 
 
 def _exact(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]:
@@ -141,7 +141,7 @@ def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
             **_reading(config),
         }
         for over_rows in (False, True):
-            form = {"SUM_COUNTED": over_rows, "ADD": True, "stride_am" if over_rows else "stride_ak": 1}
+            form = {"SUM_COUNTED": over_rows, "stride_am" if over_rows else "stride_ak": 1}
             boxes = {"a_ptr": (d, n) if over_rows else (n, d), "b_ptr": (d, v)} if described else {}
             name = f"product{' over rows' if over_rows else ''}{' described' if described else ''}"
             name += f"{' small' if m == 256 else ''} {_label(dtype, precision)}"

@@ -62,7 +62,7 @@ def test_unknown_family_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("", "no model"), ("./missing", "does not exist"), (".", "cannot be loaded")]
+    ("path", "message"), [("", "no model"), ("./missing", "does not exist"), (".", "holds no model")]
 )
 def test_a_missing_model_says_so(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
