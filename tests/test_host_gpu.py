@@ -162,10 +162,9 @@ def test_the_plan_against_the_peak(
 
 
 def test_the_loss_at_full_size_holds_little() -> None:
-    """8192 x {152064, 32000} x 3584 in bfloat16, frozen head: U and its sums in fp32, or a block of rows; whatever V is."""
+    """8192 x {152064, 32000} x 3584 in bfloat16, frozen head: the workspace, whatever V is."""
     peaks = found("loss_peaks")
     assert len(peaks) == 4
     for name, (forward, backward) in peaks.items():
-        low, most = name.startswith("low"), max(forward, backward)
-        assert most <= (20 if low else 200) << 20, (name, forward, backward)
-        assert most == pytest.approx(max(peaks[f"{name.split()[0]} 152064"]), rel=0.01)
+        workspace = 16 if name.startswith("low") else 128
+        assert max(forward, backward) <= (workspace + 1) << 20, (name, forward, backward)
