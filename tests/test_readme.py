@@ -3,16 +3,18 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from synpo.config import Config, build
+from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.pipeline.judge import make_judge
 from synpo.train.run import settings
 from synpo_kernels import OBJECTIVES
+from synpo_kernels.reference import naive_synpo
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,32 +26,50 @@ def blocks(language: str) -> list[str]:
 
 def test_the_code_runs():
     torch.manual_seed(0)
-    pairs, length, width, vocabulary = 2, 5, 8, 11
-    hidden = torch.randn(2 * pairs, length, width, requires_grad=True)
-    labels = torch.randint(vocabulary, (2 * pairs, length))
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    config = Gemma2Config(vocab_size=31, num_key_value_heads=2, final_logit_softcapping=0.5, **sizes)
+    labels = torch.randint(31, (4, 5))
     labels[1, 3:] = -100
-    rows = labels.flatten() != -100
     names = {
-        "model": SimpleNamespace(lm_head=torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)),
-        "hidden": hidden,
+        "model": Gemma2ForCausalLM(config),
+        "ids": torch.randint(1, 31, (4, 5)),
+        "mask": torch.ones(4, 5, dtype=torch.long),
         "labels": labels,
-        "hidden_rows": hidden.flatten(0, 1)[rows],
-        "label_rows": labels.flatten()[rows],
         "bounds": torch.tensor([0, 5, 8, 13, 18]),
     }
-    code, own_objective = blocks("python")
+    code, _, own_objective = blocks("python")
     padded = code.split("# packed rows")[0]
     exec(padded, names)
     loss = names["out"].loss.item()
+    logits = names["model"](names["ids"]).logits
+    assert loss == pytest.approx(
+        naive_synpo(logits, torch.eye(31), labels).loss.item(), rel=1e-5
+    )  # the soft cap is in it
     exec(code, names)
     assert names["out"].loss.item() == pytest.approx(loss)  # packed rows give what padded rows give
     assert names["logps"].shape == (18,)
-    assert hidden.grad is not None
+    assert names["model"].get_input_embeddings().weight.grad is not None
     exec(own_objective, names)
     assert OBJECTIVES.pop("hinge").function is names["hinge"]
     chosen, rejected = names["logps"].detach().split([8, 10])
     gaps = [c.mean() - r.mean() for c, r in zip(chosen.split([5, 3]), rejected.split([5, 5]))]
     assert names["loss"].item() == pytest.approx(sum(max(0.0, 0.5 - gap.item()) for gap in gaps) / 2)
+
+
+def test_the_trainer_trains(tmp_path):
+    tokenizer = byte_tokenizer()
+    save(tiny_text_model(tokenizer), tokenizer, tmp_path / "model")
+    code = blocks("python")[1].replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "model"))
+    names = {"rows": [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": "No."} for i in range(4)]}
+    exec(code.replace("runs/synpo", str(tmp_path / "run")), names)
+    assert names["trainer"].state.global_step == 5
+    assert (tmp_path / "run" / "train_log.jsonl").exists()
 
 
 def test_the_configuration_is_accepted(tmp_path):
