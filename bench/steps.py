@@ -30,11 +30,11 @@ from synpo.model import liger
 from synpo.model.adapter import CaptionModel
 from synpo.model.lora_linear import fuse
 from synpo.model.tiny import byte_tokenizer
+from synpo.train.arguments import SynPOConfig
 from synpo.train.choices import half, settle
 from synpo.train.layers import prepare
 from synpo.train.memory import Batch, MemoryModel
 from synpo.train.objective import PairObjective
-from synpo.train.trainer import SynPOConfig
 from synpo_kernels import OBJECTIVES, sequence_stats
 
 BETA = 0.1  # of DPO, everyone's default

@@ -9,8 +9,8 @@ import yaml
 from synpo.cli import main
 from synpo.config import Config, ConfigError, build, load_config
 from synpo.keys import NICKNAMES, keys, lines, named, page, values
+from synpo.train.arguments import SynPOConfig
 from synpo.train.run import OWN
-from synpo.train.trainer import SynPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,14 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from synpo.train.trainer import SynPOConfig, SynPOTrainer
+    from synpo.train.arguments import SynPOConfig
+    from synpo.train.trainer import SynPOTrainer
     from synpo.video import FrameSampling
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "FrameSampling": "synpo.video",
-    "SynPOConfig": "synpo.train.trainer",
+    "SynPOConfig": "synpo.train.arguments",
     "SynPOTrainer": "synpo.train.trainer",
 }
 __all__ = ["FrameSampling", "SynPOConfig", "SynPOTrainer"]

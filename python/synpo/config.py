@@ -7,7 +7,7 @@
 
 A preset (presets/*.yaml) may lie under the file.
 An unknown section or key is an error that names the near ones. Defaults are the paper's (arXiv 2506.00835) unless said.
-The `train` section is validated against `synpo.train.trainer.SynPOConfig`, a transformers.TrainingArguments.
+The `train` section is validated against `synpo.train.arguments.SynPOConfig`, a transformers.TrainingArguments.
 """
 
 from __future__ import annotations

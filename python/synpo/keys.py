@@ -98,8 +98,8 @@ def _training() -> Iterator[Key]:
     """Those of the section train: first those that SynPOConfig describes itself, in its order."""
     from transformers import TrainingArguments
 
+    from synpo.train.arguments import SynPOConfig
     from synpo.train.run import OWN
-    from synpo.train.trainer import SynPOConfig
 
     hints = typing.get_type_hints(SynPOConfig)
     fields = {f.name: f for f in dataclasses.fields(SynPOConfig) if f.init and f.name not in OWN}

@@ -13,8 +13,9 @@ from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
+from synpo.train.arguments import SynPOConfig
 from synpo.train.lora import apply_lora
-from synpo.train.trainer import SynPOConfig, SynPOTrainer
+from synpo.train.trainer import SynPOTrainer
 
 CHOSEN = ["A red circle moves.", "It turns blue, then green.", "Two squares meet.", "A star leaves."]
 REJECTED = ["Nothing.", "A green triangle stays where it is.", "It rains.", "One dog and a cat."]

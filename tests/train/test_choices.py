@@ -16,9 +16,10 @@ from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
 from synpo.train import choices, layers
+from synpo.train.arguments import SynPOConfig
 from synpo.train.choices import OPEN, in_words, settle
 from synpo.train.run import train
-from synpo.train.trainer import SynPOConfig, SynPOTrainer
+from synpo.train.trainer import SynPOTrainer
 
 
 @pytest.fixture

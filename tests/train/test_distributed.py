@@ -27,10 +27,11 @@ from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
 from synpo.model.vision import OneVision
+from synpo.train.arguments import SynPOConfig
 from synpo.train.lora import apply_lora
 from synpo.train.objective import PairObjective
 from synpo.train.run import train
-from synpo.train.trainer import SynPOConfig, SynPOTrainer
+from synpo.train.trainer import SynPOTrainer
 from workers import free_port, run_workers
 
 PROJECTIONS = r".*\.(q|v|down)_proj"

@@ -19,8 +19,8 @@ from synpo.config import Config, ModelConfig, build
 from synpo.model.adapter import load
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import RecordError
+from synpo.train.log import LOG_NAME
 from synpo.train.run import train
-from synpo.train.trainer import LOG_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": f"No{'.' * i}"} for i in range(8)]

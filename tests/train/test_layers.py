@@ -21,11 +21,11 @@ from synpo.data.tokenize import EncodedPair
 from synpo.model import liger, packing
 from synpo.model.adapter import CaptionModel
 from synpo.model.lora_linear import fuse
+from synpo.train.arguments import SynPOConfig
 from synpo.train.layers import apply_liger, compile_layers, layers_of
 from synpo.train.lora import apply_lora
 from synpo.train.memory import SavedBytes
 from synpo.train.objective import PairObjective
-from synpo.train.trainer import SynPOConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 

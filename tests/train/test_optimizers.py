@@ -13,8 +13,8 @@ from transformers.training_args import OptimizerNames
 from synpo.config import ConfigError
 from synpo.model.adapter import CaptionModel
 from synpo.train import optimizers
+from synpo.train.arguments import SynPOConfig
 from synpo.train.optimizers import of_bitsandbytes, state_bytes
-from synpo.train.trainer import SynPOConfig
 
 BNB = ("adamw_8bit", "lion_8bit", "lion_32bit", "ademamix", "ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit")
 

@@ -27,8 +27,9 @@ from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
 from synpo.train.checkpoint import CheckpointError, fault, last_checkpoint
 from synpo.train.guard import GuardError
+from synpo.train.log import JsonLog
 from synpo.train.run import settings, train
-from synpo.train.trainer import JsonLog, SynPOTrainer
+from synpo.train.trainer import SynPOTrainer
 
 
 @pytest.fixture(scope="module")

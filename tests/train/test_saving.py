@@ -17,10 +17,11 @@ from synpo.config import Config, build
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.train import bar as bar_module
 from synpo.train import saving
+from synpo.train.arguments import SynPOConfig
 from synpo.train.bar import TrainingBar
 from synpo.train.run import train
 from synpo.train.saving import Saver
-from synpo.train.trainer import SynPOConfig, SynPOTrainer
+from synpo.train.trainer import SynPOTrainer
 
 
 class Clock:

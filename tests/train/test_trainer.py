@@ -13,8 +13,9 @@ from torch import Tensor
 from synpo.config import ConfigError
 from synpo.data.collate import PairCollator
 from synpo.model.adapter import CaptionModel
+from synpo.train.arguments import SynPOConfig
 from synpo.train.repetition import repetition
-from synpo.train.trainer import DivergenceError, SynPOConfig, SynPOTrainer
+from synpo.train.trainer import DivergenceError, SynPOTrainer
 
 
 def read(path: Path) -> list[dict[str, Any]]:

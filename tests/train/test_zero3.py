@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from synpo.config import Config, ConfigError, build
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
+from synpo.train.arguments import SynPOConfig
 from synpo.train.run import train
-from synpo.train.trainer import SynPOConfig, SynPOTrainer
+from synpo.train.trainer import SynPOTrainer
 from workers import free_port, run_workers
 
 CASES: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from synpo.model import liger
 from synpo.model.adapter import CaptionModel
 
 if TYPE_CHECKING:
-    from synpo.train.trainer import SynPOConfig
+    from synpo.train.arguments import SynPOConfig
 
 LARGE = 1_000_000_000  # parameters from which on activations are the smaller loss
 

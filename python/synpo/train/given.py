@@ -28,7 +28,7 @@ from synpo.video import FrameSampling
 from synpo_kernels.model import base_of
 
 if TYPE_CHECKING:
-    from synpo.train.trainer import SynPOConfig
+    from synpo.train.arguments import SynPOConfig
 
 WORKERS = 4  # processes that decode videos beside a GPU
 

@@ -24,7 +24,7 @@ from synpo.model.gather import is_partitioned
 from synpo.model.lora_linear import fuse
 
 if TYPE_CHECKING:
-    from synpo.train.trainer import SynPOConfig
+    from synpo.train.arguments import SynPOConfig
 
 
 def prepare(lm: CaptionModel, args: SynPOConfig) -> None:

@@ -39,13 +39,15 @@ from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.report.table import print_table
 from synpo.text import cleaned
+from synpo.train.arguments import SynPOConfig
 from synpo.train.card import write_card
 from synpo.train.checkpoint import holds_work, last_checkpoint, set_broken_aside, writing
 from synpo.train.choices import OPEN, in_words, settle
 from synpo.train.diagnostics import read_log, warnings_of
+from synpo.train.log import LOG_NAME
 from synpo.train.lora import make_trainable
 from synpo.train.show import show, summary
-from synpo.train.trainer import LOG_NAME, SynPOConfig, SynPOTrainer
+from synpo.train.trainer import SynPOTrainer
 
 # Set by the run itself: where things go, the seed, the device.
 OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
