@@ -1,4 +1,4 @@
-"""Tiny models under LoRA and encoded pairs in memory."""
+"""Tiny models under LoRA, encoded pairs in memory; clips with pairs, and settings to train on them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers
 
-from synpo.config import LoraSection, ModelConfig
+from made_videos import write_video
+from synpo.config import Config, LoraSection, ModelConfig, build
 from synpo.data.tokenize import EncodedPair
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.model.vision import Processor
+from synpo.records import Pair, write_records
 from synpo.train.arguments import SynPOConfig
 from synpo.train.lora import apply_lora
 from synpo.train.trainer import SynPOTrainer
@@ -208,3 +210,39 @@ def family_lm(request: pytest.FixtureRequest) -> Callable[[str], CaptionModel]:
         return CaptionModel(model.eval(), tokenizer, vision)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """videos/ with four clips and a corrupt one, and pairs.jsonl: eight usable pairs and three that are not."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "videos").mkdir()
+    for k in range(4):
+        write_video(root / "videos" / f"{k}.mp4", shade=50 * k)
+    (root / "videos" / "bad.mp4").write_bytes(b"no video")
+    pairs = [Pair(f"p{i}", f"{i % 4}.mp4", "Describe.", f"A bar falls {i}.", f"It rains {i} times.") for i in range(8)]
+    bad = [
+        Pair("corrupt", "bad.mp4", "Describe.", "a", "b"),
+        Pair("empty", "0.mp4", "Describe.", "", "b"),
+        Pair("long", "0.mp4", "Describe.", "word " * 50, "b"),
+    ]
+    write_records(root / "pairs.jsonl", [*pairs, *bad])
+    return root
+
+
+@pytest.fixture
+def config(tiny_captioner_path: Path) -> Config:
+    values = {
+        "model": {"path": str(tiny_captioner_path), "device": "cpu"},
+        "frames": {"fps": 1, "minimum": 2, "maximum": 2},
+        "lora": {"r": 4, "alpha": 8},
+        "train": {
+            "learning_rate": "1e-2",  # as YAML reads 1e-2
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_completion_length": 60,
+            "disable_tqdm": True,
+        },
+    }
+    return build(Config, values)

@@ -1,7 +1,5 @@
 """Checkpoints by the clock: when they are asked for, that going on from one changes nothing, and that processes agree."""
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +11,14 @@ from safetensors.torch import load_file
 from transformers import TrainerControl
 from transformers.trainer_utils import SaveStrategy
 
-from synpo.config import Config, build
-from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
+from synpo.config import Config
 from synpo.train import bar as bar_module
 from synpo.train import saving
 from synpo.train.arguments import SynPOConfig
 from synpo.train.bar import TrainingBar
 from synpo.train.run import train
 from synpo.train.saving import Saver
-from synpo.train.trainer import SynPOTrainer
+from text_runs import killed, text_config, text_folder
 
 
 class Clock:
@@ -89,38 +86,14 @@ def test_processes_ask_at_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(told) / len(first) < 15
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("saving")
-    tokenizer = byte_tokenizer()
-    save(tiny_text_model(tokenizer), tokenizer, root / "model")
-    rows = [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": f"No{'.' * i}"} for i in range(6)]
-    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
+    return text_folder(tmp_path_factory.mktemp("saving"), 6)
 
 
 @pytest.fixture
 def config(folder: Path) -> Config:
-    values = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 2}
-    values |= {"gradient_accumulation_steps": 1, "disable_tqdm": True}
-    return build(Config, {"model": {"path": str(folder / "model"), "device": "cpu"}, "lora": {"r": 4}, "train": values})
-
-
-def stopped_at(step: int, patch: pytest.MonkeyPatch, run: Callable[[], Any]) -> None:
-    real = SynPOTrainer.training_step
-
-    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise Killed
-        return real(self, *args, **kwargs)
-
-    with patch.context() as inside, pytest.raises(Killed):
-        inside.setattr(SynPOTrainer, "training_step", stop)
-        run()
+    return text_config(folder)
 
 
 def test_a_run_goes_on_from_the_middle_of_an_epoch_bit_by_bit(
@@ -130,7 +103,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch_bit_by_bit(
     whole = train(config, None, folder / "pairs.jsonl", tmp_path / "whole")
     arguments = (None, folder / "pairs.jsonl", tmp_path / "killed")
     often = replace(config, train=config.train | {"save_minutes": 1e-6})
-    stopped_at(2, monkeypatch, lambda: train(often, *arguments))
+    killed(monkeypatch, 2, train, often, *arguments)
     assert sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     resumed = train(config, *arguments)
     ours, theirs = (load_file(result.adapter / "adapter_model.safetensors") for result in (resumed, whole))

@@ -146,10 +146,6 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
         return torch.empty_like(x)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("memory is estimated from the forward pass")
-
 
 class _Gate(torch.autograd.Function):
     """What its gate keeps: both factors."""
@@ -158,10 +154,6 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         return torch.empty_like(a)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("memory is estimated from the forward pass")
 
 
 def stand_in(decoder: Any) -> None:

@@ -106,10 +106,6 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, out, sums, mask)
         return out
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("memory is estimated from the forward pass")
-
 
 class _Dropout(torch.autograd.Function):
     """CUDA's fused dropout: one byte a number is kept."""
@@ -118,10 +114,6 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
         return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError("memory is estimated from the forward pass")
 
 
 class _As(TorchFunctionMode):
