@@ -247,17 +247,19 @@ def stream_table(
         title = f"{rows} rows, {name}"
         took = measure.interleave(turns, device=lm.device, seconds=seconds / len(runs), least=3, most=50, title=title)
         token, plain = ((took[way].p50 - took[way + " 2"].p50) / (length - 2) for way in (name, base))
+        ratio = token / plain if plain > 0 else None  # too few runs can show no time for a token
         peak, whole = measure.peak_bytes(turns[name], lm.device), took[name]
+        times = "-" if ratio is None else f"{ratio:.2f}"
+        mib = "-" if peak is None else f"{peak / 2**20:.1f}"
         print(
-            f"{name:18}{token:10.3f}{token / plain:9.2f}{whole.p50:12.1f} [{whole.p20:8.1f} {whole.p80:8.1f}]{whole.runs:6d}"
-            f"{'-' if peak is None else format(peak / 2**20, '.1f'):>10}",
+            f"{name:18}{token:10.3f}{times:>9}{whole.p50:12.1f} [{whole.p20:8.1f} {whole.p80:8.1f}]{whole.runs:6d}{mib:>10}",
             flush=True,
         )
         return {
             "rows": rows,
             "way": name,
             "ms_a_token": token,
-            "to_plain": token / plain,
+            "to_plain": ratio,
             "peak": peak,
             **asdict(whole),
         }

@@ -63,7 +63,7 @@ def exact_rows_kernel(
         return
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.minimum(n, N - 1)
-    label = tl.load(label_ptr + row, mask=flagged, other=0)  # of a row that is ignored it is no column
+    label = tl.load(label_ptr + row)
     target = tl.load(target_ptr + row)
     largest = target
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -108,13 +108,13 @@ def exact_rows_kernel(
         others = total / everything
         if HAS_SOFTCAP:
             others *= tl.load(slope_ptr + row)
-        inside = (d < D)[None, :]
-        w = tl.load(w_ptr + label[:, None] * stride_wv + d[None, :] * stride_wd, mask=inside, other=0.0).to(tl.float32)
+        written = flagged[:, None] & (d < D)[None, :]  # the label of a row that is ignored is no column
+        w = tl.load(w_ptr + label[:, None] * stride_wv + d[None, :] * stride_wd, mask=written, other=0.0).to(tl.float32)
         direction = (others[:, None] * w - pull / everything[:, None]) * logit_scale
         tl.store(
             direction_ptr + n[:, None] * stride_un + d[None, :],
             direction.to(direction_ptr.dtype.element_ty),
-            mask=flagged[:, None] & inside,
+            mask=written,
         )
 
 

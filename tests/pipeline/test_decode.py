@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from devices import DEVICE
 from synpo.config import ContrastConfig, ModelConfig, SamplingConfig
@@ -435,8 +441,20 @@ def test_bad_calls_are_refused(captioner: CaptionModel) -> None:
             generate(captioner, [prompt], GREEDY, keys=["a"])
     finally:
         captioner.model.eval()
+
+
+def test_a_past_that_is_not_attention_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    config = Qwen3NextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["linear_attention", "full_attention"],
+        mlp_only_layers=[0, 1],
+    )
+    lm = CaptionModel(Qwen3NextForCausalLM(config).eval(), tokenizer, None)
     with pytest.raises(ValueError, match="LinearAttentionLayer"):
-        config = SimpleNamespace(get_text_config=lambda decoder=True: SimpleNamespace(
-            per_layer_config=[SimpleNamespace()], layer_types=["linear_attention"]))  # fmt: skip
-        model = SimpleNamespace(config=config, generation_config=None)
-        Reader(CaptionModel(model, captioner.tokenizer, None)).read([prompt])
+        Reader(lm).read([lm.prompt("Describe.")])
