@@ -17,12 +17,14 @@ Sources: contrastive decoding with a cut-off, Leng et al. 2023 (arXiv 2311.16922
 from __future__ import annotations
 
 import math
+from functools import cache, lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import _ext
-from .backends.choice import triton_supports
+from .backends.choice import triton_takes
 
 BACKENDS = ("auto", "cpp", "triton", "torch")
 BLOCK_LOGITS = 2**19  # the torch path's slice of (B, V) on a CPU
@@ -102,9 +104,7 @@ def contrastive_sample(
         _check_like("history", history, torch.int64, expert)
         history = history.contiguous()
     if uniform is None:
-        if temperature == 0:
-            uniform = torch.zeros(rows, dtype=torch.float64, device=expert.device)
-        else:
+        if temperature > 0:
             uniform = torch.rand(rows, dtype=torch.float64, device=expert.device, generator=generator)
     else:
         if generator is not None:
@@ -117,19 +117,19 @@ def contrastive_sample(
     expert = _plain(expert)
     amateur = None if amateur is None or alpha == 0 else _plain(amateur)
     settings = (alpha, plausibility, temperature, top_k, top_p, min_p, history, repetition_penalty)
-    if _use_cpp(expert, backend):
-        return torch.ops.synpo_kernels.contrastive_sample.default(expert, amateur, uniform, *settings)
+    cpp = _use_cpp(expert, backend)
     if backend == "triton" or (backend == "auto" and expert.is_cuda):
-        reason = _why_not_triton(expert, top_k, temperature)
+        reason = _why_not_triton(expert.dtype, expert.device, expert.size(1), top_k, temperature)
         if reason is None:
-            from .kernels import contrast_sample  # imports triton
-
             seen = None if history is None else _seen(history, expert.size(1))
             with torch.cuda.device_of(expert):  # Triton launches on the current device
-                return contrast_sample.launch(expert, amateur, uniform, *settings[:6], seen, repetition_penalty)
+                return _kernels().launch(expert, amateur, uniform, *settings[:6], seen, repetition_penalty)
         if backend == "triton":
             raise ValueError(f"backend 'triton': {reason}")
-    return _sample_torch(expert, amateur, uniform, *settings)
+    if uniform is None:  # nobody reads it
+        uniform = torch.zeros(rows, dtype=torch.float64, device=expert.device)
+    sample = torch.ops.synpo_kernels.contrastive_sample.default if cpp else _sample_torch
+    return sample(expert, amateur, uniform, *settings)
 
 
 def contrastive_mix(
@@ -176,9 +176,9 @@ def _use_cpp(expert: Tensor, backend: str) -> bool:
     """Whether the C++ op takes this call: by wish, or because the tensors are on the CPU and the extension is there."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in ("triton", "torch") or (backend == "auto" and expert.device.type != "cpu"):
+    if backend in ("triton", "torch") or (backend == "auto" and not expert.is_cpu):
         return False
-    if backend == "cpp" and expert.device.type != "cpu":
+    if backend == "cpp" and not expert.is_cpu:
         raise ValueError(f"backend 'cpp' takes CPU tensors, got {expert.device}; use backend='auto'")
     if _ext.available():
         return True
@@ -188,28 +188,32 @@ def _use_cpp(expert: Tensor, backend: str) -> bool:
     return False
 
 
-def _why_not_triton(expert: Tensor, top_k: int, temperature: float) -> str | None:
-    """None where the kernels take these tensors and settings, else the reason why not."""
-    served, reason = triton_supports(expert)
+@cache
+def _kernels() -> ModuleType:
+    from .kernels import contrast_sample  # imports triton
+
+    return contrast_sample
+
+
+@lru_cache(256)
+def _why_not_triton(dtype: torch.dtype, device: torch.device, vocab: int, top_k: int, temperature: float) -> str | None:
+    """None where the kernels take these tensors and settings, else the reason why not. Asked once, not at every token."""
+    served, reason = triton_takes(dtype, device)
     if not served:
         return reason
-    from .kernels.contrast_sample import LEAST_TEMPERATURE, MOST
-
-    vocab = expert.size(1)
-    if min(top_k or vocab, vocab) > MOST:
-        return f"the kernels sort at most {MOST} candidates in registers, got top_k={top_k}; use backend='torch'"
-    if 0 < temperature < LEAST_TEMPERATURE:
-        return (
-            f"the kernels take a temperature of 0 or from {LEAST_TEMPERATURE}, got {temperature}; use backend='torch'"
-        )
+    most, least = _kernels().MOST, _kernels().LEAST_TEMPERATURE
+    if min(top_k or vocab, vocab) > most:
+        return f"the kernels sort at most {most} candidates in registers, got top_k={top_k}; use backend='torch'"
+    if 0 < temperature < least:
+        return f"the kernels take a temperature of 0 or from {least}, got {temperature}; use backend='torch'"
     return None
 
 
 def _seen(history: Tensor, vocab: int) -> Tensor:
-    """(B, V) bool: tokens among a row's past ids (B, L); ids outside [0, V) are padding."""
-    seen = torch.zeros(history.size(0), vocab + 1, dtype=torch.bool, device=history.device)
-    seen.scatter_(1, torch.where((history >= 0) & (history < vocab), history, vocab), True)
-    return seen[:, :vocab]
+    """(B, V) int8, 1 at tokens among a row's past ids (B, L); ids outside [0, V) are padding. Rows begin at 16 bytes."""
+    edge = 16  # in front of token 0: ids that come before it
+    seen = torch.zeros(history.size(0), edge + vocab // 16 * 16 + 16, dtype=torch.int8, device=history.device)
+    return seen.scatter_(1, history.clamp(-1, vocab) + edge, 1)[:, edge : edge + vocab]
 
 
 def _plain(logits: Tensor) -> Tensor:
@@ -258,7 +262,7 @@ def _sample_torch(
     x = _mix_torch(expert, amateur, alpha, plausibility)
     if history is not None:
         penalised = torch.where(x > 0, x * (1 / repetition_penalty), x * repetition_penalty)
-        x = torch.where(_seen(history, x.size(1)), penalised, x)
+        x = torch.where(_seen(history, x.size(1)).view(torch.bool), penalised, x)
     broken = x.isnan().any(-1)  # (B,)
     x = torch.where(x.isnan(), -math.inf, x) + 0.0  # + 0.0 makes -0 and 0 a tie
     if temperature == 0 and top_p == 1 and not 0 < top_k < x.size(1):

@@ -74,22 +74,27 @@ def chunked_supports(hidden: Tensor) -> tuple[bool, str]:
 
 def triton_supports(hidden: Tensor) -> tuple[bool, str]:
     """Whether the Triton kernels can serve `hidden`, and why."""
+    return triton_takes(hidden.dtype, hidden.device)
+
+
+def triton_takes(dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """`triton_supports` of tensors of this dtype on this device."""
     if find_spec("triton") is None:
         return False, "triton is not installed; pip install triton, or use backend='chunked'"
-    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return False, f"the kernels take float32, float16 and bfloat16, got {hidden.dtype}; use backend='chunked'"
-    if hidden.is_cuda:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False, f"the kernels take float32, float16 and bfloat16, got {dtype}; use backend='chunked'"
+    if device.type == "cuda":
         if torch.version.hip is not None:
             return False, "the kernels are compiled for NVIDIA GPUs only; use backend='chunked'"
-        major, minor = torch.cuda.get_device_capability(hidden.device)
+        major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return False, f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
         return True, "a CUDA device"
     import triton
 
-    if hidden.device.type == "cpu" and triton.knobs.runtime.interpret:
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
         return True, "the Triton interpreter (TRITON_INTERPRET=1)"
-    return False, f"the kernels need a CUDA device, hidden is on {hidden.device}; use backend='chunked'"
+    return False, f"the kernels need a CUDA device, hidden is on {device}; use backend='chunked'"
 
 
 def cpu_supports(hidden: Tensor) -> tuple[bool, str]:

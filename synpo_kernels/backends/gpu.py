@@ -45,10 +45,10 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _programs(device: torch.device, config: TileConfig, rows: int, columns: int) -> int:
-    """Programs of a launch over rows × columns: one a multiprocessor where the loop over tiles is flattened, else one a tile."""
+def _grid(device: torch.device, config: TileConfig, rows: int, columns: int) -> tuple[int]:
+    """Of a launch over rows × columns: one program a multiprocessor where the loop over tiles is flattened, else one a tile."""
     tiles = -(-rows // config.block_n) * -(-columns // config.block_v)
-    return min(tiles, _processors(device)) if config.flatten or device.type == "cpu" else tiles
+    return (min(tiles, _processors(device)) if config.flatten or device.type == "cpu" else tiles,)
 
 
 def _precision() -> str:
@@ -127,7 +127,7 @@ class TritonTiles:
         if len(x):
             run = _exponentials(x, part, labels, anchor, at_target, out, sums, self.count, keep, config)
             run(
-                _programs(x.device, config, len(x), vocabulary),
+                _grid(x.device, config, len(x), vocabulary),
                 N=len(x),
                 V=vocabulary,
                 first_x=0,
@@ -180,7 +180,7 @@ def _counted_product(
     """total (+)= slice_ (n, w) @ b, or with sum_counted sliceᵀ @ b, as far as rows count."""
     run, config = _product(total, slice_, b, count, sum_counted=sum_counted)
     m, k = slice_.T.shape if sum_counted else slice_.shape
-    run(_programs(b.device, config, *total.shape), M=m, K=k, first_row=0, first_k=0, add=int(not fresh))
+    run(_grid(b.device, config, *total.shape), M=m, K=k, first_row=0, first_k=0, add=int(not fresh))
 
 
 def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -237,14 +237,14 @@ def forward(
         first_x = first if order is None else 0
         for columns in cut(vocabulary, width):
             w, begin = columns.stop - columns.start, columns.start
-            run(_programs(device, config, m, w), N=m, V=w, first_x=first_x, first_row=first, first_column=begin)
+            run(_grid(device, config, m, w), N=m, V=w, first_x=first_x, first_row=first, first_column=begin)
             if run is not write or pull is None:
                 continue
             if multiply is None:
                 add_matmul(pull[:m], slice_[:m, :w], head.weight[columns], fresh=begin == 0)
             else:
-                programs = _programs(device, tile_of_product, m, dim)
-                multiply(programs, M=m, K=w, first_row=first, first_k=begin, add=int(begin > 0))
+                grid = _grid(device, tile_of_product, m, dim)
+                multiply(grid, M=m, K=w, first_row=first, first_k=begin, add=int(begin > 0))
 
     for at in cut(n, most):
         m, first = at.stop - at.start, at.start

@@ -23,11 +23,15 @@ from __future__ import annotations
 
 import math
 from ctypes import c_float
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .tiles import Bound
 
 BLOCK = 4096  # tokens of a program that reads whole rows
 GROUP = 64  # tokens of a group
@@ -108,20 +112,27 @@ def double(first, second, third):
 
 
 @triton.jit
-def expert_peaks_kernel(expert_ptr, peak_ptr, nan_ptr, V, stride_eb, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: (B, T), T tiles of BLOCK tokens. peak (B, TILES) fp32 and nan (B, TILES) int8 of each tile."""
-    row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    token = tile * BLOCK + tl.arange(0, BLOCK)
-    e = tl.load(expert_ptr + row * stride_eb + token, mask=token < V, other=float("-inf")).to(tl.float32)
-    tl.store(peak_ptr + row * TILES + tile, tl.max(tl.where(e == e, e, float("-inf")), 0))
-    tl.store(nan_ptr + row * TILES + tile, tl.max((e != e).to(tl.int32), 0).to(tl.int8))
+def scratch_of_row(scratch_ptr, row, groups, TILES: tl.constexpr):
+    """Where a row's scratch begins: of each tile the expert's peak, then whether it holds a NaN, then the best of each group."""
+    return scratch_ptr + row * (2 * TILES + groups)
 
 
 @triton.jit
-def row_cutoff(peak_ptr, row, tiles, log_plausibility, TILES: tl.constexpr):
+def expert_peaks_kernel(expert_ptr, scratch_ptr, V, groups, stride_eb, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: (B, T), T tiles of BLOCK tokens. scratch (B, 2 TILES + G) fp32: peak and NaN of each tile are written."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    peak_ptr = scratch_of_row(scratch_ptr, row, groups, TILES)
+    token = tile * BLOCK + tl.arange(0, BLOCK)
+    e = tl.load(expert_ptr + row * stride_eb + token, mask=token < V, other=float("-inf")).to(tl.float32)
+    tl.store(peak_ptr + tile, tl.max(tl.where(e == e, e, float("-inf")), 0))
+    tl.store(peak_ptr + TILES + tile, tl.max((e != e).to(tl.int32), 0).to(tl.float32))
+
+
+@triton.jit
+def row_cutoff(peak_ptr, tiles, log_plausibility, TILES: tl.constexpr):
     tile = tl.arange(0, TILES)
-    peaks = tl.load(peak_ptr + row * TILES + tile, mask=tile < tiles, other=float("-inf"))
+    peaks = tl.load(peak_ptr + tile, mask=tile < tiles, other=float("-inf"))
     return tl.max(peaks, 0) + log_plausibility
 
 
@@ -130,9 +141,7 @@ def group_bests_kernel(
     expert_ptr,
     amateur_ptr,
     seen_ptr,
-    peak_ptr,
-    nan_ptr,
-    best_ptr,
+    scratch_ptr,
     V,
     groups,
     tiles,
@@ -151,18 +160,19 @@ def group_bests_kernel(
     HAS_CUTOFF: tl.constexpr,
     HAS_SEEN: tl.constexpr,
 ):
-    """Grid: (B, T); a program owns BLOCK / GROUP groups. best (B, G) fp32; nan (B, TILES) int8, whether a NaN was mixed.
+    """Grid: (B, T); a program owns BLOCK / GROUP groups. scratch: the best of each is written, and whether a NaN was mixed.
 
-    With HAS_CUTOFF peak and nan come from `expert_peaks_kernel`, and a tile without a plausible token is not read again.
+    With HAS_CUTOFF `expert_peaks_kernel` was there before, and a tile without a plausible token is not read again.
     """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     group = tile * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-    best_ptrs = best_ptr + row * groups + group
+    peak_ptr = scratch_of_row(scratch_ptr, row, groups, TILES)
+    nan_ptr, best_ptrs = peak_ptr + TILES, peak_ptr + 2 * TILES + group
     cutoff = 0.0
     if HAS_CUTOFF:
-        cutoff = row_cutoff(peak_ptr, row, tiles, log_plausibility, TILES)
-        if tl.load(peak_ptr + row * TILES + tile) < cutoff:
+        cutoff = row_cutoff(peak_ptr, tiles, log_plausibility, TILES)
+        if tl.load(peak_ptr + tile) < cutoff:
             tl.store(best_ptrs, tl.full((BLOCK // GROUP,), float("-inf"), tl.float32), mask=group < groups)
             return
     token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -184,8 +194,8 @@ def group_bests_kernel(
     tl.store(best_ptrs, tl.max(x, 1), mask=group < groups)
     found = tl.max(tl.max(broken.to(tl.int32), 1), 0)
     if HAS_CUTOFF:
-        found = tl.maximum(found, tl.load(nan_ptr + row * TILES + tile).to(tl.int32))
-    tl.store(nan_ptr + row * TILES + tile, found.to(tl.int8))
+        found = tl.maximum(found, tl.load(nan_ptr + tile).to(tl.int32))
+    tl.store(nan_ptr + tile, found.to(tl.float32))
 
 
 @triton.jit
@@ -193,9 +203,7 @@ def draw_kernel(
     expert_ptr,
     amateur_ptr,
     seen_ptr,
-    peak_ptr,
-    nan_ptr,
-    best_ptr,
+    scratch_ptr,
     uniform_ptr,
     token_ptr,
     logp_ptr,
@@ -232,9 +240,11 @@ def draw_kernel(
     """Grid: (B,); a program owns a row. Top-k leaves `candidates` tokens; K > 1 is the power of two from there, LARGE that from
     G / FAN.
 
-    Pointers beside those of `group_bests_kernel`: uniform (B,) float64, token (B,) int64, logp (B,) fp32.
+    Pointers beside those of `group_bests_kernel`: uniform (B,) float64 (not read where GREEDY), token (B,) int64, logp (B,) fp32.
     """
     row = tl.program_id(0).to(tl.int64)
+    peak_ptr = scratch_of_row(scratch_ptr, row, groups, TILES)
+    nan_ptr, best_ptr = peak_ptr + TILES, peak_ptr + 2 * TILES
     WIDE: tl.constexpr = K if K < LARGE else LARGE
     MIDDLE: tl.constexpr = K if K < WIDE * FAN else WIDE * FAN
     PARTS: tl.constexpr = GROUP // FAN
@@ -243,16 +253,16 @@ def draw_kernel(
     # among larger groups of FAN groups
     large = tl.arange(0, LARGE)
     group = large[:, None] * FAN + fan[None, :]
-    bests = tl.load(best_ptr + row * groups + group, mask=group < groups, other=float("-inf"))
+    bests = tl.load(best_ptr + group, mask=group < groups, other=float("-inf"))
     chosen = best_indices(tl.max(bests, 1), large, large * FAN < groups, LARGE, LARGE, K)
     # among their groups
     group = chosen[:, None] * FAN + fan[None, :]
-    bests = tl.load(best_ptr + row * groups + group, mask=group < groups, other=float("-inf"))
+    bests = tl.load(best_ptr + group, mask=group < groups, other=float("-inf"))
     chosen = best_indices(bests, group, group < groups, groups, WIDE * FAN, K)
 
     cutoff = 0.0
     if HAS_CUTOFF:
-        cutoff = row_cutoff(peak_ptr, row, tiles, log_plausibility, TILES)
+        cutoff = row_cutoff(peak_ptr, tiles, log_plausibility, TILES)
     # among the parts of these
     part = tl.reshape(chosen[:, None] * PARTS + tl.arange(0, PARTS)[None, :], (MIDDLE * PARTS,))
     token = part[:, None] * (GROUP // PARTS) + tl.arange(0, GROUP // PARTS)[None, :]
@@ -316,7 +326,7 @@ def draw_kernel(
     drawn = position == tl.where(first < K, first, last)
     logp = tl.sum(tl.where(drawn, log_weight, 0.0), 0) - tl.log(total)
     tile = tl.arange(0, TILES)
-    broken = tl.max(tl.load(nan_ptr + row * TILES + tile, mask=tile < tiles, other=0).to(tl.int32), 0)
+    broken = tl.max(tl.load(nan_ptr + tile, mask=tile < tiles, other=0).to(tl.int32), 0)
     empty = total == 0
     tl.store(token_ptr + row, tl.where(empty, 0, tl.sum(tl.where(drawn, index_of(best, V), 0), 0).to(tl.int64)))
     tl.store(logp_ptr + row, tl.where(empty | (broken > 0), float("nan"), logp).to(tl.float32))
@@ -327,10 +337,20 @@ def large_groups(vocab: int) -> int:
     return triton.next_power_of_2(triton.cdiv(vocab, GROUP * FAN.value))
 
 
+class Launches(NamedTuple):
+    """The kernels with everything but their pointers, for logits of one layout under one set of settings."""
+
+    peaks: Bound | None
+    bests: Bound
+    draw: Bound
+    tiles: int
+    scratch: int  # fp32 numbers a row
+
+
 def launch(
     expert: Tensor,
     amateur: Tensor | None,
-    uniform: Tensor,
+    uniform: Tensor | None,
     alpha: float,
     plausibility: float,
     temperature: float,
@@ -342,83 +362,97 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """(tokens, logps) as `contrast._sample_torch`; nothing is read back to the host.
 
-    Takes a top_k (or, at 0, a V) of at most `MOST` and a temperature of 0 or at least `LEAST_TEMPERATURE`.
-    seen: (B, V) bool, rows contiguous, True at tokens under the repetition penalty.
+    Takes a top_k (or, at 0, a V) of at most `MOST` and a temperature of 0, which needs no uniform, or at least
+    `LEAST_TEMPERATURE`. seen: (B, V) int8, rows contiguous, 1 at tokens under the repetition penalty.
     """
-    rows, vocab = expert.shape
-    assert expert.stride(1) == 1 and (amateur is None or amateur.stride(1) == 1) and uniform.is_contiguous()
-    assert seen is None or seen.stride(1) == 1
-    candidates = min(top_k, vocab) if top_k else vocab
-    width = max(2, triton.next_power_of_2(candidates))  # tl.topk of triton 3.6 fails to take one of several
-    groups, tiles = triton.cdiv(vocab, GROUP), triton.cdiv(vocab, BLOCK)
-    padded = triton.next_power_of_2(tiles)
-    device = expert.device
+    (rows, vocab), device = expert.shape, expert.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     logps = torch.empty(rows, dtype=torch.float32, device=device)
     if rows == 0:
         return tokens, logps
-    peaks = torch.empty(rows, padded, dtype=torch.float32, device=device)
-    nans = torch.empty(rows, padded, dtype=torch.int8, device=device)
-    bests = torch.empty(rows, groups, dtype=torch.float32, device=device)
-    has = {"HAS_AMATEUR": amateur is not None, "HAS_CUTOFF": plausibility > 0, "HAS_SEEN": seen is not None}
-    inputs = (
-        expert,
-        expert if amateur is None else amateur,
-        nans if seen is None else seen.view(torch.int8),
-        peaks,
-        nans,
-        bests,
-    )
-    strides = tuple(0 if t is None else t.stride(0) for t in (expert, amateur, seen))
-    log_plausibility = math.log(plausibility) if plausibility > 0 else 0.0
-    settings = (1 + alpha, alpha, log_plausibility, repetition_penalty, 1 / repetition_penalty)
-    if plausibility > 0:
-        expert_peaks_kernel[(rows, tiles)](
-            expert, peaks, nans, vocab, expert.stride(0), TILES=padded, BLOCK=BLOCK, **OPTIONS
-        )
-    group_bests_kernel[(rows, tiles)](
-        *inputs,
-        vocab,
-        groups,
-        tiles,
-        *strides,
-        *settings,
-        TILES=padded,
-        BLOCK=BLOCK,
-        GROUP=GROUP,
-        **has,
-        **OPTIONS,
-    )
-    draw_kernel[(rows,)](
-        *inputs,
-        uniform,
-        tokens,
-        logps,
-        vocab,
-        groups,
-        tiles,
-        candidates,
-        *strides,
-        *settings,
-        *_parts(1.0 if temperature == 0 else 1 / temperature),
-        *_parts(top_p),
-        *_parts(min_p),
-        TILES=padded,
-        LARGE=large_groups(vocab),
-        GROUP=GROUP,
-        K=width,
-        **has,
-        GREEDY=temperature == 0,
-        **OPTIONS,
-    )
+    layout = (device, expert.dtype, vocab, _layout(expert), _layout(amateur), _layout(seen), _aligned(uniform))
+    settings = map(float, (alpha, plausibility, temperature, top_p, min_p, repetition_penalty))
+    run = bound(*layout, int(top_k), *settings)
+    scratch = torch.empty(rows, run.scratch, dtype=torch.float32, device=device)
+    inputs = (expert, expert if amateur is None else amateur, scratch if seen is None else seen, scratch)
+    if run.peaks is not None:
+        run.peaks((rows, run.tiles), expert, scratch)
+    run.bests((rows, run.tiles), *inputs)
+    run.draw((rows,), *inputs, scratch if uniform is None else uniform, tokens, logps)
     return tokens, logps
 
 
-def _parts(number: float) -> tuple[float, float, float]:
-    """Three fp32 numbers whose sum in float64 is `number`."""
-    parts = []
-    for _ in range(3):
-        part = c_float(number).value
-        parts.append(part)
+def _aligned(tensor: Tensor | None) -> bool | None:
+    """Whether a pointer is to 16 bytes, for which Triton compiles another kernel."""
+    return None if tensor is None else tensor.data_ptr() % 16 == 0
+
+
+def _layout(tensor: Tensor | None) -> tuple[tuple[int, ...], bool | None] | None:
+    return None if tensor is None else (tensor.stride(), _aligned(tensor))
+
+
+@lru_cache(256)
+def bound(
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab: int,
+    expert: tuple[tuple[int, ...], bool],
+    amateur: tuple[tuple[int, ...], bool] | None,
+    seen: tuple[tuple[int, ...], bool] | None,
+    uniform: bool | None,
+    top_k: int,
+    alpha: float,
+    plausibility: float,
+    temperature: float,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+) -> Launches:
+    """What does not change from token to token, found once. Of tensors: strides, and whether they begin at 16 bytes."""
+    strides = tuple(0 if layout is None else layout[0][0] for layout in (expert, amateur, seen))
+    assert all(layout is None or layout[0][1] == 1 or vocab == 1 for layout in (expert, amateur, seen))
+    assert (uniform is not None) or temperature == 0
+    candidates = min(top_k, vocab) if top_k else vocab
+    groups, tiles = triton.cdiv(vocab, GROUP), triton.cdiv(vocab, BLOCK)
+    padded = triton.next_power_of_2(tiles)
+    sizes = {"V": vocab, "groups": groups, "TILES": padded}
+    shared = {
+        **sizes,
+        "tiles": tiles,
+        **dict(zip(("stride_eb", "stride_mb", "stride_sb"), strides)),
+        "grow": 1 + alpha,
+        "alpha": alpha,
+        "log_plausibility": math.log(plausibility) if plausibility > 0 else 0.0,
+        "penalty": repetition_penalty,
+        "inverse_penalty": 1 / repetition_penalty,
+        "GROUP": GROUP,
+        "HAS_AMATEUR": amateur is not None,
+        "HAS_CUTOFF": plausibility > 0,
+        "HAS_SEEN": seen is not None,
+    }
+    drawing = {
+        "candidates": candidates,
+        **_parts("scale", 1.0 if temperature == 0 else 1 / temperature),
+        **_parts("top_p", top_p),
+        **_parts("min_p", min_p),
+        "LARGE": large_groups(vocab),
+        "K": max(2, triton.next_power_of_2(candidates)),  # tl.topk of triton 3.6 fails to take one of several
+        "GREEDY": temperature == 0,
+    }
+    peaks = {**sizes, "stride_eb": strides[0], "BLOCK": BLOCK}
+    return Launches(
+        Bound(expert_peaks_kernel, peaks, OPTIONS) if plausibility > 0 else None,
+        Bound(group_bests_kernel, shared | {"BLOCK": BLOCK}, OPTIONS),
+        Bound(draw_kernel, shared | drawing, OPTIONS),
+        tiles,
+        2 * padded + groups,
+    )
+
+
+def _parts(name: str, number: float) -> dict[str, float]:
+    """name_0, name_1 and name_2: three fp32 numbers whose sum in float64 is `number`."""
+    parts = {}
+    for place in range(3):
+        parts[f"{name}_{place}"] = part = c_float(number).value
         number -= part
-    return parts[0], parts[1], parts[2]
+    return parts

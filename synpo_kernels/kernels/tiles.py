@@ -119,24 +119,28 @@ def describable(tensor: Tensor) -> bool:
 
 
 class Bound:
-    """A kernel with its arguments, to be launched again and again with other numbers.
+    """A kernel with its arguments, to be launched again and again with other numbers, or with other tensors of the same layout.
 
     Triton binds, checks and looks up a launch each time anew, which takes longer than many a kernel runs; here it does so once.
-    The numbers that change must be among those the kernel does not specialise on, and fit 32 bits.
+    The numbers that change must be among those the kernel does not specialise on, and fit 32 bits; the tensors that change must
+    be alike in what it does specialise on: dtype, device, and whether they begin at a multiple of 16 bytes.
     """
 
     def __init__(self, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        """arguments: all of the kernel's by name, but for the numbers; options: of the launch."""
+        """arguments: the kernel's by name, but for the tensors, which come first, and numbers that change; options: of the
+        launch."""
+        names = kernel.arg_names
+        tensors = next(place for place, name in enumerate(names) if name in arguments)
         self._kernel, self._options = kernel, options
-        self._arguments: dict[str, Any] = {name: arguments.get(name) for name in kernel.arg_names}
+        self._arguments: dict[str, Any] = {name: arguments.get(name) for name in names[tensors:]}
         self._compiled: Any = None
 
-    def __call__(self, programs: int, **numbers: int) -> None:
+    def __call__(self, grid: tuple[int, ...], *tensors: Tensor, **numbers: int) -> None:
         self._arguments.update(numbers)
         if self._compiled is None:  # in the interpreter it stays so
-            self._compiled = self._kernel[(programs,)](**self._arguments, **self._options)
+            self._compiled = self._kernel[grid](*tensors, **self._arguments, **self._options)
         else:
-            self._compiled[(programs, 1, 1)](*self._arguments.values())
+            self._compiled[(*grid, 1, 1)[:3]](*tensors, *self._arguments.values())
 
 
 def source(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:

@@ -54,7 +54,7 @@ def test_auto_and_triton_on_this_device(device) -> None:
 
 def test_auto_on_a_gpu_without_triton_says_so(monkeypatch) -> None:
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32)
     with pytest.warns(UserWarning, match="run on plain torch: triton is not installed"):
         assert choice.choose("auto", on_gpu).name == "chunked"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few hundred tokens then make several tiles and many groups."""
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A few hundred tokens then make several tiles and many groups; no launch is kept from one test to the next."""
     monkeypatch.setattr(contrast_sample, "BLOCK", 256)
+    contrast_sample.bound.cache_clear()
+    yield
+    contrast_sample.bound.cache_clear()
 
 
 def assert_agrees(expert: Tensor, amateur: Tensor | None, uniform: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -124,6 +129,8 @@ def test_strided_rows_and_extreme_uniforms(device) -> None:
     expert, amateur, _ = random_logits(8, 300, 9, device)
     uniform = torch.tensor([-1.0, NAN, 2.0, 1 - 2**-53], dtype=torch.float64, device=device)
     assert_agrees(expert[::2], amateur[1::2], uniform, top_k=4, temperature=3.0)
+    thin = expert[:1, :4].T  # V = 1 with an odd stride
+    assert_agrees(thin, None, uniform, top_k=4)
     whole = torch.cat([expert, amateur], 1).view(8, 2, 300)
     assert_agrees(whole[:4, -1], whole[:4, 0], uniform, top_k=4)
 
@@ -154,14 +161,14 @@ def test_no_host_read_of_the_settings_or_the_result(monkeypatch) -> None:
     launched = []
 
     class Counted:
-        def __init__(self, name: str) -> None:
-            self.name = name
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.arg_names = name, kernel.arg_names
 
         def __getitem__(self, grid):
             return lambda *_, **__: launched.append((self.name, grid))
 
     for name in ("expert_peaks_kernel", "group_bests_kernel", "draw_kernel"):
-        monkeypatch.setattr(contrast_sample, name, Counted(name))
+        monkeypatch.setattr(contrast_sample, name, Counted(name, getattr(contrast_sample, name)))
     logits = torch.zeros(70_000, 300, device="meta", dtype=torch.bfloat16)
     uniform = torch.zeros(70_000, device="meta", dtype=torch.float64)
     contrast_sample.launch(logits, logits, uniform, 0.5, 0.1, 0.7, 32, 0.9, 0.0, None, 1.0)
@@ -178,11 +185,14 @@ def test_two_candidates_at_least_are_sorted(top_k, monkeypatch) -> None:
     widths = []
 
     class Counted:
+        def __init__(self, kernel: Any) -> None:
+            self.arg_names = kernel.arg_names
+
         def __getitem__(self, grid):
             return lambda *_, **options: widths.append(options.get("K"))
 
     for name in ("group_bests_kernel", "draw_kernel"):
-        monkeypatch.setattr(contrast_sample, name, Counted())
+        monkeypatch.setattr(contrast_sample, name, Counted(getattr(contrast_sample, name)))
     logits = torch.zeros(2, 300, device="meta")
     uniform = torch.zeros(2, device="meta", dtype=torch.float64)
     contrast_sample.launch(logits, logits, uniform, 0.5, 0.0, 0.7, top_k, 0.9, 0.0, None, 1.0)
@@ -191,4 +201,4 @@ def test_two_candidates_at_least_are_sorted(top_k, monkeypatch) -> None:
 
 def test_three_parts_make_a_double() -> None:
     for number in (1.0, 1 / 3, 0.1, 1e30, 1e-9, 1 - 2**-53, math.pi * 1e17):
-        assert sum(contrast_sample._parts(number)) == number
+        assert sum(contrast_sample._parts("x", number).values()) == number

@@ -97,8 +97,10 @@ def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (request.param, 0))
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: 256, raising=False)
+    contrast_sample.bound.cache_clear()
     with FakeTensorMode(), OnTheGPU():
         yield names
+    contrast_sample.bound.cache_clear()
 
 
 @pytest.fixture(params=HEADS)

@@ -46,7 +46,7 @@ def stand_in() -> None:
 
     JITFunction.run = compile_only
     for module in (choice, contrast):
-        module.triton_supports = lambda hidden: (True, "")
+        module.triton_takes = lambda dtype, device: (True, "")
     choice.BACKENDS["triton"] = (lambda hidden: (True, ""), choice._triton)
     gpu._major = lambda device: ARCH // 10
     logprobs._used = lambda labels, ignore_index: ignore_index  # as on a GPU, where the host does not see the labels

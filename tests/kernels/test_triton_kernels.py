@@ -33,7 +33,7 @@ def far_apart(tmp_path, device) -> torch.Tensor:
 def exponentials(x, w, bias, labels, anchor, at_target, out, sums, *, first_row=0, **options) -> None:
     """One launch over all of x and w, by three programs."""
     run = exp_tile.bind(x, w, bias, labels, anchor, at_target, out, sums, **options)
-    run(3, N=len(x), V=len(w), first_x=0, first_row=first_row, first_column=0)
+    run((3,), N=len(x), V=len(w), first_x=0, first_row=first_row, first_column=0)
 
 
 @pytest.mark.parametrize("which", ["x", "w", "out"])
@@ -114,11 +114,11 @@ def test_counted_product(shape, counted, first_row, device) -> None:
     for add in (1, 0):
         rows, columns = torch.full((n, d), 7.0, device=device), torch.full((v, d), 7.0, device=device)
         run = product.bind(slice_, w, rows, count, sum_counted=False, **options)
-        run(3, M=n, K=v, first_row=first_row, first_k=3, add=add)
+        run((3,), M=n, K=v, first_row=first_row, first_k=3, add=add)
         torch.testing.assert_close(rows[:counted], 7 * add + slice_[:counted] @ w[3:], rtol=1e-5, atol=1e-5)
         assert (rows[-(-counted // 16) * 16 :] == 7).all()
         run = product.bind(slice_, x, columns, count, sum_counted=True, **options)
-        run(3, M=v, K=n, first_row=first_row, first_k=0, add=add)
+        run((3,), M=v, K=n, first_row=first_row, first_k=0, add=add)
         torch.testing.assert_close(columns, 7 * add + slice_[:counted].T @ x[:counted], rtol=1e-5, atol=1e-5)
 
 

@@ -195,11 +195,12 @@ def sampling() -> None:
         assert tensor is None or tensor.is_cuda
         return None if tensor is None else device.host(tensor)
 
-    def launch(expert: Tensor, amateur: Tensor | None, uniform: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    def launch(expert: Tensor, amateur: Tensor | None, uniform: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
         *settings, seen, penalty = settings
-        history = None if seen is None else torch.arange(expert.size(1)).where(host(seen), -1)
+        history = None if seen is None else torch.arange(expert.size(1)).where(host(seen) != 0, -1)
+        numbers = torch.zeros(len(expert), dtype=torch.float64) if uniform is None else host(uniform)
         op = torch.ops.synpo_kernels.contrastive_sample.default
-        drawn = op(host(expert), host(amateur), host(uniform), *settings, history, penalty)
+        drawn = op(host(expert), host(amateur), numbers, *settings, history, penalty)
         tokens, logps = (torch.empty(len(d), dtype=d.dtype, device=expert.device) for d in drawn)
         for there, found in zip((tokens, logps), drawn):
             device.host(there).copy_(found)
