@@ -35,24 +35,12 @@ def batch(pairs: list[tuple[str, str, str]]) -> tuple[torch.Tensor, torch.Tensor
     return pad_sequence(rows, True, END), pad_sequence(labels, True, -100)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--fsdp", action="store_true", help="spread the weights over the processes")
-    parser.add_argument("--cpu", action="store_true", help="processes on a CPU instead of GPUs")
-    arguments = parser.parse_args()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind, backend = ("cpu", "gloo") if arguments.cpu else ("cuda", "nccl")
-    device = torch.device("cpu" if arguments.cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group(backend)
-
+def train(rank: int, world: int, device: torch.device, fsdp: bool) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=257, **shape)).to(device)
-    if world > 1 and arguments.fsdp:
-        mesh = init_device_mesh(kind, (world,))
+    if world > 1 and fsdp:
+        mesh = init_device_mesh(device.type, (world,))
         for part in (*model.model.layers, model):
             fully_shard(part, mesh=mesh)
     elif world > 1:
@@ -72,6 +60,20 @@ def main() -> None:
             dist.all_reduce(mean)
         if rank == 0:
             print(f"step {step + 1:2}: loss {mean:.6f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fsdp", action="store_true", help="spread the weights over the processes")
+    parser.add_argument("--cpu", action="store_true", help="processes on a CPU instead of GPUs")
+    arguments = parser.parse_args()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu" if arguments.cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("gloo" if arguments.cpu else "nccl")
+    train(rank, world, device, arguments.fsdp)  # lets go of its model before the processes part, as DDP over gloo must
     if world > 1:
         dist.destroy_process_group()
 
