@@ -74,7 +74,7 @@ def _rows(x: Tensor, head: Head, labels: Tensor, want_direction: bool, workspace
         want_direction,
     )
     logps = (target - target) - torch.log1p(total)  # NaN where the row is not finite, which must stay visible
-    found = Forward(logps, target - logps, direction if want_direction else None)
+    found = Forward(logps, passes.log_sum_exp(target, total), direction if want_direction else None)
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
     if flagged.numel():
         again = portable.forward(

@@ -199,10 +199,10 @@ def forward(
     """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 where ignored."""
     (n, dim), vocabulary, device = x.shape, len(head.weight), x.device
     logps = torch.empty(n, dtype=torch.float32, device=device)
-    target = torch.empty_like(logps)
+    target, normalizer = torch.empty_like(logps), torch.empty_like(logps, dtype=torch.float64)
     direction = torch.empty_like(x, memory_format=torch.contiguous_format) if want_direction else None
     if n == 0:
-        return Forward(logps, target, direction)
+        return Forward(logps, normalizer, direction)
     order, count = (None, None) if ignore_index is None else partition(labels, ignore_index)
     softcap, twice = head.softcap is not None, want_direction and x.dtype == torch.float16
     slope = torch.empty_like(target) if softcap else None
@@ -257,11 +257,11 @@ def forward(
             anchor += torch.log1p(sums.sum(0)) - math.log(FP16_MAGNIFY)
             sweep(write, m, first)
             sums.copy_(first_sums)
-        found = (target, slope, logps, flags, direction)
+        found = (target, slope, logps, normalizer, flags, direction)
         where |= {"divisor": FP16_MAGNIFY if twice else None, "overflow": passes.OVERFLOW}
         rows.finish(pull, sums, head.weight, labels, order, count, *found, **where)
-    _redo(x, head, labels, flags, target, slope, logps, direction)
-    return Forward(logps, target - logps, direction)
+    _redo(x, head, labels, flags, target, slope, logps, normalizer, direction)
+    return Forward(logps, normalizer, direction)
 
 
 def whole_rows(
@@ -279,11 +279,13 @@ def whole_rows(
     total = _counted(passes.fill(x, head, labels, target, TritonTiles(count), workspace, out), count)
     logps = (target - target) - torch.log1p(total)
     flags = (total > passes.OVERFLOW).to(torch.int8)
-    _redo(x, head, labels, flags, target, slope, logps, None)
+    normalizer = passes.log_sum_exp(target, total)
+    _redo(x, head, labels, flags, target, slope, logps, normalizer, None)
+    anchor, share = passes.rounded(normalizer, logps.dtype)
     overflowed = flags.any()
     again = overflowed * (len(x) if count is None else count)
-    passes.fill(x, head, labels, target - logps, TritonTiles(again.to(torch.int32)), workspace, out)
-    return logps, torch.where(overflowed, 1.0, logps.exp())
+    passes.fill(x, head, labels, anchor, TritonTiles(again.to(torch.int32)), workspace, out)
+    return logps, torch.where(overflowed, share, logps.exp())
 
 
 def _redo(
@@ -294,9 +296,10 @@ def _redo(
     target: Tensor,
     slope: Tensor | None,
     logps: Tensor,
+    normalizer: Tensor,
     direction: Tensor | None,
 ) -> None:
-    """Overwrite logps and direction at the rows whose flag is set, by the exact kernel."""
+    """Overwrite logps, normalizer and direction at the rows whose flag is set, by the exact kernel."""
     if not len(x):
         return
     exact_rows.launch(
@@ -308,6 +311,7 @@ def _redo(
         target,
         slope,
         logps,
+        normalizer,
         direction,
         logit_scale=head.logit_scale,
         softcap=head.softcap,

@@ -7,7 +7,8 @@ Every exponent is anchored at the target's own logit z_y, so vocabulary chunks a
     E'_t    = Σ_v P̂[t, v] c[t, v] W_v   U_t = (s_t c_y W_y - E'_t) / (1 + s_t) = ∂logp_t/∂x_t
 
 with c = ∂z/∂(x Wᵀ). The same tile, anchored at the log-sum-exp, gives softmax(z) - onehot(y), from which `gradients`
-builds everything a trained head needs.
+builds everything a trained head needs. Logits of a hundred leave fp32 four digits fewer than their exponentials have, so the
+log-sum-exp is known to float64: what rounding takes from the anchor comes back as a factor of the row.
 
 One number sizes it all: a workspace in bytes, for the slice, the sum E' in the compute dtype and what else a block of rows
 needs at a time. Exponentials below `LEAST` are 0 before a product sees them: they, or their products, would be denormal, which
@@ -81,7 +82,7 @@ class Forward:
     """What a pass over the vocabulary yields."""
 
     logps: Tensor  # (N,) log-probability of each label
-    normalizer: Tensor  # (N,) log Σ_v exp(z_v)
+    normalizer: Tensor  # (N,) log Σ_v exp(z_v) as `log_sum_exp` gives it
     direction: Tensor | None  # (N, D) U_t = ∂logp_t/∂x_t in the dtype of x; None when it was not asked for
 
 
@@ -92,6 +93,23 @@ class Gradients:
     hidden: Tensor | None  # (N, D)
     weight: Tensor | None  # (V, D)
     bias: Tensor | None  # (V,)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, but float32 on Apple's GPUs, which have no wider format."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def log_sum_exp(anchor: Tensor, others: Tensor) -> Tensor:
+    """anchor + log(1 + others) (N,) in the widest format."""
+    wide = widest(anchor.device)
+    return anchor.to(wide) + torch.log1p(others.to(wide))
+
+
+def rounded(normalizer: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """An anchor a (N,) of exponents in `dtype` at the log-sum-exp, and exp(a - log-sum-exp), by which they are too small."""
+    anchor = normalizer.to(dtype)
+    return anchor, (anchor - normalizer).exp().to(dtype)
 
 
 def cut(total: int, step: int) -> list[slice]:
@@ -224,12 +242,14 @@ def gradients(
     want_hidden, want_weight, want_bias = want
     g = upstream.to(precise)
     scale = -head.logit_scale / magnify
+    anchor, share = rounded(forward.normalizer, precise)
+    anchor -= math.log(magnify)
+    at_target = torch.expm1(forward.logps) * magnify / share
+    g = g * share
     unit, factor = g * scale, None
     if x.dtype == torch.float16:
         largest = g.abs().amax() if g.numel() else g.sum()
         unit, factor = g / torch.where(largest > 0, largest, torch.ones_like(largest)), largest * scale
-    anchor = forward.normalizer - math.log(magnify)
-    at_target = torch.expm1(forward.logps) * magnify
     d_hidden = torch.zeros(x.shape, dtype=precise, device=x.device) if want_hidden else None
     trained = x[:, first_column:]
     d_weight = head.weight.new_empty(len(head.weight), trained.shape[1]) if want_weight else None

@@ -91,7 +91,7 @@ def forward(
 def nothing(x: Tensor, want_direction: bool) -> Forward:
     """The results of rows that do not count."""
     logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
-    return Forward(logps, torch.zeros_like(logps), x.new_zeros(x.shape) if want_direction else None)
+    return Forward(logps, torch.zeros_like(logps, dtype=passes.widest(x.device)), x.new_zeros(x.shape) if want_direction else None)
 
 
 def put(whole: Forward, rows: Tensor | slice, part: Forward) -> None:
@@ -129,9 +129,11 @@ def whole_rows(
     if flagged.numel() == 0:
         return logps, logps.exp()
     again = forward(x[flagged], head, labels[flagged], None, want_direction=False, workspace=workspace)
-    logps[flagged] = again.logps
-    passes.fill(x, head, labels, target - logps, TorchTiles(), workspace, out)
-    return logps, torch.ones_like(logps)
+    normalizer = passes.log_sum_exp(target, total)
+    logps[flagged], normalizer[flagged] = again.logps, again.normalizer
+    anchor, share = passes.rounded(normalizer, logps.dtype)
+    passes.fill(x, head, labels, anchor, TorchTiles(), workspace, out)
+    return logps, share
 
 
 def gradients(
@@ -164,11 +166,12 @@ def _around(
     total, pull = passes.accumulate(x, head, labels, anchor, TorchTiles(), workspace, want_pull=want_direction)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
-    logps = excess - torch.log1p(total + torch.expm1(excess))
+    others = total + torch.expm1(excess)
+    logps = excess - torch.log1p(others)
     direction = None
     if pull is not None:
         direction = passes.directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
-    return Forward(logps, target - logps, direction), total
+    return Forward(logps, passes.log_sum_exp(anchor, others), direction), total
 
 
 def largest_logits(x: Tensor, head: Head, workspace: int) -> Tensor:

@@ -32,6 +32,7 @@ def exact_rows_kernel(
     target_ptr,
     slope_ptr,
     logp_ptr,
+    normalizer_ptr,
     direction_ptr,
     N,
     V,
@@ -54,7 +55,7 @@ def exact_rows_kernel(
     """Grid: (cdiv(N, BLOCK_N), cdiv(D, BLOCK_D) if WRITE else 1); a program owns BLOCK_N rows and BLOCK_D columns of U.
 
     Pointers: x (N, D), w (V, D), bias (V,), label (N,) int64, flag (N,) int8, target (N,) fp32 z_y, slope (N,) fp32
-    ∂z_y, logp (N,) fp32 and direction (N, D), both written at flagged rows alone. bias, slope and direction are touched
+    ∂z_y; logp (N,) fp32, normalizer (N,) fp64 and direction (N, D) are written at flagged rows alone. bias, slope and direction are touched
     only with HAS_BIAS, HAS_SOFTCAP, WRITE.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,6 +105,7 @@ def exact_rows_kernel(
     everything = total + tl.exp(excess)
     if tl.program_id(1) == 0:
         tl.store(logp_ptr + n, excess - tl.log(everything), mask=flagged)
+        tl.store(normalizer_ptr + n, largest.to(tl.float64) + tl.log(everything.to(tl.float64)), mask=flagged)
     if WRITE:
         others = total / everything
         if HAS_SOFTCAP:
@@ -127,6 +129,7 @@ def launch(
     target: Tensor,
     slope: Tensor | None,
     logps: Tensor,
+    normalizer: Tensor,
     direction: Tensor | None,
     *,
     logit_scale: float,
@@ -134,7 +137,7 @@ def launch(
     precision: str,
     config: TileConfig,
 ) -> None:
-    """Overwrite `logps` and, unless None, `direction` at the rows whose int8 flag is set. See the kernel."""
+    """Overwrite `logps`, `normalizer` and, unless None, `direction` at the rows whose int8 flag is set. See the kernel."""
     assert labels.is_contiguous() and (direction is None or direction.stride(1) == 1)
     n, d = x.shape
     grid = (triton.cdiv(n, config.block_n), 1 if direction is None else triton.cdiv(d, config.block_d))
@@ -147,6 +150,7 @@ def launch(
         target,
         target if slope is None else slope,
         logps,
+        normalizer,
         x if direction is None else direction,
         n,
         weight.shape[0],

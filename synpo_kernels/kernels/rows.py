@@ -106,6 +106,7 @@ def finish_rows_kernel(
     target_ptr,
     slope_ptr,
     logp_ptr,
+    normalizer_ptr,
     flag_ptr,
     direction_ptr,
     N,
@@ -131,8 +132,8 @@ def finish_rows_kernel(
     """Grid: (cdiv(N, BLOCK_N), cdiv(D, BLOCK_D) if WRITE else 1); a program owns BLOCK_N rows of the order, BLOCK_D columns of U.
 
     Pointers: pull (N, D) fp32 E', sums (T, N) fp32, which add up to s, w (V, D), label (…) int64, order and count as
-    `begin_rows`, target and slope (…) fp32; written where the row lies among all rows: logp (…) fp32, flag (…) int8 whether it
-    overflowed, direction (…, D).
+    `begin_rows`, target and slope (…) fp32; written where the row lies among all rows: logp (…) fp32, normalizer (…) fp64 the
+    log-sum-exp, flag (…) int8 whether it overflowed, direction (…, D).
     HAS_DIVISOR: E' was anchored at the log-sum-exp and is `divisor` times too large, instead of 1 + s times.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -148,9 +149,11 @@ def finish_rows_kernel(
         small = total * (
             1.0 - total * (0.5 - total * (1.0 / 3.0 - total * 0.25))
         )  # log(1 + s) where 1 + s would lose s
-        log = tl.where(total < 0.01, small, tl.log(1.0 + total.to(tl.float64)).to(tl.float32))
+        wide = tl.log(1.0 + total.to(tl.float64))
+        log = tl.where(total < 0.01, small, wide.to(tl.float32))
         logp = (target - target) - log  # the difference is 0, or NaN where the row is not finite
         tl.store(logp_ptr + place, logp, mask=n < N)
+        tl.store(normalizer_ptr + place, target.to(tl.float64) + wide, mask=n < N)
         tl.store(flag_ptr + place, (inside & (total > overflow)).to(tl.int8), mask=n < N)
     if WRITE:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -249,6 +252,7 @@ def finish(
     target: Tensor,
     slope: Tensor | None,
     logps: Tensor,
+    normalizer: Tensor,
     flags: Tensor,
     direction: Tensor | None,
     *,
@@ -258,7 +262,7 @@ def finish(
     divisor: float | None,
     overflow: float,
 ) -> None:
-    """See the kernel; without `pull` and `direction` only log-probabilities and flags are written."""
+    """See the kernel; without `pull` and `direction` U is not written."""
     write = pull is not None and direction is not None
     dim = weight.shape[1]
     finish_rows_kernel[(triton.cdiv(rows, BLOCK_N), triton.cdiv(dim, BLOCK_D) if write else 1)](
@@ -271,6 +275,7 @@ def finish(
         target,
         target if slope is None else slope,
         logps,
+        normalizer,
         flags,
         weight if direction is None else direction,
         rows,

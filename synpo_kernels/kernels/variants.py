@@ -23,7 +23,7 @@ TYPES = {
     "scratch_ptr": "*fp32",
     **dict.fromkeys(("grow", "log_plausibility", "penalty", "inverse_penalty"), "fp32"),
     **{f"{name}_{part}": "fp32" for name in ("scale", "top_p", "min_p") for part in range(3)},
-    "uniform_ptr": "*fp64",
+    **dict.fromkeys(("uniform_ptr", "normalizer_ptr"), "*fp64"),
     "token_ptr": "*i64",
     **dict.fromkeys(("count_ptr", "bound_ptr"), "*i32"),
     "sums_ptr": "*fp64",

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.choice import choose
-from ..backends.passes import Forward, in_order, workspace_of
+from ..backends.passes import Forward, in_order, widest, workspace_of
 from ..checks import inside_op, may_overwrite
 from ..head import Head, compute_dtype
 
@@ -153,7 +153,7 @@ def trained(
 @trained.register_fake
 def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, workspace):  # type: ignore[no-untyped-def]
     logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
-    return logps, torch.empty_like(logps)
+    return logps, torch.empty_like(logps, dtype=widest(x.device))
 
 
 @torch.library.custom_op("synpo_kernels::linear_logprobs_gradients", mutates_args=())

@@ -166,7 +166,7 @@ def forward(
     at_once = want_direction and magnify == 1.0
     found, total = _around(x, head, labels, target, slope, target, tiles, group, at_once, workspace)
     if want_direction and not at_once:
-        anchor = found.normalizer - math.log(magnify)
+        anchor = found.normalizer.to(total.dtype) - math.log(magnify)
         _, pull = _sums(x, head, labels, anchor, tiles, workspace, want_pull=True)
         assert pull is not None
         others = -torch.expm1(found.logps)
@@ -200,12 +200,13 @@ def _around(
     dist.all_reduce(total, group=group)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
-    logps = excess - torch.log1p(total + torch.expm1(excess))
+    others = total + torch.expm1(excess)
+    logps = excess - torch.log1p(others)
     direction = None
     if pull is not None:
         pull.div_(everything[:, None])
         direction = _direction(x, head, labels, slope, total / everything, pull, group)
-    return Forward(logps, target - logps, direction), total
+    return Forward(logps, passes.log_sum_exp(anchor, others), direction), total
 
 
 def _direction(

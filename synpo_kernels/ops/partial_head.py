@@ -83,7 +83,8 @@ def _all_tensors(x: Tensor, found: Forward, labels: Tensor) -> tuple[Tensor, Ten
 @kept.register_fake
 def _(x, weight, extra, bias, labels, softcap, logit_scale, ignore_index, backend, workspace, group, want_direction):  # type: ignore[no-untyped-def]
     logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
-    return logps, torch.empty_like(logps), x.new_empty(x.shape if want_direction else 0), torch.empty_like(labels)
+    normalizer = torch.empty_like(logps, dtype=passes.widest(x.device))
+    return logps, normalizer, x.new_empty(x.shape if want_direction else 0), torch.empty_like(labels)
 
 
 @torch.library.custom_op("synpo_kernels::linear_logprobs_kept_gradients", mutates_args=())

@@ -127,17 +127,33 @@ def test_ignored_rows_reach_nothing(kept, dtype, trained, backend, device, monke
         assert (got.double() - reference).norm() <= 2 * GRADIENT_TOLERANCE[dtype] * reference.norm()
 
 
+def peaked(shape: tuple[int, int, int], device, dtype) -> Problem:
+    problem = make(shape, device, dtype, head="bias", spread=4.0, ignored=False)
+    logits = problem.hidden.double() @ problem.weight.double().T + problem.bias.double()
+    problem.labels[::2] = logits.argmax(1)[::2]
+    problem.labels[1::2] = logits.argmin(1)[1::2]
+    return problem
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peaked_softmax(dtype, trained, backend, device) -> None:
     """Half the labels have p ≈ 1, the others lie far below the largest logit (-100 and less)."""
-    problem = make((24, 90, 32), device, dtype, head="bias", spread=4.0, ignored=False)
-    logits = problem.hidden.double() @ problem.weight.double().T + problem.bias.double()
-    problem.labels[::2] = logits.argmax(1)[::2]
-    problem.labels[1::2] = logits.argmin(1)[1::2]
+    problem = peaked((24, 90, 32), device, dtype)
     logps = naive_logprobs(problem.hidden.double(), problem.weight.double(), problem.labels, bias=problem.bias.double())
     assert logps.max() > -1e-6 and logps.min() < -100.0, "the problem is not peaked"
     check(problem, dtype, trained, backend)
+
+
+@pytest.mark.parametrize("rows", range(26, 74, 6))
+def test_peaked_gradients_are_as_exact_as_those_of_torch(rows, backend, device) -> None:
+    """A log-sum-exp of a hundred, rounded to fp32, would cost five times the error."""
+    problem = peaked((rows, 90, 32), device, torch.float32)
+    _, expected = problem.run(naive_logprobs, torch.float64, True)
+    _, plain = problem.run(naive_logprobs, torch.float32, True)
+    _, found = problem.run(linear_logprobs, torch.float32, True, backend=backend)
+    for got, reference, same_dtype in zip(found, expected, plain):
+        assert relative(got, reference) <= 1.3 * relative(same_dtype, reference) + 2e-7
 
 
 def test_probability_close_to_one_keeps_its_digits(backend, device) -> None:

@@ -60,9 +60,11 @@ def test_exact_addresses_past_two_to_the_31(which, far_apart, device) -> None:
     labels, flags = torch.tensor([0, 1, 2], device=device), torch.ones(3, dtype=torch.int8, device=device)
     z = x.float() @ w.float().T
     logps, direction = torch.empty(3, device=device), torch.empty(3, 16, dtype=torch.bfloat16, device=device)
-    target = z.diagonal().contiguous()
-    exact_rows.launch(x, w, None, labels, flags, target, None, logps, direction, config=exact_config(None), **OPTIONS)
+    normalizer, target = torch.empty(3, dtype=torch.float64, device=device), z.diagonal().contiguous()
+    written = (logps, normalizer, direction)
+    exact_rows.launch(x, w, None, labels, flags, target, None, *written, config=exact_config(None), **OPTIONS)
     torch.testing.assert_close(logps, z.log_softmax(1).diagonal(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normalizer.float(), z.logsumexp(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(direction.float(), w.float() - z.softmax(1) @ w.float(), rtol=2e-2, atol=2e-2)
 
 
@@ -72,15 +74,17 @@ def test_only_flagged_rows_are_touched(device) -> None:
     labels = torch.arange(40, device=device) % 33
     flags = torch.zeros(40, dtype=torch.int8, device=device)
     flags[[3, 37]] = 1  # two blocks of rows, one block between without a flag
-    logps = torch.full((40,), 7.0, device=device)
+    logps, normalizer = torch.full((40,), 7.0, device=device), torch.full((40,), 7.0, device=device).double()
     direction = torch.full((40, 20), 7.0, device=device)
     z = x @ w.T
     target = z.gather(1, labels[:, None])[:, 0].contiguous()
-    exact_rows.launch(x, w, None, labels, flags, target, None, logps, direction, config=INTERPRETER, **OPTIONS)
+    written = (logps, normalizer, direction)
+    exact_rows.launch(x, w, None, labels, flags, target, None, *written, config=INTERPRETER, **OPTIONS)
     kept = flags == 0
-    assert (logps[kept] == 7.0).all() and (direction[kept] == 7.0).all()
+    assert (logps[kept] == 7.0).all() and (normalizer[kept] == 7.0).all() and (direction[kept] == 7.0).all()
     expected = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(logps[~kept], expected[~kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normalizer[~kept].float(), z.logsumexp(1)[~kept], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(direction[~kept], (w[labels] - z.softmax(1) @ w)[~kept], rtol=1e-4, atol=1e-5)
 
 
