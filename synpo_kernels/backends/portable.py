@@ -91,7 +91,8 @@ def forward(
 def nothing(x: Tensor, want_direction: bool) -> Forward:
     """The results of rows that do not count."""
     logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
-    return Forward(logps, torch.zeros_like(logps, dtype=passes.widest(x.device)), x.new_zeros(x.shape) if want_direction else None)
+    normalizer = torch.zeros_like(logps, dtype=passes.widest(x.device))
+    return Forward(logps, normalizer, x.new_zeros(x.shape) if want_direction else None)
 
 
 def put(whole: Forward, rows: Tensor | slice, part: Forward) -> None:

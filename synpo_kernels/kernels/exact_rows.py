@@ -55,8 +55,8 @@ def exact_rows_kernel(
     """Grid: (cdiv(N, BLOCK_N), cdiv(D, BLOCK_D) if WRITE else 1); a program owns BLOCK_N rows and BLOCK_D columns of U.
 
     Pointers: x (N, D), w (V, D), bias (V,), label (N,) int64, flag (N,) int8, target (N,) fp32 z_y, slope (N,) fp32
-    ∂z_y; logp (N,) fp32, normalizer (N,) fp64 and direction (N, D) are written at flagged rows alone. bias, slope and direction are touched
-    only with HAS_BIAS, HAS_SOFTCAP, WRITE.
+    ∂z_y; written at flagged rows alone: logp (N,) fp32, normalizer (N,) fp64 the log-sum-exp, direction (N, D). bias, slope
+    and direction are touched only with HAS_BIAS, HAS_SOFTCAP, WRITE.
     """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     flagged = tl.load(flag_ptr + n, mask=n < N, other=0) != 0
