@@ -105,7 +105,7 @@ def generate(
     ends = torch.tensor(lm.eos_token_ids, device=device)
     draws: Tensor | None = None
     if sampling.temperature > 0:  # with columns that nobody reads, beyond the end
-        draws = F.pad(uniforms(keys, limit).double(), (0, 1 + MOST)).to(device)
+        draws = F.pad(uniforms(keys, limit).double(), (0, 1 + MOST)).flatten().to(device)
 
     both = 1 if amateurs is None else 2
     if sampling.repetition_penalty != 1 or guesses(count * both, device) == 0:
@@ -140,10 +140,10 @@ def generate(
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
             history=page.tokens[page.rows, :step] if sampling.repetition_penalty != 1 else None,
-            uniform=None if draws is None else draws[page.rows[:, None], places].flatten(),
+            uniform=None if draws is None else draws[places],
         )
         token = token.view(-1, size)
-        taken = page.write(token, logp.view(-1, size), places, guessed)
+        taken = page.write(token, logp, places, guessed)
         last = token[:, :1]
         if guessed is not None:
             streams.take_back(size, taken if amateur is None else taken.repeat(2))
@@ -180,51 +180,54 @@ def generate(
 
 
 class Page:
-    """The answers so far. `rows` are those the batch still writes, `written` and `done` are theirs."""
+    """The answers so far. `rows` are those the batch still writes, `place` and `done` are theirs.
+
+    Places count through the page, row after row: where a row's next token goes is `place`, where it would be full `full`.
+    """
 
     def __init__(self, count: int, limit: int, pad: int, ends: Tensor) -> None:
-        device = ends.device
+        device, width = ends.device, limit + 1 + MOST  # T, then what was drawn beyond the end
         self.limit, self.ends = limit, ends
         self.steps = torch.arange(1 + MOST, device=device)
-        self.tokens = torch.full(
-            (count, limit + 1 + MOST), pad, device=device
-        )  # (R, T), then what was drawn beyond the end
-        self.logps = torch.zeros(count, limit + 1 + MOST, device=device)
+        self.tokens = torch.full((count, width), pad, device=device)  # (R, T)
+        self.logps = torch.zeros(count, width, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)  # tokens written, the end included
         self.rows = torch.arange(count, device=device)
-        self.written = torch.zeros(count, dtype=torch.long, device=device)
+        self.place = self.rows * width
+        self.full = self.place + limit
         self.done = torch.zeros(count, dtype=torch.bool, device=device)
+        self.one = torch.ones_like(self.rows)
 
     def places(self, size: int) -> Tensor:
-        """Where the next tokens go: (R, S)."""
-        return self.written[:, None] + self.steps[:size]
+        """Where the next tokens go: (R · S,)."""
+        return self.place if size == 1 else (self.place[:, None] + self.steps[:size]).flatten()
 
     def write(self, token: Tensor, logp: Tensor, places: Tensor, guessed: Tensor | None) -> Tensor:
         """Take the tokens drawn for `places`, (R, S), up to the first after a wrong guess, (R, S - 1). Returns how many, (R,)."""
-        where = (self.rows[:, None], places)
-        self.tokens[where] = token
-        self.logps[where] = logp
+        self.tokens.view(-1).scatter_(0, places, token.flatten())
+        self.logps.view(-1).scatter_(0, places, logp)
         ends = (token[..., None] == self.ends).any(-1)
         if guessed is None:
-            self.written = self.written + ~self.done
-            self.done = self.done | ends[:, 0] | (self.written == self.limit)
-            return self.steps[1:2].expand_as(self.written)
+            self.place = self.place + ~self.done
+            self.done = self.done | ends[:, 0] | (self.place == self.full)
+            return self.one
         taken = 1 + (token[:, :-1] == guessed).long().cumprod(1).sum(1)
         ends &= self.steps[: token.shape[1]] < taken[:, None]
         ended = ends.any(1)
-        length = self.written + torch.where(ended, ends.int().argmax(1) + 1, taken)
-        self.written = torch.where(self.done, self.written, length.clamp_(max=self.limit))
-        self.done = self.done | ended | (self.written == self.limit)
+        after = self.place + torch.where(ended, ends.int().argmax(1) + 1, taken)
+        self.place = torch.where(self.done, self.place, torch.minimum(after, self.full))
+        self.done = self.done | ended | (self.place == self.full)
         return taken
 
     def keep(self, alive: Tensor) -> None:
         """Go on with these rows of the batch only; the others are as long as they are."""
         self.close()
-        self.rows, self.written, self.done = self.rows[alive], self.written[alive], self.done[alive]
+        self.rows, self.place, self.full = self.rows[alive], self.place[alive], self.full[alive]
+        self.done, self.one = self.done[alive], self.one[: len(alive)]
 
     def close(self) -> None:
         """Note how long the answers of the batch are."""
-        self.lengths[self.rows] = self.written
+        self.lengths[self.rows] = self.place - self.full + self.limit
 
 
 def _check(
