@@ -48,7 +48,8 @@ def hidden_states_and_head(model: Any, /, **inputs: Any) -> tuple[Tensor, Head]:
 
     Raises:
         ValueError: labels are among the inputs; the model has no output head, or does to its logits what the loss does not
-            support (it supports W, b, plain LoRA, a scale and a soft cap); the head is in pieces out of the forward pass (FSDP1).
+            support (it supports W, b, plain LoRA, a scale and a soft cap); it is wrapped by PEFT in a way that adds states to
+            a row, or goes past the model's hooks (prompt tuning, AdaLoRA); the head is in pieces out of the forward pass (FSDP1).
     """
     hidden = _run(model, _in_graph, inputs)
     head = head_of(model)
@@ -144,6 +145,7 @@ def _run(model: Any, function: Callable[[Tensor, nn.Module], Tensor], inputs: di
     entered: list[Tensor] = []
     results: list[Tensor] = []
     logits: list[Tensor] = []
+    handed: list[bool] = []
 
     def shorten(layer: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if arguments[0].dim() != 3:
@@ -166,9 +168,10 @@ def _run(model: Any, function: Callable[[Tensor, nn.Module], Tensor], inputs: di
         if look is not None:
             look.at_hooks(results[0], output)
         results.append(output)
-        return logits[0] if look is None else look.asked
+        return logits[0] if look is None else look.asked.clone()  # which the model may change in place
 
     def hand_out(base: Any, arguments: tuple[Any, ...], output: Any) -> Any:
+        handed.append(True)
         if look is not None:
             look.at_logits(type(base).__name__, output.logits)
         output.logits = results[-1]
@@ -191,6 +194,19 @@ def _run(model: Any, function: Callable[[Tensor, nn.Module], Tensor], inputs: di
             f"{type(base).__name__} called its output head {len(entered)} times, expected once: the fused loss cannot stand "
             "in the place of its logits"
         )
+    if not handed:
+        raise ValueError(
+            f"{type(model).__name__} runs the forward of {type(base).__name__} past its hooks (AdaLoRA does), so that nothing "
+            "can stand in the place of its logits; train LoRA"
+        )
+    given = next(
+        (inputs[name].shape[1] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None
+    )
+    if given is not None and entered[0].shape[1] > given:
+        raise ValueError(
+            f"{type(model).__name__} gives its output head {entered[0].shape[1]} states of a row of {given} tokens (prompt "
+            "tuning does): it is not known which of them are those of the tokens"
+        )
     if look is not None:
         _transforms[base] = look.transform(type(base).__name__)
     return output.logits.view(results[0].shape)
@@ -201,15 +217,17 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2.0**-10, 
 
 
 def check_logits(logits: Tensor, expected: Tensor, what: str) -> None:
-    """Raise ValueError, beginning with `what`, where a model's logits (…, V) are not ours up to rounding in their dtype."""
+    """Raise ValueError, beginning with `what`, where a model's logits (…, V) are not ours up to rounding in their dtype, or in
+    the coarser one of those that we made of its head: many models widen what their head gives."""
     found, ours = logits.double(), expected.double()
     error, size = (found - ours).abs(), ours.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     relative = error.square().mean().sqrt() / size
-    rounding = ROUNDING[logits.dtype]
+    dtype = max(logits.dtype, expected.dtype, key=ROUNDING.__getitem__)
+    rounding = ROUNDING[dtype]
     if not (relative <= rounding and (error / (ours.abs() + size)).max() <= 4 * rounding):
         raise ValueError(
             f"{what}: they differ by up to {error.max():.3g} where they are of size {size:.3g}, {relative:.2g} of it on the "
-            f"whole ({str(logits.dtype).removeprefix('torch.')} explains {rounding:.2g}). The fused loss supports a linear head "
+            f"whole ({str(dtype).removeprefix('torch.')} explains {rounding:.2g}). The fused loss supports a linear head "
             "with a bias and LoRA, a scale and a soft cap"
         )
 

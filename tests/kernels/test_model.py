@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from synpo_kernels import FusedLinearSynPOLoss, hidden_states_and_head, in_place_of_logits, linear_logprobs
@@ -218,6 +218,14 @@ def scaled_in_another_way(model: Any) -> None:
             lambda m: get_peft_model(m, LoraConfig(r=2, target_modules=["lm_head"], use_dora=True)),
             "Dora on the output head",
         ),
+        (
+            lambda m: get_peft_model(m, AdaLoraConfig(target_modules=["q_proj"], total_step=9, task_type="CAUSAL_LM")),
+            r"runs the forward of \w+ past its hooks",
+        ),
+        (
+            lambda m: get_peft_model(m, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+            "gives its output head 9 states of a row of 6 tokens",
+        ),
     ],
 )
 def test_heads_that_the_loss_would_get_wrong_are_refused(change: Any, message: str) -> None:
@@ -243,6 +251,13 @@ class Shifted(nn.Linear):
         return super().forward(x) + torch.zeros(V, dtype=x.dtype).index_fill(0, torch.tensor(7), 1.0)
 
 
+class Wide(nn.Linear):
+    """Computes in float32 under weights of any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.weight.float())
+
+
 UNKNOWN: dict[str, Any] = {  # logits and all hidden states → logits, or a layer
     "a bias for all": lambda z, h: z + 0.1 * torch.arange(V) / V,
     "a bias for one": lambda z, h: z + torch.zeros(V).index_fill(0, torch.tensor(7), 0.01),
@@ -252,6 +267,7 @@ UNKNOWN: dict[str, Any] = {  # logits and all hidden states → logits, or a lay
     "a gate": lambda z, h: z * (1 + 0.01 * h[..., :1].sigmoid()),
     "a second head": lambda z, h: z + 0.01 * (h @ torch.ones(32, V).to(h)),
     "columns left out": lambda z, h: z[..., :100],
+    "one token never, in place": lambda z, h: z.index_fill_(-1, torch.tensor(7), torch.finfo(z.dtype).min),  # Chameleon
     "a scale in the head": Scaled,
     "a cap in the head": Capped,
     "a bias in the head": Shifted,
@@ -263,6 +279,9 @@ KNOWN: dict[str, Any] = {
     "a scale, then a cap": lambda z, h: torch.tanh(0.7 * z.float() / 20) * 20,
     "a scale that is a parameter": lambda z, h: z * torch.tensor(0.37, dtype=h.dtype),
     "float32": lambda z, h: z.float(),
+    "a scale in place": lambda z, h: z.mul_(0.7),
+    "a cap in place": lambda z, h: z.div_(20).tanh_().mul_(20),
+    "a head in float32": Wide,
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -88,6 +88,22 @@ def test_the_models_own_logits_are_compared_on_a_few_rows(dtype: torch.dtype) ->
     assert lm.head().weight.dtype == head.weight.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_that_a_model_widens_are_those_of_its_head(dtype: torch.dtype) -> None:
+    """Many models scale what their head gives in float32; it was rounded before."""
+    lm = text_model("llama")
+    lm.model.to(dtype)
+    forward = type(lm.model).forward
+
+    def widened(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits.float() * 0.7
+        return output
+
+    lm.model.__class__ = type("Wide", (type(lm.model),), {"forward": widened})
+    assert lm.head().logit_scale == 0.7
+
+
 def test_hidden_states_never_build_the_logits_and_leave_no_hook() -> None:
     lm = text_model("llama")
     shapes = []
