@@ -65,6 +65,22 @@ TWO_MARKS = (
     TURNS + "<start>{% if m.role == 'assistant' %}<message>{% endif %}{{ m.content }}<stop><end_of_turn>{% endfor %}"
     "{% if add_generation_prompt %}<start><message>{% endif %}"
 )
+LAST = (  # Phi-4-mini: the end of sequence stands behind the last turn alone, and at once
+    TURNS + "<|{{ m.role }}|>{{ m.content }}<stop>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+UNANSWERED = (  # Mistral: the system turn is shown before the last question, while that has no answer
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}{% set messages = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% endif %}"
+    + TURNS
+    + "{% if m.role == 'user' %}[INST] {{ system if loop.last else '' }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+HINT = (
+    TURNS
+    + "<|{{ m.role }}|>{% if m.role == 'user' and loop.last %}(Be brief.) {% endif %}{{ m.content }}<stop>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 MARKS = ["<think>", "</think>", "<start>", "<end_of_turn>", "<stop>", "<channel>", "<message>"]
 
 CASES = {  # template: prompt, answer as trained
@@ -79,6 +95,7 @@ CASES = {  # template: prompt, answer as trained
     "optional thought": (OPTIONAL, "<|assistant|>\n", "<think>\n\n</think>\n\nA cat sits.<|end|>"),
     "no end": (GLM, "<|assistant|>\n", "A cat sits.<|end|>"),
     "channels": (CHANNELS, "<start>assistant", "<channel>final<message>A cat sits.<stop>"),
+    "end of sequence at the very end": (LAST, "<stop><|assistant|>", "A cat sits.<stop>"),
     "two marks": (TWO_MARKS, "<start><message>", "A cat sits.<stop><end_of_turn>"),
 }
 
@@ -131,6 +148,27 @@ def test_a_conversation_comes_before_the_answer() -> None:
     ]
     assert chat.prompt(asked).startswith("<|system|>\nBe brief.<|end|>\n<|user|>\nSay.<|end|>\n<|assistant|>\n")
     assert trained(chat, asked=asked) == "<think>\n\n</think>\n\nA cat sits.<|end|>"
+
+
+@pytest.mark.parametrize("words", [WORDS, "Say.", "Say.[/INST] A cat.", "A cat\n\n  sits."])
+@pytest.mark.parametrize("earlier", [[], [{"role": "user", "content": WORDS}, {"role": "assistant", "content": WORDS}]])
+def test_a_prompt_that_an_answer_changes_is_the_one_that_is_asked(words: str, earlier: list[dict[str, str]]) -> None:
+    """What comes before the last question may be written otherwise once that is answered; the answer is the same."""
+    asked = [{"role": "system", "content": "Be brief."}, *earlier, *ASKED]
+    chat = made(UNANSWERED)
+    assert chat.prompt(asked).endswith("[INST] Be brief.\n\nSay.[/INST]")
+    assert trained(chat, words, asked) == f" {words}{END}"
+    hinted = made(HINT)
+    assert hinted.prompt(asked).endswith("<|user|>(Be brief.) Say.<stop><|assistant|>")
+    assert trained(hinted, words, asked) == f"{words}<stop>"
+    with pytest.raises(ValueError, match="does not write the answer"):
+        trained(made(UNANSWERED.replace(" {{ m.content }}", " {{ m.content | replace('.', '!') }}")), words, asked)
+
+
+def test_words_that_are_in_the_end_of_a_turn_are_an_answer_behind_a_prefix() -> None:
+    chat = made(CHATML, answer_prefix="I see ")
+    for words in ("end", "|", WORDS):
+        assert trained(chat, words) == f"{words}<|end|>"
 
 
 def test_a_template_is_told_what_the_configuration_says() -> None:

@@ -12,7 +12,8 @@ A base model without a template is given the prompt as it is, and goes on from t
 
 Where a template writes something else before a given answer than where it asks for one, the prompt ends where the two part, if
 only white space or a mark (`<think>`) is left out; anything else is refused with the setting that helps. Where they differ in
-white space alone (LLaVA-OneVision writes "assistant" with a blank then), the prompt stays what the model is asked with.
+white space alone (LLaVA-OneVision writes "assistant" with a blank then), the prompt stays what the model is asked with. So it
+does where they differ in what comes before (Mistral shows a system turn while the last question is unanswered, and no longer).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Turn:
         dropped: what ends the template's own prompt and is left out, since it does not stand before a given answer.
         spaces: white space at the end of the prompt, and what stands there before a given answer.
         lead: what stands between the prompt and the words of an answer.
+        opening: what stands between the last question and the words of an answer.
         tail: what stands behind them at the end of a conversation.
         end: the beginning of `tail` that closes the turn; "" where no token does, then `ids` are written behind the answer.
         ids: the tokens of `end`, the last of which ends an answer.
@@ -58,6 +60,7 @@ class Turn:
     dropped: str
     spaces: tuple[str, str]
     lead: str
+    opening: str
     tail: str
     end: str
     ids: tuple[int, ...]
@@ -150,7 +153,7 @@ class Chat:
     def turn(self) -> Turn:
         """How the template writes an answer, found by asking it. Raises ValueError where that cannot be told."""
         if not self.tokenizer.chat_template:
-            return Turn(False, "", ("", ""), "", "", "", self._known[:1])
+            return Turn(False, "", ("", ""), "", "", "", "", self._known[:1])
         failed: ValueError | None = None
         for parts in (self._prefer_parts, not self._prefer_parts):
             try:
@@ -169,24 +172,29 @@ class Chat:
         if not once or re.search("""['"]type['"]""", whole):  # a list of parts, printed
             raise ValueError(f"the chat template makes {whole!r} of a question and an answer; {HELP}")
         before, _, tail = whole.partition(ANSWER)
+        asks, opening = (text.rpartition(QUESTION)[2] for text in (own, before))
         dropped, spaces, lead = "", ("", ""), ""
         if self.answer_prefix:
             pass  # the prefix stands where the template's own lead would
-        elif before.startswith(own):
-            lead = before[len(own) :]
+        elif opening.startswith(asks):
+            lead = opening[len(asks) :]
         else:
-            prompt = os.path.commonprefix([own, before])
-            dropped, lead = own[len(prompt) :], before[len(prompt) :]
-            if QUESTION not in prompt or not (MARK.match(dropped) and MARK.match(lead)):
+            shared = len(os.path.commonprefix([asks, opening]))
+            dropped, lead = asks[shared:], opening[shared:]
+            if not (MARK.match(dropped) and MARK.match(lead)):
                 raise ValueError(
                     f"the chat template asks for an answer with {own!r} and writes a given one behind {before!r}; {HELP}"
                 )
             if not (dropped + lead).strip():
                 dropped, spaces, lead = "", (dropped, lead), ""
-        end, ids = self._end(tail)
-        if not end:
-            ids = (self._end_by_next(told, parts),)
-        return Turn(parts, dropped, spaces, lead, tail, end, ids)
+        between = self._between(told, parts)
+        for closing in (os.path.commonprefix([tail, between]), tail):  # what ends a turn ends the others too
+            end, ids = self._end(closing)
+            if end:
+                break
+        else:  # the mark of the next turn if the model is known to stop there (GLM), or the end of sequence
+            ids = (next((token for token in self._end(between)[1] if token in self._known), self._known[0]),)
+        return Turn(parts, dropped, spaces, lead, opening, tail, end, ids)
 
     def _end(self, tail: str) -> tuple[str, tuple[int, ...]]:
         """Of what follows an answer the part that closes the turn: the first run of tokens of the chat's own."""
@@ -198,16 +206,13 @@ class Chat:
             match = None if token in self._known else self._marks_alone.match(tail, len(end))
         return end, tuple(ids)
 
-    def _end_by_next(self, told: Sequence[Message], parts: bool) -> int:
-        """What ends an answer where nothing closes its turn: the mark of the next turn if the model is known to stop there
-        (GLM), else the end of sequence."""
+    def _between(self, told: Sequence[Message], parts: bool) -> str:
+        """What stands between an answer and a question after it; nothing where a template refuses that."""
         try:
             further = self._render([*told, {"role": "user", "content": NEXT}], parts)
         except ValueError:  # a template of one turn
-            return self._known[0]
-        between = further.partition(ANSWER)[2].partition(NEXT)[0]
-        _, ids = self._end(between)
-        return next((token for token in ids if token in self._known), self._known[0])
+            return ""
+        return further.partition(ANSWER)[2].partition(NEXT)[0]
 
     def _words(self, text: str) -> str:
         """The words of an answer, without ends of turn behind them."""
@@ -226,15 +231,27 @@ class Chat:
     def _written(self, whole: str, before: str, words: str) -> str:
         """What the template writes for an answer in the whole conversation, behind the prompt and before the end of the turn."""
         asked, told = self.turn.spaces
-        written = before.removesuffix(asked) + told
-        start = whole.rfind(words) if self.answer_prefix else len(written) if whole.startswith(written) else -1
-        body = whole[start : len(whole) - len(self.turn.tail)] if start >= 0 and whole.endswith(self.turn.tail) else ""
+        written, end = before.removesuffix(asked) + told, len(whole) - len(self.turn.tail)
+        if self.answer_prefix:
+            start = whole.rfind(words, 0, max(end, 0))
+        else:
+            start = len(written) if whole.startswith(written) else self._rewritten(whole, words, end)
+        body = whole[start:end] if start >= 0 and whole.endswith(self.turn.tail) else ""
         if "".join(words.split()) not in "".join(body.split()):
             raise ValueError(
                 f"the chat template does not write the answer {words[:80]!r} as it stands behind the prompt {before[-80:]!r}: "
                 f"the conversation ends in {whole[-120:]!r}; change the answer, or {HELP}"
             )
         return body
+
+    def _rewritten(self, whole: str, words: str, end: int) -> int:
+        """Where the answer begins in a conversation whose earlier turns the template writes otherwise once there is one: behind
+        what opens an answer, with nothing but the words up to `end`; -1 where that is nowhere."""
+        opening, lead, place = self.turn.opening, self.turn.lead, max(end, 0)
+        while opening.strip() and (place := whole.rfind(opening, 0, place)) >= 0:
+            if "".join(whole[place + len(opening) : end].split()) == "".join(words.split()):
+                return place + len(opening) - len(lead)
+        return -1
 
     def _continue(self, before: str, after: str) -> list[int]:
         """The tokens of `after` as they stand behind `before`, whose own tokens are what a model is given."""
