@@ -88,7 +88,20 @@ def test_values_are_converted_to_their_type() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("seed: [", "is not YAML"), ("- 1", "expected sections, got list"), ("sede: 1", "did you mean 'seed'")],
+    [
+        ("seed: [", "is not YAML"),
+        ("- 1", "expected sections, got list"),
+        ("sede: 1", "did you mean 'seed'"),
+        ("1: 2", "unknown key 1"),
+        ("seed: 2024-13-45", "seed: expected int, got '2024-13-45'"),
+        (f"seed: {'9' * 5000}", "is not YAML: Exceeds the limit"),
+        ("train: &a {x: *a}", "expected numbers, texts, lists and mappings: nested"),
+        ("model: {template_variables: {a: !!binary aGk=}}", "expected numbers, texts, lists and mappings: Object of"),
+        (
+            "model: {template_variables: {a: !!set {x}}}",
+            "expected numbers, texts, lists and mappings: Object of type set",
+        ),
+    ],
 )
 def test_a_file_that_cannot_be_used_is_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
@@ -112,6 +125,7 @@ def test_an_empty_file_is_the_defaults_and_a_missing_one_an_error(tmp_path: Path
         ("a.b=", {"a": {"b": None}}),
         ("a=[1, 2]", {"a": [1, 2]}),
         ("a.b=false", {"a": {"b": False}}),
+        ("a.date=2024-07-26", {"a": {"date": "2024-07-26"}}),
     ],
 )
 def test_overrides_are_read_as_yaml(text: str, expected: Any) -> None:
@@ -124,9 +138,10 @@ def test_an_override_needs_key_and_value(text: str) -> None:
         parse_override(text)
 
 
-def test_an_override_that_is_not_yaml_is_a_configuration_error() -> None:
-    with pytest.raises(ConfigError, match="seed"):
-        parse_override("seed=[1")
+@pytest.mark.parametrize("value", ["[1", "9" * 5000, "{a: 1, a: 2}", "&a [*a]", "!!timestamp 2024-13-45", "!!set {x}"])
+def test_an_override_that_is_not_yaml_is_a_configuration_error(value: str) -> None:
+    with pytest.raises(ConfigError, match="--set seed: "):
+        parse_override(f"seed={value}")
 
 
 LLAMA = "llama3-lora"

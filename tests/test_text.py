@@ -24,7 +24,7 @@ from synpo.model.tiny import byte_tokenizer, tiny_text_model
 from synpo.pipeline.judge.base import Task
 from synpo.pipeline.judge.cache import ReplyCache
 from synpo.pipeline.judge.chat import InvalidAnswer, orders_of, question, read_answer
-from synpo.records import Caption, Pair, RecordStore, read_jsonl, record_id, write_json, write_jsonl
+from synpo.records import Caption, Pair, RecordError, RecordStore, read_jsonl, record_id, write_json, write_jsonl
 from synpo.report.page import Group, Report, write_report
 from synpo.report.parts import Sample
 from synpo.report.table import Table, print_table
@@ -137,6 +137,48 @@ def test_references_and_captions_are_text(kind: str, tmp_path: Path) -> None:
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"file:1: not JSON|a file without a complete line"):
         read_references(path)
+
+
+@pytest.mark.parametrize("deep", [101, 300, 600, 900, 5000, 100_000])
+def test_json_without_end_ends_nothing(deep: int, tmp_path: Path) -> None:
+    """From some hundreds on, Python cannot walk through what its own reader of JSON still takes."""
+    nested, path = "[" * deep + "]" * deep, tmp_path / "file"
+    path.write_text(f'{{"prompt": "P?", "chosen": "a", "rejected": "b", "more": {nested}}}\n')
+    with pytest.raises(RecordError, match=r"file:1: not JSON \((nested more than 100 deep|maximum recursion depth)"):
+        load_pairs(path)
+    path.write_text(f'{{"video": "a.mp4", "caption": {nested}}}\n')
+    with pytest.raises(RecordError, match="file:1: not JSON"):
+        read_captions(path)
+    for text in (nested, f'{{"videos": [], "sentences": {nested}}}', f'{{"video": "a", "captions": {nested}}}\n'):
+        path.write_text(text + "\n")
+        with pytest.raises(ValueError, match="file"):
+            read_references(path)
+    path.write_text(f"train: {{a: {nested}}}")
+    with pytest.raises(ConfigError, match=r"c\.yaml|config file|is not YAML|nested"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="--set train"):
+        load_config(overrides=[f"train.a={nested}"])
+    for reply in (f'{{"scores": {nested}}}', '{"a":' * deep + "1" + "}" * deep, "{" * deep):
+        with pytest.raises(InvalidAnswer):
+            read_answer(reply, 1)
+    fine = '{"scores": [{"id": 1, "factuality": 1, "fluency": 1, "consistency": 1}]}'
+    assert len(read_answer(f'{{"a": {nested}}} {fine}', 1)) == 1
+
+
+def test_a_key_that_is_there_twice_has_no_meaning(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text('{"prompt": "P?", "chosen": "a", "rejected": "b", "chosen": "c"}\n')
+    with pytest.raises(RecordError, match=r"file:1: not JSON \(the key 'chosen' is there twice\)"):
+        load_pairs(path)
+    for end in ("", "\n"):
+        path.write_text('{"video": "a", "captions": ["x"], "captions": ["y"]}' + end)
+        with pytest.raises(ValueError, match="the key 'captions' is there twice"):
+            read_references(path)
+    scores = '"scores": [{"id": 1, "factuality": 1, "fluency": 1, "consistency": 1}]'
+    with pytest.raises(InvalidAnswer):
+        read_answer(f"{{{scores}, {scores}}}", 1)
+    with pytest.raises(InvalidAnswer):
+        read_answer(f"{{{scores.replace('1}', '1, {chr(34)}fluency{chr(34)}: 5}')}}}", 1)
 
 
 def test_scores_of_captions_that_are_no_text() -> None:

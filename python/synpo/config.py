@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
@@ -203,10 +204,10 @@ class Config(Section):
 Kind = TypeVar("Kind")
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: Any, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest known one, or all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
@@ -286,10 +287,7 @@ def parse_override(text: str) -> dict[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise ConfigError(f"--set takes section.key=value, got {text!r}")
-    try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {name}: {value!r} is not YAML: {error}") from error
+    parsed = _load(value, f"--set {name}: {value[:80]!r}")
     for part in reversed(name.split(".")):
         parsed = {part: parsed}
     return parsed
@@ -311,7 +309,12 @@ def preset_text(name: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 has it, a key that is there twice is an error; PyYAML would forget the first."""
+    """As YAML 1.2 has it, a key that is there twice is an error, where PyYAML would forget the first, and a date is text."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
@@ -321,11 +324,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(text: str, where: str) -> dict[str, Any]:
+def _load(text: str, where: str) -> Any:
+    """A YAML document. Raises ConfigError for one that is none, or holds what JSON, in which a run is noted, has no form for."""
     try:
         loaded = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not YAML: {error}") from error
+    try:
+        json.dumps(cleaned(loaded))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: expected numbers, texts, lists and mappings: {error}") from error
+    return loaded
+
+
+def _read(text: str, where: str) -> dict[str, Any]:
+    loaded = _load(text, where)
     if not isinstance(loaded or {}, Mapping):
         raise ConfigError(f"{where}: expected sections, got {type(loaded).__name__}")
     return dict(loaded or {})

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from synpo.text import clean, cleaned
+from synpo.text import clean, cleaned, distinct
 
 
 def record_id(*parts: Any) -> str:
@@ -173,14 +173,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+                value = json.loads(line, object_pairs_hook=distinct)
+                text = cleaned(value)
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a key twice, or nested without end
                 if not line.endswith(b"\n"):
                     return
                 raise RecordError(
                     f"{path}:{number}: not JSON ({error}), which every line has to be by itself"
                 ) from error
-            text = cleaned(value)
             if text != value:
                 mended.append(number)
             yield number, text

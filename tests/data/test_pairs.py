@@ -167,6 +167,34 @@ def test_a_conversation_that_would_be_cut_is_refused(row: dict[str, Any], messag
             "the column images would not be seen",
         ),
         (
+            {"prompt": "Why?", "chosen": "a", "rejected": "b", "tools": [{"name": "look"}]},
+            "the column tools would not be read .the chat template would show them to the model",
+        ),
+        (
+            {"prompt": "Why?", "chosen": "a", "rejected": "b", "chat_template_kwargs": {"enable_thinking": False}},
+            "the column chat_template_kwargs would not be read .set model.template_variables",
+        ),
+        (
+            {"id": "1", "video": None, "prompt": "Why?", "chosen": "a", "rejected": "b", "chosen_score": float("nan")},
+            "chosen_score should be a number or null, got nan",
+        ),
+        (
+            {"id": "1", "video": None, "prompt": "Why?", "chosen": "a", "rejected": "b", "rejected_score": 10**400},
+            "rejected_score should be a number or null, got 1000",
+        ),
+        (
+            {"video_name": "a.mp4", "pos_pre": "a", "neg_pre": "b", "pos_score": float("inf"), "neg_score": 1},
+            "chosen_score should be a number or null, got inf",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Be"}],
+                "chosen": "cause.",
+                "rejected": "!",
+            },
+            "what an answer begins with belongs into the answers.*got user, assistant",
+        ),
+        (
             {"prompt": "Why?", "chosen": "a", "rejected": "b", "video_name": "a.mp4"},
             "found prompt, chosen, rejected, video_name; a row with video_name has .* call their video `video`",
         ),

@@ -62,6 +62,11 @@ def test_msrvtt_and_its_splits(tmp_path: Path) -> None:
     assert read_references(path, split="test").captions == {"video1": ["a cat"]}
     with pytest.raises(ValueError, match="no video of split 'val'; splits in this MSR-VTT file: test, train"):
         read_references(path, split="val")
+    odd = {"videos": [{"video_id": "a", "split": 1}, {"video_id": "b", "split": [2]}, {"video_id": "c", "split": None}]}
+    odd["sentences"] = [{"video_id": video, "caption": "a dog"} for video in "abc"]
+    assert read_references(write(tmp_path / "odd.json", odd)).splits == {"a": "1", "b": "[2]"}
+    with pytest.raises(ValueError, match="MSR-VTT videos need video_id"):
+        read_references(write(tmp_path / "odd.json", {"videos": ["a"], "sentences": []}))
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -80,6 +85,8 @@ def test_dream_rows_that_name_their_file(tmp_path: Path) -> None:
     references = read_references(write(tmp_path / "d.jsonl", row))
     assert references.captions == {"x/1.mp4": ["a dog"]}
     assert references.events == {"x/1.mp4": []}
+    for more in (None, [], {"events": None}, {"events": 3}):
+        assert read_references(write(tmp_path / "d.jsonl", row | {"extra_info": more})).events == {"x/1.mp4": []}
 
 
 @pytest.mark.parametrize(

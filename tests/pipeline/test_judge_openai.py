@@ -92,6 +92,10 @@ BROKEN = {
     "not UTF-8": (200, {}, b'{"choices": [{"message": {"content": "\xff"}}]}'),
     "a number of 5000 digits": says('{"scores": ' + "9" * 5000 + "}")({}),
     "deep nesting": says('{"a": ' * 5000)({}),
+    "nesting that json still reads": says('{"a": ' * 600 + "1" + "}" * 600)({}),
+    "a reply nested without end": (200, {}, b"[" * 100_000),
+    "a deep reply": (200, {}, b'{"id": "x", "choices": ' + b"[" * 800 + b"]" * 800 + b"}"),
+    "scores twice": says(GOOD.replace('"fluency"', '"fluency": 1, "fluency"'))({}),
     "a lone surrogate": says(GOOD.replace("scores", "\ud800"))({}),
 }
 

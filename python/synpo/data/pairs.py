@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,10 @@ from synpo.records import Message, Pair, RecordError, parse_record, read_jsonl, 
 AUTHORS = {"video_name", "pos_pre", "neg_pre", "pos_score", "neg_score"}
 RECORD = {field.name for field in fields(Pair)}
 SEEN = {"image", "images", "videos"}
+SHOWN = {
+    "tools": "the chat template would show them to the model",
+    "chat_template_kwargs": "set model.template_variables",
+}
 ROLES = ("system", "user", "assistant")
 BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
@@ -122,7 +127,15 @@ def _authors(row: Mapping[str, Any], prompt: str, where: str) -> Pair:
         )
     values = {"video": row["video_name"], "prompt": prompt, "chosen": row["pos_pre"], "rejected": row["neg_pre"]}
     scores = {"chosen_score": row["pos_score"], "rejected_score": row["neg_score"]}
-    return parse_record(Pair, {"id": record_id(values), **values, **scores}, where)
+    return _scored(parse_record(Pair, {"id": record_id(values), **values, **scores}, where), where)
+
+
+def _scored(pair: Pair, where: str) -> Pair:
+    """The pair; RecordError where a score of it is no number."""
+    for name in ("chosen_score", "rejected_score"):
+        if (score := getattr(pair, name)) is not None and not abs(score) <= sys.float_info.max:
+            raise RecordError(f"{where}: {name} should be a number or null, got {score!s:.80}")
+    return pair
 
 
 def _parse(row: Any, where: str, default_prompt: str) -> Pair:
@@ -132,12 +145,17 @@ def _parse(row: Any, where: str, default_prompt: str) -> Pair:
         return _authors(row, default_prompt, where)
     plain = all(isinstance(row.get(name), str) for name in ("id", "chosen", "rejected"))
     if plain and "video" in row and "prompt" in row and row.keys() <= RECORD:
-        return parse_record(Pair, {**row, "prompt": _question(row["prompt"], False, f"{where}: prompt")}, where)
+        found = parse_record(Pair, {**row, "prompt": _question(row["prompt"], False, f"{where}: prompt")}, where)
+        return _scored(found, where)
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing and not (missing == ["prompt"] and isinstance(row["chosen"], list)):
         raise RecordError(
             f"{where}: no {' and no '.join(missing)}; found {', '.join(row) or 'no key'}; a pair has prompt, chosen and rejected "
             f"and may have a video, or it has {', '.join(sorted(AUTHORS))}"
+        )
+    if told := sorted(name for name in SHOWN.keys() & row.keys() if row[name]):
+        raise RecordError(
+            f"{where}: the column {told[0]} would not be read ({SHOWN[told[0]]}); write it into the prompt, or leave it out"
         )
     if seen := sorted(name for name in SEEN & row.keys() if row[name]):
         raise RecordError(
@@ -182,7 +200,7 @@ def _question(value: Any, video: bool, where: str) -> str | list[Message]:
     if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2) + ["user"]:
         raise RecordError(
             f"{where} should be a text, or a conversation of user and assistant turns that ends with a user's (a system turn may "
-            f"come first), got {', '.join(roles) or repr(value)[:80]}"
+            f"come first; what an answer begins with belongs into the answers), got {', '.join(roles) or repr(value)[:80]}"
         )
     return turns[0]["content"] if roles == ["user"] else turns
 

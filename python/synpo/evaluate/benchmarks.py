@@ -20,7 +20,7 @@ from typing import Any
 from synpo.evaluate.ptb import tokenize
 from synpo.evaluate.scores import count, some
 from synpo.records import RecordError, read_jsonl
-from synpo.text import cleaned
+from synpo.text import cleaned, distinct
 
 EXPECTED = (
     'expected VATEX (JSON list of {"videoID", "enCap"}), MSR-VTT (JSON object with "videos" and "sentences"), '
@@ -84,11 +84,15 @@ def _only(references: References, split: str, path: str | os.PathLike[str]) -> R
 
 def _detect(path: Path) -> References:
     try:
-        whole = cleaned(json.loads(path.read_text(encoding="utf-8-sig")))  # with or without a byte order mark
-    except (json.JSONDecodeError, RecursionError):
-        return _from_lines(path)
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    try:
+        whole = cleaned(json.loads(text, object_pairs_hook=distinct))
+    except (json.JSONDecodeError, RecursionError):
+        return _from_lines(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {EXPECTED}") from error
     if isinstance(whole, dict) and {"videos", "sentences"} <= whole.keys():
         return _msrvtt(path, whole)
     if isinstance(whole, list) and whole and isinstance(whole[0], dict) and {"videoID", "enCap"} <= whole[0].keys():
@@ -108,8 +112,7 @@ def _from_lines(path: Path) -> References:
         return References("captions", _collect(path, rows, lambda row: (row["video"], row["captions"])))
     if isinstance(first, dict) and {"messages", "idx"} <= first.keys():
         captions = _collect(path, rows, lambda row: (_dream_id(row), [row["messages"][1]["content"][0]["reference"]]))
-        events = {_dream_id(row): list(row.get("extra_info", {}).get("events", [])) for row in rows}
-        return References("DREAM-1k", captions, events=events)
+        return References("DREAM-1k", captions, events={_dream_id(row): _dream_events(row) for row in rows})
     raise ValueError(f"{path}: {EXPECTED}; got {_describe(first) if rows else 'a file without a complete line'}")
 
 
@@ -117,6 +120,13 @@ def _dream_id(row: dict[str, Any]) -> str:
     """The video's file where the row names one, else its number: the published file holds a placeholder."""
     file: str = row["messages"][0]["content"][0]["video"]["video_file"]
     return str(row["idx"]) if file == "<placeholder>" else file
+
+
+def _dream_events(row: dict[str, Any]) -> list[Any]:
+    """What happens in the video, where the row says so."""
+    more = row.get("extra_info")
+    events = more.get("events") if isinstance(more, dict) else None
+    return events if isinstance(events, list) else []
 
 
 def _collect(path: Path, rows: list[Any], read: Callable[[Any], tuple[Any, Any]]) -> dict[str, list[str]]:
@@ -142,11 +152,11 @@ def _msrvtt(path: Path, whole: dict[str, Any]) -> References:
     try:
         for video in whole["videos"]:
             captions[video["video_id"]] = []
-            if "split" in video:
-                splits[video["video_id"]] = video["split"]
+            if video.get("split") is not None:
+                splits[video["video_id"]] = str(video["split"])
         for sentence in whole["sentences"]:
             captions[sentence["video_id"]].append(sentence["caption"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: MSR-VTT videos need video_id, sentences need caption and the video_id of a listed video; missing {error}"
         ) from error

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from synpo.pipeline.judge.base import SCALES, Failure, Task, Verdict
 from synpo.records import record_id
-from synpo.text import clean, cleaned
+from synpo.text import clean, cleaned, distinct
 
 VERSION = 2
 ATTEMPTS = 3
@@ -98,14 +98,18 @@ def one_message(messages: Messages) -> Messages:
 
 def objects(text: str) -> Iterator[Any]:
     """Every outermost JSON object in a text, in order."""
-    decoder, start = json.JSONDecoder(), text.find("{")
+    decoder, start = json.JSONDecoder(object_pairs_hook=distinct), text.find("{")
     while start >= 0:
         try:
             value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
+            value = cleaned(value)
+        except (
+            ValueError,
+            RecursionError,
+        ):  # not JSON, a key twice, nested without end, or a number of thousands of digits
             end = start + 1
         else:
-            yield cleaned(value)
+            yield value
         start = text.find("{", end)
 
 

@@ -162,7 +162,7 @@ class OpenAIJudge(ChatJudge):
                 self._heed(error, last=pauses == PAUSES)
             except openai.APIError as error:
                 raise self._problem(error) from None
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise InvalidAnswer("it is not JSON, as a reply of the endpoint is") from None
             else:
                 return self._text(reply)
