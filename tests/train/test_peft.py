@@ -1,5 +1,7 @@
 """What PEFT trains of an adapter is trained, saved, resumed, planned and evaluated: its biases, saved modules, single tokens."""
 
+import copy
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -9,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from synpo import SynPOConfig, SynPOTrainer
 from synpo.config import Config, ConfigError, ModelConfig
 from synpo.data.collate import PairCollator
 from synpo.model.adapter import CaptionModel, load
+from synpo.model.peft_kinds import base_is_kept
 from synpo.model.tiny import byte_tokenizer, save, tiny_text_model
 from synpo.records import Pair, write_records
-from synpo.train.lora import base_is_kept, make_trainable
+from synpo.train.lora import make_trainable
 from synpo.train.objective import PairObjective
 from synpo.train.plan import plan, skeleton
 from synpo.train.reference import fingerprint
@@ -35,6 +39,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "embeddings": {"modules_to_save": ["embed_tokens"]},
     "single tokens": {"trainable_token_indices": TOKENS[:3]},
     "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
     "LoRA on embeddings and head": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     "everything": {
         "bias": "all", "modules_to_save": ["lm_head", "norm"], "trainable_token_indices": TOKENS[:1], "use_dora": True,
@@ -214,13 +220,13 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_base_under_an_adapter_is_a_reference_unless_biases_are_trained(
+def test_the_base_under_an_adapter_is_a_reference_unless_it_is_changed(
     kind: str, bases: dict[str, Path], adapter_for: Callable[..., Path]
 ) -> None:
     config = settings(bases["own"], adapter_for("own", kind))
     lm, plain = load(config.model), load(replace(config.model, adapter=None))
     make_trainable(lm, config)
-    kept = "bias" not in KINDS[kind]
+    kept = not {"bias", "init_lora_weights"} & KINDS[kind].keys()
     assert base_is_kept(lm.model) == kept
     assert (fingerprint(lm) == fingerprint(plain)) == kept
     before = fingerprint(lm, adapters=True)
@@ -262,6 +268,67 @@ def test_an_adapter_may_train_the_vision_tower(tiny_captioner_path: Path, tmp_pa
     outcome.loss.backward()
     unseen = [n for n, p in lm.model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert all("vision_tower" in name and ("head" in name or "post_layernorm" in name) for name in unseen), unseen
+
+
+BESIDE_LAYERS: dict[str, Any] = {
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "AdaLoRA": AdaLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", total_step=9),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE_LAYERS)
+def test_adapters_that_do_more_than_change_layers_are_refused(
+    kind: str, bases: dict[str, Path], pairs: Path, tmp_path: Path
+) -> None:
+    given = copy.deepcopy(BESIDE_LAYERS[kind])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["own"]), given)
+    model.save_pretrained(tmp_path / "given")
+    message = rf"model\.adapter: an adapter of kind {type(given).__name__} does more than change layers"
+    with pytest.raises(ConfigError, match=message):
+        train(settings(bases["own"], tmp_path / "given"), None, pairs, tmp_path / "run")
+    args, rows = (
+        SynPOConfig(str(tmp_path / "run"), use_cpu=True),
+        [json.loads(x) for x in pairs.read_text().splitlines()],
+    )
+    for peft in (given, None):
+        plain = AutoModelForCausalLM.from_pretrained(bases["own"]) if peft else model
+        with pytest.raises(ConfigError, match=message):
+            SynPOTrainer(plain, args, rows, processing_class=byte_tokenizer(), peft_config=peft)
+
+
+def test_an_adapter_whose_beginning_cannot_be_told_any_more_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT draws another part of the base at random, and loads another model than was saved."""
+    given = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa_niter_2", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["own"]), given)
+    model.save_pretrained(tmp_path / "given")
+    with pytest.raises(
+        ConfigError, match="given was begun by pissa_niter_2, .* path_initial_model_for_weight_conversion"
+    ):
+        load(ModelConfig(path=str(bases["own"]), adapter=str(tmp_path / "given"), device="cpu"))
+    assert not base_is_kept(model)
+
+
+def test_an_adapter_that_cannot_be_put_on_the_model_is_named(
+    bases: dict[str, Path], adapter_for: Callable[..., Path], tmp_path: Path
+) -> None:
+    given = adapter_for("own", "norms")
+    whole = (given / "adapter_model.safetensors").read_bytes()
+    settings_of = json.loads((given / "adapter_config.json").read_text())
+    config = ModelConfig(path=str(bases["own"]), adapter=str(given), device="cpu")
+    for name, data in {
+        "adapter_model.safetensors": whole[: len(whole) // 2],
+        "adapter_config.json": json.dumps(settings_of | {"r": 3}).encode(),  # other shapes
+    }.items():
+        kept = (given / name).read_bytes()
+        (given / name).write_bytes(data)
+        with pytest.raises(ConfigError, match=r"model\.adapter: .*given cannot be put on the model: "):
+            load(config)
+        (given / name).write_bytes(kept)
+    for data in (b"{", b"[]", json.dumps(settings_of | {"peft_type": "NEW"}).encode(), b"\xff"):
+        (given / "adapter_config.json").write_bytes(data)
+        with pytest.raises(ConfigError, match=r"model\.adapter: .*given cannot be put on the model: "):
+            load(config)
 
 
 def test_an_activated_lora_is_refused(bases: dict[str, Path]) -> None:

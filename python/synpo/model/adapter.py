@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from synpo.config import ConfigError, ModelConfig
 from synpo.model import quantize
 from synpo.model.chat import Chat, Message, conversation, read_template
 from synpo.model.gather import gathering
+from synpo.model.peft_kinds import load_adapter
 from synpo.model.vision import OneVision, Processor, Vision, processor_template, sequential_positions, vision_for
 from synpo_kernels import Head, hidden_states_and_head
 from synpo_kernels.model import base_of, check_logits, head_of
@@ -358,7 +358,8 @@ def load(config: ModelConfig) -> CaptionModel:
     """Load a checkpoint folder or hub id for captioning or training.
 
     Raises:
-        ConfigError: no model is named, the folder is missing, its files cannot be read, or it cannot be quantized; says which.
+        ConfigError: no model is named, the folder is missing, its files cannot be read, it cannot be quantized, or its adapter
+            cannot be used; says which.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -385,11 +386,7 @@ def load(config: ModelConfig) -> CaptionModel:
     _choose_attention(model, config.attention, device)
     vision = vision_for(model, tokenizer, path, config.revision, config.trust_remote_code)
     if config.adapter:
-        from peft import PeftModel
-
-        with warnings.catch_warnings():  # of a name that transformers renamed under PEFT
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            model = PeftModel.from_pretrained(model, config.adapter, is_trainable=True)
+        model = load_adapter(model, config.adapter)
     if not quantized:  # else it is on its device already, and 8-bit weights refuse to move
         model = model.to(device)
     return wrap(config, model.eval(), tokenizer, vision)

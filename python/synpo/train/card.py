@@ -120,7 +120,7 @@ def _settings(trainer: Any, adapter: Any) -> dict[str, str]:
     if trainer.pair_objective.reference:
         base, start = "the model without the adapter", "the model before the first step"
         found["reference"] = {"base": base, "start": start}[trainer.pair_objective.reference]
-    if adapter is not None and hasattr(adapter, "r"):
+    if adapter is not None and hasattr(adapter, "lora_alpha"):
         found["LoRA"] = f"rank {adapter.r}, alpha {adapter.lora_alpha:g}, dropout {adapter.lora_dropout:g}"
     if args.max_length:
         found["longest pair"] = f"{args.max_length:,} tokens"

@@ -21,6 +21,7 @@ from synpo.data.pairs import hold_out, pairs_of
 from synpo.data.reading import TokenCache
 from synpo.data.tokenize import EncodedPair, PairDataset, PairEncoder
 from synpo.model.adapter import CaptionModel, load, tokenizer_of
+from synpo.model.peft_kinds import check_adapters
 from synpo.model.vision import vision_for, vision_of
 from synpo.records import Pair
 from synpo.train.choices import half
@@ -45,11 +46,15 @@ def model_of(
         cpu: whether a folder or hub id is loaded to the CPU. seed: what a fresh adapter is drawn with.
 
     Raises:
-        ConfigError: the model cannot be loaded. ValueError: no model with an output head; a second adapter; no tokenizer.
+        ConfigError: the model cannot be loaded, or an adapter is of a kind that is not supported here.
+        ValueError: no model with an output head; a second adapter; no tokenizer.
     """
     lm = _model_of(model, processing_class, cpu)
+    if hasattr(lm.model, "peft_config"):
+        check_adapters(lm.model.peft_config.values())
     if peft_config is None:
         return lm
+    check_adapters([peft_config])
     if hasattr(lm.model, "peft_config"):
         raise ValueError(
             "peft_config: the model has an adapter already; leave peft_config out to train it further, or merge it"

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from synpo.config import Config, ConfigError, LoraSection
 from synpo.model.adapter import CaptionModel
+from synpo.model.peft_kinds import check_adapters
 from synpo.model.quantize import NOT_LANGUAGE
 
 
@@ -94,15 +95,11 @@ def apply_lora(lm: CaptionModel, section: LoraSection) -> list[str]:
 def _going_on(model: Any) -> list[str]:
     """Names of the modules with LoRA in a PEFT model. What PEFT trains of it requires gradients already, unless it was loaded to
     be used (`is_trainable` False): then it does from now on."""
+    check_adapters(model.peft_config.values())
     wrapped = [name for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
     if not wrapped:
         kind = type(next(iter(model.peft_config.values()))).__name__
         raise ConfigError(f"model.adapter: an adapter of kind {kind} holds no LoRA, and nothing else is trained here")
-    if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
-        raise ConfigError(
-            "model.adapter: an activated LoRA (alora_invocation_tokens) acts on what follows certain tokens alone, which is not "
-            "supported here; take an adapter without them"
-        )
     if not any(parameter.requires_grad for parameter in adapters_own(model)):
         tuner = model.base_model
         tuner.set_adapter(tuner.active_adapters)
@@ -116,10 +113,3 @@ def adapters_own(model: Any) -> Iterator[Any]:
         for name in (*getattr(layer, "adapter_layer_names", ()), *getattr(layer, "other_param_names", ())):
             if isinstance(held := getattr(layer, name, None), torch.nn.Module):
                 yield from held.parameters()
-
-
-def base_is_kept(model: Any) -> bool:
-    """Whether `model` with its adapter off is the one under it: it has one, and that trains no biases, which have no copy."""
-    return hasattr(model, "disable_adapter") and all(
-        getattr(config, "bias", "none") == "none" for config in model.peft_config.values()
-    )

@@ -29,7 +29,7 @@ from synpo.config import ConfigError, suggest
 from synpo.data.collate import PairBatch
 from synpo.model.adapter import CaptionModel, evaluating
 from synpo.model.packing import packed_inputs
-from synpo.train.lora import base_is_kept
+from synpo.model.peft_kinds import base_is_kept
 from synpo.train.reference import ReferenceStore, kind_of
 from synpo_kernels import (
     OBJECTIVES,

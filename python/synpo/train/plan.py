@@ -38,12 +38,13 @@ from synpo.model import liger
 from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
 from synpo.model.chat import conversation
 from synpo.model.lora_linear import fuse
+from synpo.model.peft_kinds import base_is_kept
 from synpo.model.vision import vision_for
 from synpo.records import Pair
 from synpo.train.arguments import SynPOConfig
 from synpo.train.choices import half, in_words, settle
 from synpo.train.fit import SIZES, Way, largest_batch, table_of, ways
-from synpo.train.lora import base_is_kept, make_trainable
+from synpo.train.lora import make_trainable
 from synpo.train.memory import RESERVE, Batch, Memory, MemoryModel
 from synpo.train.reference import kind_of
 from synpo.train.run import settings

@@ -47,8 +47,9 @@ def kind_of(name: str, base: bool) -> str:
         raise ConfigError(f"train.reference: unknown reference {name!r}; {suggest(name, KINDS)}")
     if name == "base" and not base:
         raise ConfigError(
-            "train.reference: base is the model with its adapter off; of biases that an adapter trains no copy is kept, or this "
-            "model has no adapter; set start (the model as it is before the first step), or train with LoRA"
+            "train.reference: base is the model with its adapter off; of biases that an adapter trains no copy is kept, nor of "
+            "weights that it was begun with (PiSSA, OLoRA), or this model has no adapter; set start (the model as it is before "
+            "the first step), or train with LoRA"
         )
     return name if name != "auto" else "base" if base else "start"
 
