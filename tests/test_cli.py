@@ -74,16 +74,12 @@ def test_what_help_says_is_true(command):
             assert action.default is True and "(default)" in (action.help or "")
 
 
-def test_the_records_lie_beside_the_pairs_unless_told(tmp_path, capsys):
+def test_the_records_lie_beside_the_pairs_unless_told(tiny_captioner_path, tmp_path, capsys):
     """--work: default FILE.work."""
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "a.mp4").write_bytes(b"noise")
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    assert (
-        main(["pairs", "--model", str(tmp_path / "m"), "--videos", str(tmp_path / "v"), "--pairs", str(tmp_path / "p")])
-        == 2
-    )
+    model, videos, pairs = str(tiny_captioner_path), str(tmp_path / "v"), str(tmp_path / "p")
+    assert main(["pairs", "--model", model, "--videos", videos, "--pairs", pairs]) == 2
     assert "none of the 1 videos can be used" in capsys.readouterr().err
     assert (tmp_path / "p.work" / "problems.jsonl").exists()
 
@@ -298,3 +294,71 @@ def test_a_demo_of_another_seed_goes_beside_the_first(arguments, folder, monkeyp
     monkeypatch.setattr("synpo.demo.run.demo", lambda output, **plan: seen.append(output))
     assert main(["demo", *arguments]) == 0
     assert seen == [Path(folder)]
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's, which the command line does not import."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 2560 bytes."),
+        MemoryError(),
+    ],
+)
+def test_no_memory_is_a_line_that_says_what_to_change(error, monkeypatch, capsys):
+    def fails(args):
+        raise error
+
+    monkeypatch.setitem(COMMANDS_OF_CLI, "presets", fails)
+    assert main(["presets"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("synpo presets: out of memory: ") and said.count("\n") == 1 and "--batch-size" in said
+
+
+def test_another_error_of_the_runtime_keeps_its_traceback(monkeypatch):
+    def fails(args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(COMMANDS_OF_CLI, "presets", fails)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["presets"])
+
+
+@pytest.mark.parametrize("command", ["config", "pairs", "plan", "train", "eval"])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.lr=3", "train: unknown key 'lr'; did you mean 'train.learning_rate'?"),
+        ("lr=3", "config: unknown key 'lr'; did you mean 'train.learning_rate'?"),
+        ("train.zzzz=3", "train: unknown key 'zzzz'; `synpo config` lists all"),
+        ("train.alpha=-3", "train: synpo: alpha must be positive, got -3.0"),
+        ("train.max_steps=0", "train.max_steps: expected at least 1, or -1 (then num_train_epochs counts), got 0"),
+        ("train.num_train_epochs=0", "train.num_train_epochs: expected above 0, got 0.0"),
+        ("eval.prompt=' '", "config.eval: prompt: expected some words, got ' '"),
+        ("seed=[1", "--set seed: '[1' is not YAML: expected ',' or ']', but got '<stream end>' in line 1, column 3"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_whatever_the_command(command, setting, said, tmp_path, capsys):
+    """Of a section that the command does not read, too: it stands in the file that the next one is given."""
+    flags = {
+        "config": [],
+        "pairs": ["--videos", "v", "--pairs", "p.jsonl"],
+        "plan": ["--pairs", "p.jsonl"],
+        "train": ["--pairs", "p.jsonl", "--output", str(tmp_path / "out")],
+        "eval": ["--pairs", "p.jsonl", "--output", str(tmp_path / "out")],
+    }[command]
+    assert main([command, "--set", setting, *flags]) == 2
+    assert capsys.readouterr().err == f"synpo {command}: {said}\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_is_nowhere_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert main(["train", "--model", "no-such_model/", "--pairs", "p.jsonl", "--output", "a/b/out"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "there is no such folder, and from the hub: " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]

@@ -48,6 +48,10 @@ def test_a_folder_is_one_run_s_until_the_end_of_its_block(tmp_path: Path) -> Non
         with pytest.raises(FolderInUse, match=said), own_folder(folder, "--work"):
             raise AssertionError("unreachable")
     assert not folder.exists(), "nothing was written, and it was not there before"
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(KeyError), own_folder(tmp_path / "kept" / "b" / "c", "--output"):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and not any((tmp_path / "kept").iterdir())
     with pytest.raises(KeyError), own_folder(folder, "--work"):
         (folder / "clips.jsonl").touch()
         raise KeyError

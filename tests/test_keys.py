@@ -8,9 +8,9 @@ import yaml
 
 from synpo.cli import main
 from synpo.config import Config, ConfigError, build, load_config
-from synpo.keys import NICKNAMES, keys, lines, named, page, values
-from synpo.train.arguments import SynPOConfig
-from synpo.train.run import OWN
+from synpo.keys import keys, lines, named, page, values
+from synpo.nicknames import NICKNAMES
+from synpo.train.arguments import OWN, SynPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +60,8 @@ def test_a_preset_is_shown_with_the_defaults_it_replaces(capsys: pytest.CaptureF
     assert shown[0].startswith("train.loss_type dpo str") and shown[0].endswith("(default synpo)")
     assert shown[1].startswith("train.max_length 4096 ") and shown[1].endswith("(default null)")
     assert shown[2] == "seed 0 int seed of everything random"
+    assert main(["config", *arguments, "train.num_train_epochs"]) == 0
+    assert "(default" not in capsys.readouterr().out, "5 is 5.0"
     set_values = values(load_config(preset="smoke", overrides=["lora=null"]))
     assert set_values["lora"] == "null" and set_values["pairs.candidate_sampling.max_new_tokens"] == "16"
     assert set_values.keys() - {"lora"} <= {key.name for key in keys()}

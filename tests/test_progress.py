@@ -66,6 +66,17 @@ def test_a_bar_that_does_not_stay_leaves_nothing(clock: list[float]) -> None:
     assert file.getvalue() == "between\n"
 
 
+def test_the_last_line_says_the_mean_pace_and_none_where_nothing_was_done(clock: list[float]) -> None:
+    file = io.StringIO()
+    for step in Bar(range(10), unit="video", file=file):
+        clock[0] += 9.0 if step == 9 else 0.1
+    with Bar(total=4, initial=4, unit="video", file=file):
+        pass
+    first, second = file.getvalue().splitlines()
+    assert re.fullmatch(r"10 of 10 videos, 00:(09|10) gone, (1|1\.0\d) videos/s", first)
+    assert second == "4 of 4 videos, 00:00 gone"
+
+
 def test_a_bar_of_unknown_length() -> None:
     file = io.StringIO()
     list(Bar(iter("ab"), desc="looking", unit="batch", file=file))

@@ -341,6 +341,19 @@ def main(argv: list[str] | None = None) -> int:
             said = f"{error.filename}: {error.strerror}"
         print(f"synpo {args.command}: {printable(said)}{hint}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        memory = (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        )  # torch's, not imported here
+        if os.environ.get("SYNPO_DEBUG") or not (memory or "can't allocate memory" in str(error)):
+            raise
+        said = (str(error).strip() or "Python's own").splitlines()[-1]
+        print(
+            f"synpo {args.command}: out of memory: {printable(said)}. Take a smaller --batch-size, "
+            "frames.maximum, lora.r or model.dtype; `synpo plan` says what training needs",
+            file=sys.stderr,
+        )
+        return 2
     except ModuleNotFoundError as error:
         package = (error.name or "synpo").partition(".")[0]
         if os.environ.get("SYNPO_DEBUG") or package in ("synpo", "synpo_kernels"):

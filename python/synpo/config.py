@@ -7,7 +7,7 @@
 
 A preset (presets/*.yaml) may lie under the file.
 An unknown section or key is an error that names the near ones. Defaults are the paper's (arXiv 2506.00835) unless said.
-The `train` section is validated against `synpo.train.arguments.SynPOConfig`, a transformers.TrainingArguments.
+The `train` section is checked by `synpo.train.arguments.checked` against SynPOConfig, a transformers.TrainingArguments.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from synpo.nicknames import NICKNAMES
 from synpo.setting import Range, above, at_least, check, one_of, setting
 from synpo.text import cleaned
 from synpo.video import FrameSampling
@@ -38,6 +39,7 @@ class ConfigError(ValueError):
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEFAULT_LOSS = "synpo"
+WORDS = Range(lambda text: bool(text.strip()), "some words")
 LOSS_PARAMETERS = ("alpha", "beta", "gamma", "weight")
 """Keys of the section `train` that are parameters of an objective (`train.loss_type`), and mean nothing to another."""
 
@@ -131,7 +133,9 @@ class ContrastConfig(Section):
 class PairsConfig(Section):
     """From videos to preference pairs: candidates are sampled and refined, the best and the worst of a video become a pair."""
 
-    prompt: str = setting("Describe the video in detail.", "what the model is asked, and the prompt of the pairs")
+    prompt: str = setting(
+        "Describe the video in detail.", "what the model is asked, and the prompt of the pairs", WORDS
+    )
     candidates: int = setting(10, "captions sampled of a video, held in memory together", at_least(2))
     refinements: int = setting(1, "second looks of the model at its own caption", at_least(0))
     margin: float = setting(4.0, "least difference between the scores of the two captions of a pair", at_least(0))
@@ -175,7 +179,7 @@ class JudgeConfig(Section):
 class EvalConfig(Section):
     """Captions of held-out videos, or likelihoods and answers of held-out pairs, and their scores."""
 
-    prompt: str = setting("Describe the video in detail.", "what the model is asked")
+    prompt: str = setting("Describe the video in detail.", "what the model is asked", WORDS)
     sampling: SamplingConfig = setting(
         lambda: SamplingConfig(temperature=0.0, top_k=0, top_p=1.0), "of captions and answers, greedy by default"
     )
@@ -185,7 +189,7 @@ class EvalConfig(Section):
 
 @dataclass(frozen=True)
 class Config(Section):
-    """A whole run. `train` holds keyword arguments of SynPOConfig, checked before a model is loaded."""
+    """A whole run. `train` holds keyword arguments of SynPOConfig; `load_config` checks them, whatever the command."""
 
     seed: int = setting(
         0,
@@ -202,13 +206,22 @@ class Config(Section):
 
 
 Kind = TypeVar("Kind")
+SHOWN = 20  # names that an error lists
 
 
 def suggest(name: Any, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name: the nearest known one, or all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    if near or len(names) > SHOWN:
+        return f"did you mean {near[0]!r}?" if near else "`synpo config` lists all"
+    return f"known: {', '.join(names)}"
+
+
+def _of_key(name: str, known: Iterable[str]) -> str:
+    """`suggest` for a key of a configuration, which may be what other tools call a setting."""
+    meant = NICKNAMES.get(name.lower().replace("-", "_"))
+    return f"did you mean {meant!r}?" if meant else suggest(name, known)
 
 
 def build(kind: type[Kind], values: Any, where: str = "config") -> Kind:
@@ -219,7 +232,7 @@ def build(kind: type[Kind], values: Any, where: str = "config") -> Kind:
     known = {f.name for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise ConfigError(f"{where}: unknown key {name!r}; {suggest(str(name), known)}")
+            raise ConfigError(f"{where}: unknown key {name!r}; {_of_key(str(name), known)}")
     try:
         return kind(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in values.items()})
     except ConfigError:
@@ -293,6 +306,14 @@ def parse_override(text: str) -> dict[str, Any]:
     return parsed
 
 
+def _in_a_line(error: yaml.YAMLError) -> str:
+    """What PyYAML says in several lines."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"{error.problem}{f' in line {mark.line + 1}, column {mark.column + 1}' if mark else ''}"
+
+
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -328,7 +349,9 @@ def _load(text: str, where: str) -> Any:
     """A YAML document. Raises ConfigError for one that is none, or holds what JSON, in which a run is noted, has no form for."""
     try:
         loaded = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {_in_a_line(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not YAML: {error}") from error
     try:
         json.dumps(cleaned(loaded))
@@ -369,4 +392,9 @@ def load_config(
     told: dict[str, Any] = {}
     for override in overrides:
         told = _merge(told, parse_override(override))
-    return build(Config, _lay_over(values, _merge(told, flags or {})))
+    config = build(Config, _lay_over(values, _merge(told, flags or {})))
+    if config.train:
+        from synpo.train.arguments import checked
+
+        checked(config.train)
+    return config

@@ -40,32 +40,42 @@ def make_folder(path: str | os.PathLike[str], flag: str) -> None:
 
 
 @contextlib.contextmanager
+def made_folder(path: str | os.PathLike[str], flag: str) -> Iterator[None]:
+    """`make_folder`; what was not there before, and has nothing in it at the end of the block, is removed again."""
+    made = [folder for folder in (Path(path), *Path(path).parents) if not folder.is_dir()]
+    make_folder(path, flag)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def own_folder(path: str | os.PathLike[str], flag: str) -> Iterator[None]:
-    """Make the folder that `flag` names and be the only run in it until the end of the block.
+    """`made_folder`, and be the only run in it until the end of the block.
 
     Processes that are forked inside the block do not hold it. On a file system without locks the run goes on with a warning.
-    A folder that was not there before, and has nothing in it in the end, is removed.
 
     Raises:
         FolderInUse: another run, or another thread of this one, holds it. OSError: as `make_folder`.
     """
-    made = not os.path.isdir(path)
-    make_folder(path, flag)
-    file = Path(path, LOCK)
-    lock = _locked(file, flag)
-    _held.add(lock)
-    try:
-        os.ftruncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M')}".encode())
-        yield
-    finally:
-        if lock in _held:
-            _held.remove(lock)
-            file.unlink(missing_ok=True)
-            os.close(lock)
-            if made:
-                with contextlib.suppress(OSError):  # not empty
-                    os.rmdir(path)
+    with made_folder(path, flag):
+        file = Path(path, LOCK)
+        lock = _locked(file, flag)
+        _held.add(lock)
+        try:
+            os.ftruncate(lock, 0)
+            os.write(
+                lock, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M')}".encode()
+            )
+            yield
+        finally:
+            if lock in _held:
+                _held.remove(lock)
+                file.unlink(missing_ok=True)
+                os.close(lock)
 
 
 def _locked(file: Path, flag: str) -> int:

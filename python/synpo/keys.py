@@ -17,41 +17,7 @@ from typing import Any
 import yaml
 
 from synpo.config import LOSS_PARAMETERS, Config, ConfigError
-
-NICKNAMES = {
-    "lr": "train.learning_rate",
-    "epochs": "train.num_train_epochs",
-    "num_epochs": "train.num_train_epochs",
-    "steps": "train.max_steps",
-    "loss": "train.loss_type",
-    "objective": "train.loss_type",
-    "micro_batch": "train.per_device_train_batch_size",
-    "train_batch_size": "train.per_device_train_batch_size",
-    "accumulation": "train.gradient_accumulation_steps",
-    "grad_accum": "train.gradient_accumulation_steps",
-    "warmup": "train.warmup_steps",
-    "scheduler": "train.lr_scheduler_type",
-    "optimizer": "train.optim",
-    "max_seq_length": "train.max_length",
-    "fp32": "model.dtype",
-    "precision": "model.dtype",
-    "wandb": "train.report_to",
-    "tracker": "train.report_to",
-    "rank": "lora.r",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "num_candidates": "pairs.candidates",
-    "judge": "judge.kind",
-    "judge_model": "judge.model",
-    "api_base": "judge.base_url",
-    "api_key": "judge.key_env",
-    "frames": "frames.maximum",
-    "max_frames": "frames.maximum",
-    "qlora": "model.quantization",
-}
-"""What people call a setting (dashes as underscores) that has another name here."""
+from synpo.nicknames import NICKNAMES
 
 SECTIONS = {
     "pairs": ("pairs", "judge", "model", "frames"),
@@ -98,8 +64,7 @@ def _training() -> Iterator[Key]:
     """Those of the section train: first those that SynPOConfig describes itself, in its order."""
     from transformers import TrainingArguments
 
-    from synpo.train.arguments import SynPOConfig
-    from synpo.train.run import OWN
+    from synpo.train.arguments import OWN, SynPOConfig
 
     hints = typing.get_type_hints(SynPOConfig)
     fields = {f.name: f for f in dataclasses.fields(SynPOConfig) if f.init and f.name not in OWN}
@@ -208,7 +173,7 @@ def lines(found: Sequence[Key], values: Mapping[str, str]) -> Iterator[str]:
     kinds = max(len(key.type) for key in found)
     for key in found:
         value = shown[key.name]
-        other = "" if value == key.default else f" (default {key.default})"
+        other = "" if yaml.safe_load(value) == yaml.safe_load(key.default) else f" (default {key.default})"
         yield f"{key.name:{wide}}  {value:{middle}}  {key.type:{kinds}}  {key.help}{other}"
 
 

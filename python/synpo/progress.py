@@ -35,7 +35,8 @@ class Bar(tqdm):
             super().display(msg, pos)
             return
         facts = self.format_dict
-        rate = facts["rate"] or (facts["n"] - facts["initial"]) / max(facts["elapsed"], 1e-9)
+        over = facts["total"] is None or facts["n"] >= facts["total"]
+        rate = (None if over else facts["rate"]) or (facts["n"] - facts["initial"]) / max(facts["elapsed"], 1e-9)
         total, units = facts["total"], _plural(facts["unit"].strip())
         parts = [
             f"{facts['n']}{'' if total is None else f' of {total}'} {units}",
@@ -43,7 +44,8 @@ class Bar(tqdm):
         ]
         if total is not None and rate and facts["n"] < total:
             parts.append(f"{self.format_interval((total - facts['n']) / rate)} left")
-        parts.append(f"{rate:.3g} {units}/s")
+        if rate:
+            parts.append(f"{rate:.3g} {units}/s")
         if facts["postfix"]:
             parts.append(facts["postfix"])
         self.fp.write(f"{facts['prefix']}: {', '.join(parts)}\n" if facts["prefix"] else f"{', '.join(parts)}\n")

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 
 from made_videos import write_latin, write_unfinished
 from synpo.config import Config, ConfigError, JudgeConfig, ModelConfig, PairsConfig, SamplingConfig
+from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
 from synpo.model.vision import OneVision
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict
 from synpo.pipeline.judge.offline import OfflineJudge
@@ -361,6 +364,33 @@ def test_a_judge_without_its_key_is_said_before_anything_is_made(
     with pytest.raises(JudgeError, match="NO_SUCH_KEY"):
         build_pairs(config, videos, tmp_path / "pairs.jsonl")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["text model", "no model", "adapter", "judge"])
+def test_a_start_that_cannot_be_leaves_nothing(
+    kind: str, videos: Path, tiny_captioner_path: Path, tmp_path: Path
+) -> None:
+    config = settings(tiny_captioner_path)
+    if kind == "text model":
+        tokenizer = byte_tokenizer()
+        config = settings(save(tiny_text_model(tokenizer), tokenizer, tmp_path / "model"))
+        message = "takes no video; pairs of videos need a video model"
+    elif kind == "no model":
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+        config, message = settings(tmp_path / "model"), "cannot be loaded"
+    elif kind == "adapter":  # of the same model, wider
+        tokenizer = AutoTokenizer.from_pretrained(tiny_captioner_path)
+        wide = get_peft_model(tiny_captioner(tokenizer, text_width=128), LoraConfig(r=2, target_modules=["q_proj"]))
+        wide.save_pretrained(tmp_path / "model")
+        config = replace(config, model=replace(config.model, adapter=str(tmp_path / "model")))
+        message = rf"^model\.adapter: {tmp_path / 'model'} does not fit {tiny_captioner_path}: size mismatch"
+    else:
+        (tmp_path / "model").mkdir()
+        config, message = replace(config, judge=JudgeConfig(kind="nobody")), r"judge\.kind: unknown judge 'nobody'"
+    with pytest.raises(ConfigError, match=message):
+        build_pairs(config, videos, tmp_path / "out" / "a" / "pairs.jsonl", tmp_path / "b" / "work")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_outputs_that_cannot_be_written_are_said_before_the_work(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from transformers import Trainer
 
 from synpo.config import Config, ConfigError, ModelConfig, build
@@ -238,6 +239,18 @@ def test_an_adapter_is_trained_further_and_is_then_the_reference(config: Config,
         ({"alpha": -3}, r"train: synpo: alpha must be positive, got -3"),
         ({"beta": -0.1}, r"train: synpo: beta must not be negative"),
         ({"loss_type": "ipo", "beta": 0}, r"train: ipo: beta must be positive"),
+        ({"max_steps": 0}, r"train\.max_steps: expected at least 1, or -1"),
+        ({"max_steps": -5}, r"train\.max_steps: expected at least 1, or -1"),
+        ({"loss_backend": "abc"}, r"train\.loss_backend: expected one of auto, chunked, cpu, triton, got 'abc'"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, r"train\.lr_scheduler_kwargs = \{'a': 1\}: .*unexpected keyword"),
+        ({"lr_scheduler_kwargs": "abc"}, r"train\.lr_scheduler_kwargs = 'abc'"),
+        ({"optim_args": "abc"}, r"train\.optim_args: expected name=value,name=value, got 'abc'"),
+        ({"torch_compile": True, "torch_compile_backend": "abc"}, r"train\.torch_compile_backend or .*abc"),
+        ({"torch_compile": True, "torch_compile_mode": "abc"}, r"train\.torch_compile_backend or .*abc"),
+        ({"neftune_noise_alpha": -1}, r"train\.neftune_noise_alpha: expected at least 0"),
+        ({"log_level": "abc"}, r"train\.log_level: expected one of detail, debug, .*, got 'abc'"),
+        ({"dataloader_multiprocessing_context": "spawn"}, r"set train\.dataloader_num_workers, too"),
+        ({"report_to": "wandbb"}, r"train\.report_to: unknown tracker 'wandbb'; did you mean 'wandb'"),
         ({"deepspeed": "zero3.json"}, r"train\.deepspeed: DeepSpeed is not installed: pip install deepspeed"),
     ],
 )
@@ -248,6 +261,25 @@ def test_settings_that_cannot_be_used_are_named(
         monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(ConfigError, match=message):
         settings(Config(model=ModelConfig(device="cpu"), train=values), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "backend"])
+def test_what_shows_with_the_model_alone_leaves_nothing(
+    kind: str, config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of another model, kernels that cannot run here."""
+    message = r"^train\.loss_backend: backend 'triton' cannot serve this input"
+    broken = replace(config, train={**config.train, "loss_backend": "triton"})
+    if kind == "adapter":
+        first = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "first").adapter
+        tokenizer = byte_tokenizer()
+        save(tiny_text_model(tokenizer), tokenizer, tmp_path / "other")
+        message = rf"^model\.adapter: {first} does not fit {tmp_path / 'other'}: Target modules .* not found"
+        broken = replace(config, model=replace(config.model, path=str(tmp_path / "other"), adapter=str(first)))
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ConfigError, match=message):
+        train(broken, data / "videos", data / "pairs.jsonl", tmp_path / "run" / "a")
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_files_are_named(config: Config, data: Path, tmp_path: Path) -> None:

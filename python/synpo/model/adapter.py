@@ -250,7 +250,8 @@ class CaptionModel:
                 check_logits(logits, head.logits(hidden), what)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `model.device` names. Raises ConfigError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -305,6 +306,12 @@ def check_paths(config: ModelConfig) -> None:
         raise ConfigError(
             f"{config.adapter} holds no adapter_config.json; --adapter takes the `adapter` folder in what training wrote"
         )
+
+
+def not_loaded(path: str, error: Exception) -> str:
+    """Why no model, or tokenizer, came of a path or hub id, in a line."""
+    nowhere = "" if os.path.isdir(os.path.expanduser(path)) else "there is no such folder, and from the hub: "
+    return f"model {path} cannot be loaded: {nowhere}{' '.join(str(error).split())}"
 
 
 def _what_else(folder: Path) -> str:
@@ -366,7 +373,7 @@ def load(config: ModelConfig) -> CaptionModel:
     check_paths(config)
     path = os.path.expanduser(config.path)
     shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    device = _device(config.device)
+    device = device_of(config.device)
     quantized = quantize.loading(config, device)
     try:
         settings = AutoConfig.from_pretrained(path, **shared)
@@ -381,7 +388,7 @@ def load(config: ModelConfig) -> CaptionModel:
         )
         tokenizer = tokenizer_of(config, settings)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"model {config.path} cannot be loaded: {error}") from error
+        raise ConfigError(not_loaded(config.path, error)) from error
     quantize.check(model)
     _choose_attention(model, config.attention, device)
     vision = vision_for(model, tokenizer, path, config.revision, config.trust_remote_code)

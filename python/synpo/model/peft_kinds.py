@@ -64,7 +64,8 @@ def load_adapter(model: Any, path: str) -> Any:
     except ConfigError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.adapter: {path} cannot be put on the model: {error}") from error
+        reason = str(error).strip().splitlines()[-1].strip()  # one of many weights of another shape
+        raise ConfigError(f"model.adapter: {path} cannot be put on the model: {reason}") from error
 
 
 def base_is_kept(model: Any) -> bool:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from synpo.config import Config, ConfigError
 from synpo.data.pairs import origin
-from synpo.folders import make_folder, own_folder
+from synpo.folders import made_folder, own_folder
 from synpo.model.adapter import CaptionModel, check_paths
 from synpo.pipeline.engine import check_engine
 from synpo.pipeline.judge import Judge, JudgeError, make_judge
 from synpo.pipeline.judge.audit import audit
 from synpo.pipeline.pairs import make_pairs
-from synpo.pipeline.stages import Run, caption_clips, cut_clips, sample_candidates, score_candidates
+from synpo.pipeline.stages import Run, caption_clips, captioner, cut_clips, sample_candidates, score_candidates
 from synpo.pipeline.summary import PairsResult, print_result
 from synpo.records import write_json, write_records
 from synpo.video import VideoError, list_videos
@@ -57,11 +57,13 @@ def build_pairs(
         raise ConfigError(f"--pairs takes the file to write, got the folder {pairs}")
     work = Path(work) if work is not None else pairs.with_name(f"{pairs.name}.work")
     names = list_videos(videos)
-    make_folder(pairs.parent, "--pairs")
-    with own_folder(work, "--work"):
+    fresh = not work.exists()
+    with made_folder(pairs.parent, "--pairs"), own_folder(work, "--work"):
         if judge is None:
             judge = make_judge(config.judge, work, config.seed, config.model.device)
             judge.check()
+        if fresh:  # before anything is written; a run that goes on may not need it
+            lm = captioner(config.model, lm)
         (work / "problems.jsonl").unlink(missing_ok=True)
 
         run = Run(config, videos, work, lm)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from synpo.config import Config, ConfigError
+from synpo.config import Config, ConfigError, ModelConfig
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.fingerprint import fingerprint
 from synpo.pipeline.caption import Description, describe
@@ -33,6 +33,14 @@ from synpo.records import Caption, Clip, RecordStore, Score, record_id, write_js
 from synpo.video import VideoError, video_size
 
 HOPELESS = 20  # videos whose judging may fail, one after the other and none before, until no more are asked about
+
+
+def captioner(config: ModelConfig, lm: CaptionModel | None = None) -> CaptionModel:
+    """`lm`, or the model that is named. Raises ConfigError where it cannot be loaded or takes no video."""
+    lm = load(config) if lm is None else lm
+    if not lm.sees_video:
+        raise ConfigError(f"model {config.path} takes no video; pairs of videos need a video model")
+    return lm
 
 
 @dataclass
@@ -52,10 +60,7 @@ class Run:
 
     def model(self) -> CaptionModel:
         """The captioner, loaded when it is first needed."""
-        if self.lm is None:
-            self.lm = load(self.config.model)
-        if not self.lm.sees_video:
-            raise ConfigError(f"model {self.config.model.path} takes no video; pairs of videos need a video model")
+        self.lm = captioner(self.config.model, self.lm)
         return self.lm
 
     @contextlib.contextmanager

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import trainer_log_levels
 
-from synpo.config import DEFAULT_LOSS, LOSS_PARAMETERS, ConfigError
-from synpo.setting import Range, above, at_least, check, setting
+from synpo.config import DEFAULT_LOSS, LOSS_PARAMETERS, ConfigError, build, suggest
+from synpo.setting import Range, above, at_least, check, one_of, setting
 from synpo.train.choices import OPEN
 from synpo.train.guard import MODES
 from synpo.train.objective import parameters_of
 from synpo.train.optimizers import check_optimizer
 from synpo.train.reference import kind_of
+from synpo_kernels.backends.choice import BACKENDS
 
+LOSS_BACKENDS = ("auto", *BACKENDS)
 TRACKERS = ("tensorboard", "wandb", "trackio")
+
+OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
+"""Set by the run itself: where things go, the seed, the device."""
 
 RANGES = {
     "per_device_eval_batch_size": at_least(1),
@@ -28,8 +39,12 @@ RANGES = {
     "save_steps": above(0),
     "eval_steps": above(0),
     "eval_delay": at_least(0),
+    "max_steps": Range(lambda steps: steps == -1 or steps > 0, "at least 1, or -1 (then num_train_epochs counts)"),
+    "neftune_noise_alpha": at_least(0),
+    "log_level": one_of(*trainer_log_levels),
+    "log_level_replica": one_of(*trainer_log_levels),
 }
-"""Of figures of TrainingArguments, which does not look at them."""
+"""Of settings of TrainingArguments, which does not look at them."""
 
 
 @dataclass
@@ -52,7 +67,7 @@ class SynPOConfig(TrainingArguments):
     beta: float | None = field(default=None, metadata={"help": "Weight of SynPO's language reward; β of the others."})
     gamma: float | None = field(default=None, metadata={"help": "SimPO's margin."})
     weight: float | None = field(default=None, metadata={"help": "Weight of CPO's likelihood term."})
-    loss_backend: str = field(default="auto", metadata={"help": "Kernels of the loss: auto, chunked or triton."})
+    loss_backend: str = setting("auto", f"Kernels of the loss: {', '.join(LOSS_BACKENDS)}.", one_of(*LOSS_BACKENDS))
     max_length: int | None = setting(
         None, "Most tokens of prompt and answer; longer pairs are dropped, never cut.", at_least(1)
     )
@@ -154,7 +169,7 @@ class SynPOConfig(TrainingArguments):
             raise ConfigError(f"train.guard: expected {', '.join(MODES)}, got {self.guard!r}")
         kind_of(self.reference, base=True)
         check_reporters(self.report_to)
-        check_optimizer(str(getattr(self.optim, "value", self.optim)))
+        check_optimizer(str(getattr(self.optim, "value", self.optim)), self.optim_args)
         if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
             raise ConfigError("train.deepspeed: DeepSpeed is not installed: pip install deepspeed")
         if self.held_out > 0 and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
@@ -174,11 +189,29 @@ class SynPOConfig(TrainingArguments):
         self.workers_open = self.dataloader_num_workers is None
         self.dataloader_num_workers = self.dataloader_num_workers or 0
         super().__post_init__()
+        self._check_what_is_named()
         self.activation_checkpointing = self.gradient_checkpointing = bool(self.activation_checkpointing)
 
     @property
     def loss_parameters(self) -> dict[str, float | None]:
         return {name: getattr(self, name) for name in LOSS_PARAMETERS}
+
+    def _check_what_is_named(self) -> None:
+        """Raise ConfigError where the schedule, the compiler or the loader of pairs cannot be made of its settings."""
+        try:
+            kwargs: Any = self.lr_scheduler_kwargs
+            nothing = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+            get_scheduler(self.lr_scheduler_type, nothing, 0, 1, kwargs)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"train.lr_scheduler_kwargs = {self.lr_scheduler_kwargs!r}: {error}") from error
+        if self.torch_compile:
+            try:
+                backend: Any = self.torch_compile_backend
+                torch.compile(lambda: None, backend=backend, mode=self.torch_compile_mode)
+            except RuntimeError as error:
+                raise ConfigError(f"train.torch_compile_backend or train.torch_compile_mode: {error}") from error
+        if self.dataloader_multiprocessing_context and not self.dataloader_num_workers:
+            raise ConfigError("train.dataloader_multiprocessing_context: set train.dataloader_num_workers, too")
 
     def _check(self) -> None:
         """Raise ConfigError for a figure that is out of range, of TrainingArguments as of our own."""
@@ -186,13 +219,42 @@ class SynPOConfig(TrainingArguments):
             check(self)
         except ValueError as error:
             raise ConfigError(f"train.{error}") from error
-        for name, within in RANGES.items():
-            if (value := getattr(self, name, None)) is not None and not within.fits(value):
-                raise ConfigError(f"train.{name}: expected {within.words}, got {value!r}")
+        _in_range(vars(self))
+
+
+def _in_range(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting of TrainingArguments that is out of range."""
+    for name, within in RANGES.items():
+        if (value := values.get(name)) is not None and not within.fits(value):
+            raise ConfigError(f"train.{name}: expected {within.words}, got {value!r}")
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `train` of a configuration with every value of its setting's type.
+
+    Raises ConfigError for an unknown key, one that the run sets, a value of the wrong type or out of range, and a parameter that
+    the objective does not have or refuses.
+    """
+    fields = {f.name: f for f in dataclasses.fields(SynPOConfig) if f.init and f.name not in OWN}
+    for name in OWN & values.keys():
+        raise ConfigError(f"train.{name} is set by the run itself (--output, --seed, --device, --resume)")
+    hints = typing.get_type_hints(SynPOConfig)
+    named = [(name, hints[name], dataclasses.field(default=None, metadata=f.metadata)) for name, f in fields.items()]
+    found: Any = build(dataclasses.make_dataclass("Train", named), values, "train")
+    try:
+        check(found)
+    except ValueError as error:
+        raise ConfigError(f"train.{error}") from error
+    right = {name: getattr(found, name) for name in values}
+    _in_range(right)
+    parameters_of(right.get("loss_type", DEFAULT_LOSS), {name: right.get(name) for name in LOSS_PARAMETERS})
+    return right
 
 
 def check_reporters(names: str | list[str] | None) -> None:
-    """Raise ConfigError for a tracker in `report_to` that is not installed, before any work."""
+    """Raise ConfigError for a tracker in `report_to` that is unknown or not installed, before any work."""
     for name in [names] if isinstance(names, str) else names or []:
+        if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+            raise ConfigError(f"train.report_to: unknown tracker {name!r}; {suggest(name, TRACKERS)}")
         if name in TRACKERS and importlib.util.find_spec(name) is None:
             raise ConfigError(f"train.report_to: {name} is not installed: pip install 'synpo[{name}]'")

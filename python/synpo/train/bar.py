@@ -51,6 +51,11 @@ class TrainingBar(TrainerCallback):
             self.training.set_postfix(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training is not None:
-            self.training.close()
-            self.training = None
+        self.close()
+
+    def close(self) -> None:
+        """At the end, whatever it is: what is said of that comes after the bar."""
+        for bar in (self.evaluation, self.training):
+            if bar is not None:
+                bar.close()
+        self.evaluation = self.training = None

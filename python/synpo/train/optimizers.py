@@ -26,8 +26,10 @@ def of_bitsandbytes(name: str) -> bool:
     return any(part in name for part in BNB) and not name.startswith("galore")
 
 
-def check_optimizer(name: str) -> None:
-    """Raise ConfigError where the optimizer's package is not installed, before anything is loaded."""
+def check_optimizer(name: str, arguments: str | None = None) -> None:
+    """Raise ConfigError where the optimizer's package is not installed, or its arguments are none, before anything is loaded."""
+    if arguments and not all(part.count("=") == 1 for part in arguments.split(",")):
+        raise ConfigError(f"train.optim_args: expected name=value,name=value, got {arguments!r}")
     if of_bitsandbytes(name) and find_spec("bitsandbytes") is None:
         raise ConfigError(f"train.optim: {name} needs bitsandbytes, which is not installed: pip install 'synpo[qlora]'")
 

@@ -35,7 +35,7 @@ from synpo.data.pairs import hold_out, load_pairs, videos_of
 from synpo.data.reading import TokenCache
 from synpo.data.tokenize import Lengths, PairDataset, PairEncoder
 from synpo.model import liger
-from synpo.model.adapter import CaptionModel, check_paths, tokenizer_of, wrap
+from synpo.model.adapter import CaptionModel, check_paths, not_loaded, tokenizer_of, wrap
 from synpo.model.chat import conversation
 from synpo.model.lora_linear import fuse
 from synpo.model.peft_kinds import base_is_kept
@@ -138,7 +138,7 @@ def skeleton(config: ModelConfig) -> CaptionModel:
                 adapter.inference_mode = False
                 model = get_peft_model(model, adapter)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"model {config.path} cannot be planned with: {error}") from error
+        raise ConfigError(not_loaded(config.path, error)) from error
     base = model.get_base_model() if config.adapter else model
     with suppress(OSError):  # there may be none
         base.generation_config = GenerationConfig.from_pretrained(path, revision=config.revision or "main")

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import shutil
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,16 +29,16 @@ from rich.console import Console
 from transformers import set_seed
 
 from synpo import terminal
-from synpo.config import Config, ConfigError, build, suggest
+from synpo.config import Config, ConfigError
 from synpo.data.pairs import load_pairs, videos_of
 from synpo.folders import own_folder
-from synpo.model.adapter import CaptionModel, check_paths, load
+from synpo.model.adapter import CaptionModel, check_paths, device_of, load
 from synpo.model.gather import is_partitioned, whole_state
 from synpo.model.vision import copy_preprocessing
 from synpo.records import Pair, read_jsonl, record_id, write_json
 from synpo.report.table import print_table
 from synpo.text import cleaned
-from synpo.train.arguments import SynPOConfig
+from synpo.train.arguments import SynPOConfig, checked
 from synpo.train.card import write_card
 from synpo.train.checkpoint import holds_work, last_checkpoint, set_broken_aside, writing
 from synpo.train.choices import OPEN, in_words, settle
@@ -48,9 +47,6 @@ from synpo.train.log import LOG_NAME
 from synpo.train.lora import make_trainable
 from synpo.train.show import show, summary
 from synpo.train.trainer import SynPOTrainer
-
-# Set by the run itself: where things go, the seed, the device.
-OWN = {"output_dir", "seed", "data_seed", "use_cpu", "resume_from_checkpoint"}
 
 # May be others when a run goes on: what other commands read, and what does not change what is learnt.
 ELSEWHERE = ("config.pairs.", "config.judge.", "config.eval.", "chosen.")
@@ -80,22 +76,13 @@ class TrainResult:
 
 def settings(config: Config, output: Path) -> SynPOConfig:
     """SynPOConfig from the `train` section. Raises ConfigError for an unknown key or a value of the wrong type."""
-    known = {f.name: f for f in dataclasses.fields(SynPOConfig) if f.init}
-    values: dict[str, Any] = {}
-    for name, value in config.train.items():
-        if name in OWN:
-            raise ConfigError(f"train.{name} is set by the run itself (--output, --seed, --device, --resume)")
-        if name not in known:
-            raise ConfigError(f"train: unknown key {name!r}; {suggest(name, set(known) - OWN)}")
-        values[name] = value
+    values = checked(config.train)
     if config.model.device.startswith("cuda:") and config.model.device != "cuda:0":
         raise ConfigError(
             f"model.device: training runs on the first visible GPU, not on {config.model.device}: leave it out and set "
             f"CUDA_VISIBLE_DEVICES={config.model.device.removeprefix('cuda:')} in the environment"
         )
-    checked = build(_schema(tuple(values)), values, "train")
-    values = {name: getattr(checked, name) for name in values}
-    on_cpu = config.model.device == "cpu"
+    on_cpu = device_of(config.model.device).type == "cpu"
     if str(values.get("eval_strategy", "no")) != "no" and not values.get("held_out"):
         raise ConfigError(
             "train.eval_strategy: there is nothing to evaluate; set train.held_out to the pairs to keep apart"
@@ -117,12 +104,6 @@ def settings(config: Config, output: Path) -> SynPOConfig:
             "train.deepspeed, or accelerate, names"
         )
     return args
-
-
-def _schema(names: tuple[str, ...]) -> type[Any]:
-    """A dataclass with the named fields of SynPOConfig, so that `config.build` checks and converts their types."""
-    hints = typing.get_type_hints(SynPOConfig)
-    return dataclasses.make_dataclass("Train", [(name, hints[name]) for name in names])
 
 
 def train(config: Config, videos: Path | None, pairs: Path, output: Path, resume: bool = True) -> TrainResult:

@@ -48,6 +48,7 @@ from synpo.train.repetition import repetition
 from synpo.train.saving import Saver
 from synpo.train.sharing import collator_for
 from synpo.video import FrameSampling
+from synpo_kernels.backends.choice import choose
 
 
 class DivergenceError(ValueError):
@@ -120,6 +121,10 @@ class SynPOTrainer(Trainer):
                 "train.fp16 scales the gradients of float32 weights, and those that are trained here are float16: load the model "
                 "with model.dtype = float32"
             )
+        try:
+            choose(args.loss_backend, torch.empty(0, dtype=half(args) or lm.head().weight.dtype, device=args.device))
+        except ValueError as error:
+            raise ConfigError(f"train.loss_backend: {error}") from error
         with torch.autocast(args.device.type, half(args), enabled=half(args) is not None):
             collate: Any = collator_for(lm, args.prefix_sharing)
         objective = PairObjective(lm, args.loss_type, args.loss_parameters, args.loss_backend, args.reference)
@@ -154,10 +159,11 @@ class SynPOTrainer(Trainer):
         self._batches = self._of_tokens(args.tokens_per_batch)
         self._means = {"train": Means(), "eval": Means()}
         self.unreadable: set[str] = set()  # what was said of pairs that others stood in for
+        self.bar = TrainingBar()
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(TrainingBar)
+            self.add_callback(self.bar)
         output = Path(str(args.output_dir))
         log = output / LOG_NAME
         self.saver = Saver(args.save_minutes, args.world_size)
@@ -181,7 +187,10 @@ class SynPOTrainer(Trainer):
         kind = self.pair_objective.reference
         if kind == "start" or (kind == "base" and settings.precompute_reference):
             self.pair_objective.references = precompute(self, resuming=bool(resume_from_checkpoint))
-        done = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            done = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.bar.close()
         if self.guard.stopped is not None:
             raise GuardError(
                 f"stopped by train.guard at step {done.global_step}: {self.guard.stopped.text} "

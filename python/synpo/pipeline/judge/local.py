@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from synpo.config import ConfigError, JudgeConfig, ModelConfig, SamplingConfig
-from synpo.model.adapter import CaptionModel, check_paths, load
+from synpo.model.adapter import CaptionModel, check_paths, load, not_loaded
 from synpo.model.fingerprint import fingerprint
 from synpo.model.vision import processor_template
 from synpo.pipeline.decode import generate
@@ -60,7 +60,7 @@ class LocalJudge(ChatJudge):
             try:
                 template = AutoTokenizer.from_pretrained(path).chat_template or processor_template(path, None)
             except (OSError, ValueError, KeyError) as error:
-                raise ConfigError(f"judge.model: {self.model.path} cannot be loaded: {error}") from error
+                raise ConfigError(f"judge.model: {not_loaded(self.model.path, error)}") from error
             self._check_template(template)
 
     def ask(self, messages: Messages, attempt: int, count: int) -> list[Verdict]:
