@@ -110,6 +110,16 @@ def test_a_file_that_cannot_be_used_is_named(text: str, message: str, tmp_path: 
         load_config(path)
 
 
+def test_words_that_mean_no_reach_settings_of_words_and_of_truth(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "train: {guard: off, save_strategy: no, bf16: no}\nmodel: {trust_remote_code: yes}\n"
+    )
+    config = load_config(tmp_path / "c.yaml")
+    args = settings(replace(config, model=replace(config.model, device="cpu")), tmp_path)
+    assert (args.guard, args.save_strategy, args.bf16) == ("off", "no", False)
+    assert config.model.trust_remote_code is True
+
+
 def test_an_empty_file_is_the_defaults_and_a_missing_one_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "c.yaml") == Config()
@@ -126,6 +136,8 @@ def test_an_empty_file_is_the_defaults_and_a_missing_one_an_error(tmp_path: Path
         ("a=[1, 2]", {"a": [1, 2]}),
         ("a.b=false", {"a": {"b": False}}),
         ("a.date=2024-07-26", {"a": {"date": "2024-07-26"}}),
+        ("train.guard=off", {"train": {"guard": "off"}}),
+        ("train.save_strategy=no", {"train": {"save_strategy": "no"}}),
     ],
 )
 def test_overrides_are_read_as_yaml(text: str, expected: Any) -> None:

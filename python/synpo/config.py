@@ -206,6 +206,7 @@ class Config(Section):
 
 
 Kind = TypeVar("Kind")
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 SHOWN = 20  # names that an error lists
 
 
@@ -268,8 +269,8 @@ def _coerce(annotation: Any, value: Any, where: str) -> Any:
                     return int(value)
             except (TypeError, ValueError, OverflowError):
                 continue
-        if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
+        if kind is bool and isinstance(value, str) and value.lower() in BOOLS:
+            return BOOLS[value.lower()]
         if kind in (bool, str, dict, list) and isinstance(value, kind):
             return cleaned(value)
     names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
@@ -330,10 +331,11 @@ def preset_text(name: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 has it, a key that is there twice is an error, where PyYAML would forget the first, and a date is text."""
+    """As YAML 1.2 has it, a key that is there twice is an error, where PyYAML would forget the first; a date is text, `no` and
+    `off` are words."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":bool"))]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -365,6 +367,11 @@ def _read(text: str, where: str) -> dict[str, Any]:
     if not isinstance(loaded or {}, Mapping):
         raise ConfigError(f"{where}: expected sections, got {type(loaded).__name__}")
     return dict(loaded or {})
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def load_config(
