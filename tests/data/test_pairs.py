@@ -160,7 +160,7 @@ def test_a_conversation_that_would_be_cut_is_refused(row: dict[str, Any], messag
             {"prompt": "Why?", "completion": "a", "label": True},
             "no chosen and no rejected; found prompt, completion, label",
         ),
-        ({"id": "1", "chosen": "a", "rejected": "b"}, "no prompt; found id, chosen, rejected"),
+        ({"id": "1", "chosen": "a", "rejected": "b"}, "no prompt; found id, chosen, rejected; .* `extract_prompt`"),
         ({}, "no prompt and no chosen and no rejected; found no key"),
         (
             {"prompt": "Why?", "chosen": "a", "rejected": "b", "images": ["a.png"]},

@@ -159,10 +159,11 @@ def test_pairs_that_are_left_out_are_shown(folder: Path, tmp_path: Path, capsys:
         ({"train_dataset": []}, r"train_dataset: expected rows of pairs \(prompt, chosen, rejected\), got none"),
         (
             {"train_dataset": iter(ROWS)},
-            "train_dataset: expected rows .*, got a list_iterator, which does not know their number",
+            "train_dataset: expected rows .*, got a list_iterator, which does not know their number; a list of what",
         ),
         ({"train_dataset": {"train": ROWS}}, "train_dataset: expected rows, got several sets of them: train; pick one"),
         ({"train_dataset": [*ROWS, {"prompt": "a"}]}, "train_dataset, row 8: no chosen and no rejected; found prompt"),
+        ({"train_dataset": [{**ROWS[0], "video": "a.mp4"}]}, r"videos: a row has the video a\.mp4; give .*, videos=…"),
         ({"args": TrainingArguments("x")}, "args: expected a SynPOConfig, got TrainingArguments"),
         ({"model": torch.nn.Linear(2, 2)}, "expected a Hugging Face model with an output head, got Linear"),
         ({"model": tiny_text_model(byte_tokenizer())}, "processing_class: give the tokenizer or processor"),
@@ -172,6 +173,13 @@ def test_what_cannot_be_used_is_said(change: dict[str, Any], message: str, folde
     given = {"model": str(folder), "args": settings(tmp_path), "train_dataset": ROWS, "peft_config": None}
     with pytest.raises((ValueError, RecordError), match=message):
         SynPOTrainer(**given | change)
+
+
+def test_one_configuration_serves_several_models(folder: Path, tmp_path: Path) -> None:
+    """PEFT writes the modules of the first model into it."""
+    every = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    SynPOTrainer(str(folder), settings(tmp_path), ROWS, peft_config=every)
+    assert every.target_modules == "all-linear"
 
 
 def test_a_second_adapter_is_refused(folder: Path, tmp_path: Path) -> None:

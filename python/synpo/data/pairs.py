@@ -149,9 +149,14 @@ def _parse(row: Any, where: str, default_prompt: str) -> Pair:
         return _scored(found, where)
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing and not (missing == ["prompt"] and isinstance(row["chosen"], list)):
+        shared = (
+            ". Of texts that begin with their prompt, trl's `extract_prompt` takes it off"
+            if missing == ["prompt"]
+            else ""
+        )
         raise RecordError(
             f"{where}: no {' and no '.join(missing)}; found {', '.join(row) or 'no key'}; a pair has prompt, chosen and rejected "
-            f"and may have a video, or it has {', '.join(sorted(AUTHORS))}"
+            f"and may have a video, or it has {', '.join(sorted(AUTHORS))}{shared}"
         )
     if told := sorted(name for name in SHOWN.keys() & row.keys() if row[name]):
         raise RecordError(

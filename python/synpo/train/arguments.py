@@ -149,7 +149,7 @@ class SynPOConfig(TrainingArguments):
     sample_tokens: int = setting(64, "Most tokens of such an answer; 0: none is written.", at_least(0))
 
     logging_steps: float = setting(1, "Steps from one line of the log to the next; below 1 their share.", above(0))
-    save_strategy: str = setting("epoch", "When to write a checkpoint: epoch, steps, best or no.")
+    save_strategy: str = setting("epoch", "When to write a checkpoint: epoch, steps, best, or no (none at all).")
     save_minutes: float | None = setting(
         2.0,
         "And when the last one is so old, later where writing would take more than a twentieth of the time; null: never so.",

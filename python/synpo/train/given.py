@@ -6,6 +6,7 @@ rows        datasets.Dataset │ sequence of mappings │ of records.Pair │ of
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -62,7 +63,7 @@ def model_of(
     from peft import get_peft_model
 
     set_seed(seed)
-    lm.model = get_peft_model(lm.model, peft_config)
+    lm.model = get_peft_model(lm.model, copy.deepcopy(peft_config))  # PEFT writes the modules it found into it
     return lm
 
 
@@ -154,12 +155,17 @@ class Data:
             return data
         if not hasattr(data, "__len__") or len(data) == 0:
             found = "none" if hasattr(data, "__len__") else f"a {type(data).__name__}, which does not know their number"
-            raise ValueError(f"{name}: expected rows of pairs (prompt, chosen, rejected), got {found}")
+            more = "" if hasattr(data, "__len__") else "; a list of what it gives will do"
+            raise ValueError(f"{name}: expected rows of pairs (prompt, chosen, rejected), got {found}{more}")
         return data if isinstance(data[0], EncodedPair) else pairs_of(data, name)
 
     def _encoded(self, data: Any, show: bool) -> Any:
         if not (isinstance(data, list) and isinstance(data[0], Pair)):
             return data
+        if self.videos is None and (seen := next((pair for pair in data if pair.video), None)):
+            raise ConfigError(
+                f"videos: a row has the video {seen.video}; give the folder that its path is relative to, videos=…"
+            )
         shown = show and self.first and not self.args.disable_tqdm
         room = int(self.args.cache_gigabytes * 2**30)
         cache = TokenCache() if self.args.cache_tokens else None
