@@ -360,5 +360,5 @@ def test_sizes(text: str, size: int) -> None:
 
 def test_a_model_that_cannot_be_described_is_a_config_error(tmp_path: Path, pairs: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="cannot be planned with"):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
         plan(replace(Config(), model=ModelConfig(path=str(tmp_path))), None, pairs)
