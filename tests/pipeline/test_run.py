@@ -384,7 +384,7 @@ def test_a_start_that_cannot_be_leaves_nothing(
         wide = get_peft_model(tiny_captioner(tokenizer, text_width=128), LoraConfig(r=2, target_modules=["q_proj"]))
         wide.save_pretrained(tmp_path / "model")
         config = replace(config, model=replace(config.model, adapter=str(tmp_path / "model")))
-        message = rf"^model\.adapter: {tmp_path / 'model'} does not fit {tiny_captioner_path}: size mismatch"
+        message = rf"^model\.adapter: {tmp_path / 'model'} cannot be put on the model: size mismatch"
     else:
         (tmp_path / "model").mkdir()
         config, message = replace(config, judge=JudgeConfig(kind="nobody")), r"judge\.kind: unknown judge 'nobody'"

@@ -274,7 +274,7 @@ def test_what_shows_with_the_model_alone_leaves_nothing(
         first = train(config, data / "videos", data / "pairs.jsonl", tmp_path / "first").adapter
         tokenizer = byte_tokenizer()
         save(tiny_text_model(tokenizer), tokenizer, tmp_path / "other")
-        message = rf"^model\.adapter: {first} does not fit {tmp_path / 'other'}: Target modules .* not found"
+        message = rf"^model\.adapter: {first} cannot be put on the model: Target modules .* not found"
         broken = replace(config, model=replace(config.model, path=str(tmp_path / "other"), adapter=str(first)))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ConfigError, match=message):
