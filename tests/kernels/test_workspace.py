@@ -121,7 +121,7 @@ def test_a_trained_heads_gradients_survive_a_kept_graph(backend, device) -> None
 def test_launches_of_a_pass(device, monkeypatch) -> None:
     """Two a slice, and four beside them, however many rows are ignored."""
     gpu = pytest.importorskip("synpo_kernels.backends.gpu")
-    from synpo_kernels.kernels import exact_rows, rows, tiles
+    from synpo_kernels.kernels import configs, exact_rows, rows, tiles
 
     launched: list[str] = []
     once = tiles.Bound.__call__
@@ -140,7 +140,8 @@ def test_launches_of_a_pass(device, monkeypatch) -> None:
     assert launched == ["begin", "slice", "slice", "finish", "launch"]
     launched.clear()
     gpu.forward(hidden, weight, labels, -100, want_direction=True, workspace=8000)
-    most, width = gpu.slices(n, d, v, 4, True, 8000, gpu._processors(device), 16, 32)
+    config = configs.tile_config(gpu._major(device), 4, softcap=False)
+    most, width = gpu.slices(n, d, v, 4, True, 8000, gpu._processors(device), config.block_n, config.block_v)
     blocks, chunks = -(-n // most), -(-v // width)
     assert blocks * chunks > 1
     assert launched == (["begin"] + ["slice"] * 2 * chunks + ["finish"]) * blocks + ["launch"]
