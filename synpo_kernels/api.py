@@ -19,7 +19,6 @@ from .losses import IGNORE_INDEX, check_layout, check_parameters
 from .ops import logprobs
 from .ops.pair_loss import SynPOOutput, synpo_pairs
 from .ops.parallel import from_shards
-from .ops.partial_head import kept
 from .ops.trained_pairs import is_trained, synpo_trained
 
 if TYPE_CHECKING:
@@ -113,14 +112,10 @@ def _logprobs(
     flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
     bias = None if bias is None else bias.contiguous()
     trained = any(t is not None and t.requires_grad for t in (weight, b, bias))
-    want_direction = torch.is_grad_enabled() and hidden.requires_grad
-    if group is not None or (b is not None and trained):
-        shared = (softcap, logit_scale, ignore_index, backend, workspace, group.group_name if group else "")
-        logps, *_ = kept(flat, weight, b, bias, flat_labels, *shared, want_direction)
-        return logps.view(labels.shape)
-    weight = weight if b is None else torch.cat([weight, b], 1)
-    options = (flat, weight, bias, flat_labels, softcap, logit_scale, ignore_index, backend, workspace)
-    logps, _ = logprobs.frozen(*options, True) if want_direction and not trained else logprobs.trained(*options)
+    # under a head that is trained whole ∂L/∂x is recomputed too: as many products, and no U held until then
+    want_direction = torch.is_grad_enabled() and hidden.requires_grad and not (trained and b is None and group is None)
+    options = (softcap, logit_scale, ignore_index, backend, workspace, group.group_name if group else "")
+    logps, *_ = logprobs.linear_logprobs(flat, weight, b, bias, flat_labels, *options, want_direction)
     return logps.view(labels.shape)
 
 
@@ -235,19 +230,9 @@ class FusedLinearSynPOLoss(nn.Module):
             return self._trained(hidden, found, labels, cu_seqlens, sequences)
         options |= {"workspace": self.workspace, "low_rank": low_rank, "group": self.group}
         logps = _logprobs(hidden, found.weight, labels, bias=found.bias, head=found, **options)
-        return self._end(logps, labels, cu_seqlens)[0]
-
-    def _end(self, logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> tuple[SynPOOutput, Tensor]:
-        return synpo_pairs(
-            logps,
-            labels,
-            cu_seqlens,
-            alpha=self.alpha,
-            beta=self.beta,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        ours: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta, "reduction": self.reduction}
+        ours |= {"ignore_index": self.ignore_index, "backend": self.backend}
+        return synpo_pairs(logps, labels, cu_seqlens, **ours)[0]
 
     def _trained(
         self,
@@ -261,25 +246,11 @@ class FusedLinearSynPOLoss(nn.Module):
         hidden, weight, bias = in_autocast(hidden, weight, bias)
         check_head(hidden, weight, labels, bias, head.softcap, self.ignore_index, sharded=False)
         check_layout(labels, None, cu_seqlens)
-        loss, logps, *_ = synpo_trained(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            None if bias is None else bias.contiguous(),
-            labels.reshape(-1).contiguous(),
-            cu_seqlens,
-            sequences,
-            self.alpha,
-            self.beta,
-            self.reduction,
-            head.softcap,
-            head.logit_scale,
-            self.ignore_index,
-            self.backend,
-            self.workspace,
-            hidden.requires_grad,
-            weight.requires_grad,
-            bias is not None and bias.requires_grad,
-            True,
+        flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
+        bias = None if bias is None else bias.contiguous()
+        ours = (self.alpha, self.beta, self.reduction, head.softcap, head.logit_scale, self.ignore_index, self.backend)
+        want = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+        loss, fields, empty, nonfinite, *_ = synpo_trained(
+            flat, weight, bias, flat_labels, cu_seqlens, sequences, *ours, want
         )
-        output, _ = self._end(logps.view(labels.shape), labels, cu_seqlens)
-        return replace(output, loss=loss)
+        return SynPOOutput(*[loss, *fields.unbind(), empty, nonfinite])

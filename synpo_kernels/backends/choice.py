@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _ext
 from ..head import Head
 from . import cpu, portable
-from .passes import Forward, Gradients
+from .passes import Forward, Tiles
 
 
 class Partition(Protocol):
@@ -40,21 +40,16 @@ class ForwardPass(Protocol):
     ) -> Forward: ...
 
 
-class GradientPass(Protocol):
-    """Of the rows that `Partition` gives, and their count."""
+class WholeRows(Protocol):
+    """x (N, D), labels (N,): write exp(z - a) · slope of all vocabulary into out (N, V), 0 at the label.
+
+    Returns:
+        logps (N,), and exp(a - log-sum-exp) (N,), which turns `out` into probabilities. Past the count logps is 0.
+    """
 
     def __call__(
-        self,
-        x: Tensor,
-        head: Head,
-        labels: Tensor,
-        forward: Forward,
-        upstream: Tensor,
-        *,
-        want: tuple[bool, bool, bool],
-        workspace: int,
-        count: Tensor | None = None,
-    ) -> Gradients: ...
+        self, x: Tensor, head: Head, labels: Tensor, out: Tensor, *, workspace: int, count: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,12 @@ class Backend:
     name: str
     partition: Partition
     forward: ForwardPass
-    gradients: GradientPass
+    whole_rows: WholeRows
+    tiles: Callable[[Tensor | None], Tiles]  # of the rows that `Partition` gives, by their count
+    fp16_magnify: float = 1.0  # power of two by which these hold a slice of probabilities larger, for fp16 inputs
+
+    def magnify(self, dtype: torch.dtype) -> float:
+        return self.fp16_magnify if dtype == torch.float16 else 1.0
 
 
 def chunked_supports(hidden: Tensor) -> tuple[bool, str]:
@@ -117,17 +117,18 @@ def _cpu_is_best(hidden: Tensor) -> bool:
 
 
 def _chunked() -> Backend:
-    return Backend("chunked", portable.partition, portable.forward, portable.gradients)
+    tiles = lambda count: portable.TorchTiles()  # noqa: E731  (`partition` gives the rows to compute alone)
+    return Backend("chunked", portable.partition, portable.forward, portable.whole_rows, tiles)
 
 
 def _cpu() -> Backend:
-    return Backend("cpu", cpu.partition, cpu.forward, cpu.gradients)
+    return replace(_chunked(), name="cpu", forward=cpu.forward)
 
 
 def _triton() -> Backend:
     from . import gpu  # imports triton
 
-    return Backend("triton", gpu.partition, gpu.forward, gpu.gradients)
+    return Backend("triton", gpu.partition, gpu.forward, gpu.whole_rows, gpu.TritonTiles, gpu.FP16_MAGNIFY)
 
 
 BACKENDS: dict[str, tuple[Callable[[Tensor], tuple[bool, str]], Callable[[], Backend]]] = {

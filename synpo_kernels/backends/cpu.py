@@ -30,9 +30,6 @@ from .. import _ext
 from ..head import Head
 from . import passes, portable
 from .passes import Forward
-from .portable import gradients, partition
-
-__all__ = ["forward", "gradients", "instruction_set", "partition"]
 
 
 def instruction_set() -> str:

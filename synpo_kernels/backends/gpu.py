@@ -28,7 +28,7 @@ from ..kernels import exact_rows, exp_tile, product, rows
 from ..kernels.configs import TileConfig, exact_config, product_config, tile_config
 from ..kernels.tiles import Bound, describable
 from . import passes
-from .passes import Forward, Gradients, cut, target_logits
+from .passes import Forward, cut, target_logits
 
 FP16_MAGNIFY = 2.0**14
 
@@ -318,23 +318,6 @@ def _redo(
         precision=_precision(),
         config=exact_config(_major(x.device)),
     )
-
-
-def gradients(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    forward: Forward,
-    upstream: Tensor,
-    *,
-    want: tuple[bool, bool, bool],
-    workspace: int,
-    count: Tensor | None = None,
-) -> Gradients:
-    """Gradients through a trained head, ∂L/∂x 0 past the count; see `passes.gradients`."""
-    magnify = FP16_MAGNIFY if x.dtype == torch.float16 else 1.0
-    tiles, upstream = TritonTiles(count), _counted(upstream, count)
-    return passes.gradients(x, head, labels, forward, upstream, tiles, workspace, want=want, magnify=magnify)
 
 
 def _counted(values: Tensor, count: Tensor | None) -> Tensor:

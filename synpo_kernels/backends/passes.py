@@ -18,7 +18,7 @@ costs some CPUs a hundred cycles each, and 2¹⁸ of them change a sum by less t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -154,7 +154,7 @@ def vocabulary_chunks(
         0 if tiles.operand(head.weight[:0]).dtype == head.weight.dtype and not summed else head.weight.shape[1]
     )
     width = workspace // 2 // (kept.itemsize * max(1, (len(x) if sliced else 0) + columns_of_w))
-    width = min(vocabulary, max(width - width % MIN_COLUMNS, min(width, MIN_COLUMNS), 1))
+    width = max(1, min(vocabulary, max(width - width % MIN_COLUMNS, min(width, MIN_COLUMNS))))  # a shard may have none
     scratch = torch.empty(len(x) * width if sliced else 0, dtype=kept, device=x.device)
     for columns in cut(vocabulary, width):
         part = head.columns(columns)
@@ -219,7 +219,7 @@ def gradients(
     tiles: Tiles,
     workspace: int,
     *,
-    want: tuple[bool, bool, bool],
+    want: Sequence[bool],
     magnify: float = 1.0,
     first_column: int = 0,
 ) -> Gradients:

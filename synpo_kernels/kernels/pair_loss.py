@@ -15,18 +15,15 @@ Shape legend: S = 2B sequences, chosen first, B pairs, T padded length, N tokens
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import torch
 import triton
 import triton.language as tl
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 BLOCK_T = 1024  # tokens at a time
 BLOCK_B = 256  # pairs at a time
 PROGRAMS = 512  # of pair_loss at most; each adds up all pairs, so there are not more than fill a GPU
-WARPS, STAGES = 4, 2
+OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}  # of both launches
 SIZES = ["S", "T", "N"]  # they change from batch to batch, which must not compile anything anew
 
 
@@ -190,39 +187,25 @@ def launch(
     logps: Tensor,
     labels: Tensor | None,
     bounds: Tensor | None,
-    sums: Tensor,
+    loss: Tensor,
     g: Tensor,
     fields: Tensor,
-    nonfinite: Tensor,
     empty: Tensor,
-    loss: Tensor,
+    nonfinite: Tensor,
     *,
     alpha: float,
     beta: float,
-    ignore_index: int,
+    ignore_index: int | None,
     mean: bool,
 ) -> None:
-    """Both kernels; (S, T) log-probabilities, or (N,) with `bounds` (S + 1,). See the kernels for the rest."""
+    """Both kernels; (S, T) log-probabilities, or (N,) with `bounds` (S + 1,); nonfinite is bool. See the kernels for the rest."""
     assert logps.is_contiguous() and (labels is None or labels.is_contiguous())
-    sequences = sums.shape[1]
+    sequences, ignored = 2 * len(nonfinite), 0 if ignore_index is None else ignore_index
+    sums = torch.empty(4, sequences, dtype=torch.float64, device=logps.device)
     where = (logps, logps if labels is None else labels, logps if bounds is None else bounds, sums)
+    written = (g, fields, nonfinite.view(torch.int8), empty, loss)
     sizes = (sequences, logps.shape[-1], logps.numel())
-    options = {"HAS_LABELS": labels is not None, "HAS_BOUNDS": bounds is not None, "BLOCK_T": BLOCK_T}
-    launch_options = {"num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": True}
-    sequence_sums_kernel[(sequences,)](*where, *sizes, ignore_index, **options, **launch_options)
-    pair_loss_kernel[(min(sequences, PROGRAMS),)](
-        *where,
-        g,
-        fields,
-        nonfinite,
-        empty,
-        loss,
-        *sizes,
-        alpha,
-        beta,
-        ignore_index,
-        **options,
-        MEAN=mean,
-        BLOCK_B=BLOCK_B,
-        **launch_options,
-    )
+    options = {"HAS_LABELS": labels is not None, "HAS_BOUNDS": bounds is not None, "BLOCK_T": BLOCK_T, **OPTIONS}
+    sequence_sums_kernel[(sequences,)](*where, *sizes, ignored, **options)
+    options |= {"MEAN": mean, "BLOCK_B": BLOCK_B}
+    pair_loss_kernel[(min(sequences, PROGRAMS),)](*where, *written, *sizes, alpha, beta, ignored, **options)

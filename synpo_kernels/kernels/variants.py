@@ -169,21 +169,13 @@ def _described(dtype: str, boxes: dict[str, tuple[int, int]]) -> dict[str, str]:
 
 
 def _pairs(arch: int) -> Iterator[Case]:
-    options = {"num_warps": pair_loss.WARPS, "num_stages": pair_loss.STAGES, "enable_fp_fusion": True}
+    tile = str(pair_loss.BLOCK_T)
     for layout, bounds in (("padded", False), ("packed", True)):
         constants: dict[str, Any] = {"HAS_LABELS": True, "HAS_BOUNDS": bounds, "BLOCK_T": pair_loss.BLOCK_T}
-        case = Case(
-            f"sequence sums {layout}",
-            pair_loss.sequence_sums_kernel,
-            arch,
-            "fp32",
-            constants,
-            options,
-            str(pair_loss.BLOCK_T),
-        )
-        yield case
+        sums, loss = pair_loss.sequence_sums_kernel, pair_loss.pair_loss_kernel
+        yield Case(f"sequence sums {layout}", sums, arch, "fp32", constants, pair_loss.OPTIONS, tile)
         constants = {**constants, "MEAN": True, "BLOCK_B": pair_loss.BLOCK_B}
-        yield Case(f"pair loss {layout}", pair_loss.pair_loss_kernel, arch, "fp32", constants, options, case.tile)
+        yield Case(f"pair loss {layout}", loss, arch, "fp32", constants, pair_loss.OPTIONS, tile)
 
 
 def _contrast(arch: int) -> Iterator[Case]:

@@ -1,30 +1,42 @@
-"""The custom ops between the public API and the backends: implementation, shapes for tracing, autograd.
+"""The custom op between the public API and the backends: implementation, shapes for tracing, autograd.
 
 An op is opaque to torch.compile, which sees its fake implementation alone, so a compiled step neither breaks nor traces
 the loops over the vocabulary. Backends are chosen inside, where real tensors are.
 
-    linear_logprobs_frozen     finishes its gradient in the forward pass: it keeps U = ∂logp/∂x, the size of x. Backward
-                               is one elementwise product, needs neither W nor logits and takes any upstream gradient. With
-                               retain_graph=True it may run any number of times; the pass that frees the graph works in U
-                               itself, which becomes ∂L/∂x.
-    linear_logprobs_trained    keeps x, W and two numbers a row; `linear_logprobs_gradients` recomputes the slices.
-                               Without gradients it is the plain forward pass.
+    linear_logprobs            with `want_direction` it finishes ∂L/∂x in the forward pass: it keeps U = ∂logp/∂x, the size of x.
+                               Backward is one elementwise product, needs neither W nor logits and takes any upstream
+                               gradient. With retain_graph=True it may run any number of times; the pass that frees the
+                               graph works in U itself, which becomes ∂L/∂x. Without, it is the plain forward pass.
+    linear_logprobs_gradients  recomputes the slices for what U does not give: the gradients of a trained head, and of x where
+                               no U was kept. For that x, the head and two numbers a row are kept.
+
+    LoRA on the head           z = x Wᵀ + u Bᵀ, u = scaling · x Aᵀ: with x̂ = [x, u] and Ŵ = [W, B] it is one head (V, D + r).
+                               Forward 2 G (1 + r/D); backward G (1 + r/D) for the slices and G r/D for ∂L/∂B: W costs nothing.
+    vocabulary parallel        every process has all rows of x and its shard of the head (`parallel`). All communication is in
+                               the forward pass: U is complete on every process, and ∂L/∂W belongs to the shard.
+
+x̂ comes concatenated, so that autograd carries its gradient on to x, A and whatever lies between; Ŵ is put together where
+it is needed, a copy of (V, D + r) numbers that does not outlive the pass.
 
 Rows whose label is `ignore_index` are left out of every product; their results and gradients are 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends import passes
 from ..backends.choice import choose
-from ..backends.passes import Forward, in_order, widest, workspace_of
+from ..backends.passes import Forward, Gradients, widest, workspace_of
 from ..checks import inside_op, may_overwrite
 from ..head import Head, compute_dtype
+from . import parallel
 
 
 def forward(
@@ -38,11 +50,11 @@ def forward(
     workspace: int | None,
 ) -> Forward:
     """x (N, D), labels (N,) → `Forward` with N rows, 0 where ignored."""
-    chosen = choose(backend, x)
-    size = workspace_of(x.device, workspace)
+    chosen, size = choose(backend, x), workspace_of(x.device, workspace)
     with inside_op(x):
-        options: dict[str, Any] = {"want_direction": want_direction, "workspace": size}
-        return chosen.forward(x, head, labels, _used(labels, ignore_index), **options)
+        return chosen.forward(
+            x, head, labels, _used(labels, ignore_index), want_direction=want_direction, workspace=size
+        )
 
 
 def gradients(
@@ -53,29 +65,36 @@ def gradients(
     backend: str,
     found: Forward,
     upstream: Tensor,
-    want: tuple[bool, bool, bool],
+    *,
+    want: Sequence[bool],
     workspace: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (hidden, weight, bias) for upstream (N,); one that is not wanted is empty."""
-    chosen = choose(backend, x)
-    size, ignore_index = workspace_of(x.device, workspace), _used(labels, ignore_index)
-    d_hidden, d_weight, d_bias = x.new_zeros(x.shape if want[0] else 0), x.new_empty(0), x.new_empty(0)
+    first_column: int = 0,
+) -> Gradients:
+    """Gradients of (hidden, weight, bias) for upstream (N,) by recomputing the slices; see `passes.gradients`."""
+    chosen, ignore_index = choose(backend, x), _used(labels, ignore_index)
     rows: Tensor | slice = slice(None)
     count = None
-    if ignore_index is not None:
-        rows, count = chosen.partition(labels, ignore_index)
-        labels = labels.where(labels != ignore_index, 0)  # what can be looked up
     with inside_op(x):
-        known = Forward(found.logps[rows], found.normalizer[rows], None)
-        options: dict[str, Any] = {"want": want, "workspace": size, "count": count}
-        result = chosen.gradients(in_order(x, rows, count), head, labels[rows], known, upstream[rows], **options)
-    if result.hidden is not None:
-        d_hidden[rows] = result.hidden
-    return (
-        d_hidden,
-        d_weight if result.weight is None else result.weight,
-        d_bias if result.bias is None else result.bias,
-    )
+        if ignore_index is not None:
+            rows, count = chosen.partition(labels, ignore_index)
+            upstream = upstream.where(labels != ignore_index, 0)  # rows past the count have none
+        result = passes.gradients(
+            passes.in_order(x, rows, count),
+            head,
+            labels[rows],
+            Forward(found.logps[rows], found.normalizer[rows], None),
+            upstream[rows],
+            chosen.tiles(count),
+            workspace_of(x.device, workspace),
+            want=want,
+            magnify=chosen.magnify(x.dtype),
+            first_column=first_column,
+        )
+    if result.hidden is None or ignore_index is None:
+        return result
+    hidden = x.new_zeros(x.shape)
+    hidden[rows] = result.hidden
+    return replace(result, hidden=hidden)
 
 
 def _used(labels: Tensor, ignore_index: int | None) -> int | None:
@@ -84,10 +103,15 @@ def _used(labels: Tensor, ignore_index: int | None) -> int | None:
     return None if unused else ignore_index
 
 
-@torch.library.custom_op("synpo_kernels::linear_logprobs_frozen", mutates_args=())
-def frozen(
+def _head(weight: Tensor, extra: Tensor | None, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Head:
+    return Head(weight if extra is None else torch.cat([weight, extra], 1), bias, softcap, logit_scale)
+
+
+@torch.library.custom_op("synpo_kernels::linear_logprobs", mutates_args=())
+def linear_logprobs(
     x: Tensor,
     weight: Tensor,
+    extra: Tensor | None,
     bias: Tensor | None,
     labels: Tensor,
     softcap: float | None,
@@ -95,71 +119,40 @@ def frozen(
     ignore_index: int | None,
     backend: str,
     workspace: int | None,
-    private: bool,
-) -> tuple[Tensor, Tensor]:
-    """x (N, D), W (V, D), labels (N,) → logps (N,), U (N, D); differentiable in x alone.
+    group: str,
+    want_direction: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (N, D + r), W (V, D), B (V, r), b (V,), labels (N,) → logps (N,), log-sum-exp (N,), U (N, D + r), labels of the shard.
 
-    private: the caller lets go of U, which the backward pass may then turn into ∂L/∂x.
+    logps are differentiable in x, W, B and b. U is empty unless `want_direction`; a caller lets go of it, as the backward pass
+    may turn it into ∂L/∂x.
+
+    Args:
+        group: name of the process group that W, B and b are spread over by rows; empty: they are whole, and so are the last
+            labels.
     """
-    head = Head(weight, bias, softcap, logit_scale)
-    found = forward(x, head, labels, ignore_index, backend, want_direction=True, workspace=workspace)
-    assert found.direction is not None
-    return found.logps, found.direction
+    head = _head(weight, extra, bias, softcap, logit_scale)
+    options: dict[str, Any] = {"want_direction": want_direction, "workspace": workspace}
+    if group:
+        found, aimed = parallel.forward(x, head, labels, ignore_index, backend, group, **options)
+    else:
+        found, aimed = forward(x, head, labels, ignore_index, backend, **options), labels.new_empty(0)
+    return found.logps, found.normalizer, x.new_empty(0) if found.direction is None else found.direction, aimed
 
 
-@frozen.register_fake
-def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, workspace, private):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype)), x.new_empty(x.shape)
-
-
-def _keep_direction(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-    ctx.private = inputs[-1]
-
-
-@once_differentiable
-def _frozen_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    (direction,) = ctx.saved_tensors
-    if upstream is None:
-        return (None,) * 10
-    # multiplied in the wider dtype and rounded once; in U itself where this backward pass is its last reader
-    out = direction if ctx.private and may_overwrite(direction) else torch.empty_like(direction)
-    return (torch.mul(direction, upstream[:, None], out=out), *[None] * 9)
-
-
-frozen.register_autograd(_frozen_backward, setup_context=_keep_direction)
-
-
-@torch.library.custom_op("synpo_kernels::linear_logprobs_trained", mutates_args=())
-def trained(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int | None,
-    backend: str,
-    workspace: int | None,
-) -> tuple[Tensor, Tensor]:
-    """x (N, D), W (V, D), b (V,), labels (N,) → logps (N,), log-sum-exp (N,); logps differentiable in x, W and b."""
-    head = Head(weight, bias, softcap, logit_scale)
-    found = forward(x, head, labels, ignore_index, backend, want_direction=False, workspace=workspace)
-    return found.logps, found.normalizer
-
-
-@trained.register_fake
-def _(x, weight, bias, labels, softcap, logit_scale, ignore_index, backend, workspace):  # type: ignore[no-untyped-def]
+@linear_logprobs.register_fake
+def _(x, weight, extra, bias, labels, *options):  # type: ignore[no-untyped-def]
+    *_, group, want_direction = options
     logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
-    return logps, torch.empty_like(logps, dtype=widest(x.device))
+    direction, aimed = x.new_empty(x.shape if want_direction else 0), labels.new_empty(labels.shape if group else 0)
+    return logps, torch.empty_like(logps, dtype=widest(x.device)), direction, aimed
 
 
 @torch.library.custom_op("synpo_kernels::linear_logprobs_gradients", mutates_args=())
-def trained_gradients(
+def linear_logprobs_gradients(
     x: Tensor,
     weight: Tensor,
+    extra: Tensor | None,
     bias: Tensor | None,
     labels: Tensor,
     logps: Tensor,
@@ -170,52 +163,60 @@ def trained_gradients(
     ignore_index: int | None,
     backend: str,
     workspace: int | None,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """∂L/∂x (N, D), ∂L/∂W (V, D), ∂L/∂b (V,) for upstream (N,); one that is not wanted is empty."""
-    head, found = Head(weight, bias, softcap, logit_scale), Forward(logps, normalizer, None)
-    want = (want_hidden, want_weight, want_bias)
-    return gradients(x, head, labels, ignore_index, backend, found, upstream, want, workspace)
+    want: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂L/∂x (N, D + r), ∂L/∂W (V, D), ∂L/∂B (V, r), ∂L/∂b (V,) for upstream (N,); one that is not wanted is empty."""
+    want_hidden, want_weight, want_extra, want_bias = want
+    first = 0 if want_weight else weight.shape[1]
+    head, known = _head(weight, extra, bias, softcap, logit_scale), Forward(logps, normalizer, None)
+    options: dict[str, Any] = {"workspace": workspace, "first_column": first}
+    options["want"] = (want_hidden, want_weight or want_extra, want_bias)
+    found = gradients(x, head, labels, ignore_index, backend, known, upstream, **options)
+    d_weight, d_extra = found.weight, None
+    if found.weight is not None and extra is not None:
+        parts = found.weight.tensor_split([weight.shape[1] - first], 1)
+        d_weight, d_extra = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    wanted = zip(want, (found.hidden, d_weight, d_extra, found.bias))
+    d_x, d_weight, d_extra, d_bias = (d if w and d is not None else x.new_empty(0) for w, d in wanted)
+    return d_x, d_weight, d_extra, d_bias
 
 
-@trained_gradients.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    bias,
-    labels,
-    logps,
-    normalizer,
-    upstream,
-    softcap,
-    logit_scale,
-    ignore_index,
-    backend,
-    workspace,
-    want_hidden,
-    want_weight,
-    want_bias,
-):
-    shapes = ((want_hidden, x.shape), (want_weight, weight.shape), (want_bias, weight.shape[:1]))
-    return tuple(x.new_empty(shape if wanted else (0,)) for wanted, shape in shapes)
+@linear_logprobs_gradients.register_fake
+def _(x, weight, extra, bias, *options):  # type: ignore[no-untyped-def]
+    shapes = (x.shape, weight.shape, (0,) if extra is None else extra.shape, weight.shape[:1])
+    return tuple(x.new_empty(shape if wanted else (0,)) for wanted, shape in zip(options[-1], shapes))
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, labels, *ctx.options = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *head, labels, softcap, logit_scale, ignore_index, backend, workspace, group, ctx.has_direction = inputs
+    logps, normalizer, direction, aimed = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, bias, labels, *output)
+    ctx.mark_non_differentiable(normalizer, direction, aimed)
+    if group:
+        labels, ignore_index = aimed, parallel.IGNORED
+    ctx.options = (softcap, logit_scale, ignore_index, backend, workspace)
+    recomputed = not ctx.has_direction or any(t is not None and t.requires_grad for t in head[1:])
+    ctx.save_for_backward(direction, *((*head, labels, logps, normalizer) if recomputed else ()))
 
 
 @once_differentiable
-def _trained_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 9
-    want = ctx.needs_input_grad[:3]
-    found = trained_gradients(*ctx.saved_tensors, upstream, *ctx.options, *want)
-    return (*(gradient if wanted else None for gradient, wanted in zip(found, want)), *[None] * 6)
+        return (None,) * 12
+    direction, *known = ctx.saved_tensors
+    want = list(ctx.needs_input_grad[:4])
+    found: list[Tensor | None] = [None] * 4
+    finished = want[0] and ctx.has_direction
+    if finished:
+        want[0] = False
+    if any(want):
+        every = linear_logprobs_gradients(*known, upstream, *ctx.options, want)
+        found = [each if wanted else None for each, wanted in zip(every, want)]
+    if finished:
+        # multiplied in the wider dtype and rounded once; in U itself where this backward pass is its last reader
+        out = direction if may_overwrite(direction) else torch.empty_like(direction)
+        found[0] = torch.mul(direction, upstream[:, None], out=out)
+    return (*found, *[None] * 8)
 
 
-trained.register_autograd(_trained_backward, setup_context=_keep_inputs)
+linear_logprobs.register_autograd(_backward, setup_context=_keep)

@@ -21,18 +21,6 @@ from ..backends.choice import choose
 from ..head import compute_dtype
 from ..losses import IGNORE_INDEX
 
-# rows of the op's (8, B) result, fields of SynPOOutput
-FIELDS = (
-    "chosen_logps",
-    "rejected_logps",
-    "chosen_prob",
-    "rejected_prob",
-    "language_reward",
-    "margin",
-    "chosen_grad_norm",
-    "rejected_grad_norm",
-)
-
 
 @dataclass(frozen=True)
 class SynPOOutput:
@@ -52,6 +40,9 @@ class SynPOOutput:
     rejected_grad_norm: Tensor  # (B,) ‖g‖₂ over the rejected tokens
     empty_pairs: Tensor  # () int64, pairs that contributed nothing
     nonfinite_pairs: Tensor  # (B,) bool, pairs in which a log-probability is NaN or infinite
+
+
+FIELDS = tuple(SynPOOutput.__dataclass_fields__)[1:-2]  # rows of the ops' (8, B) statistics
 
 
 def synpo_pairs(
@@ -82,16 +73,14 @@ def synpo_pairs(
         ValueError: shapes disagree, an odd number of sequences, an unknown reduction.
     """
     losses.check_layout(logps, labels, cu_seqlens)
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if sequences % 2:
+    if (sequences := _sequences(logps, cu_seqlens)) % 2:
         raise ValueError(f"pairs need an even number of sequences, chosen first; got {sequences}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if ignore_index is None:
         labels = None
     loss, g, fields, empty, nonfinite = pairs(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction, backend)
-    statistics = dict(zip(FIELDS, fields.unbind()))
-    return SynPOOutput(loss=loss, **statistics, empty_pairs=empty, nonfinite_pairs=nonfinite), g
+    return SynPOOutput(*[loss, *fields.unbind(), empty, nonfinite]), g
 
 
 @torch.library.custom_op("synpo_kernels::synpo_pairs", mutates_args=())
@@ -106,55 +95,18 @@ def pairs(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ loss (), g like logps, statistics (8, B) in the order of `FIELDS`, empty pairs () int64, nonfinite (B,) bool."""
-    compute = _by_kernel if choose(backend, logps).name == "triton" else _by_torch
     # in one layout, or sums over rows would be taken in another order and end in other bits
     logps, labels = logps.contiguous(), None if labels is None else labels.contiguous()
-    with torch.cuda.device_of(logps):  # Triton launches on the current device
-        return compute(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction)
+    sequences = _sequences(logps, cu_seqlens)
+    if sequences and choose(backend, logps).name == "triton":
+        from ..kernels import pair_loss  # imports triton
 
-
-def _by_kernel(
-    logps: Tensor,
-    labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int | None,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels import pair_loss  # imports triton
-
-    loss, g, fields, empty, nonfinite = _results(logps, cu_seqlens)
-    sequences = 2 * len(nonfinite)
-    if not sequences:
-        return loss.zero_(), g.zero_(), fields, empty.zero_(), nonfinite
-    pair_loss.launch(
-        logps,
-        labels,
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
-        torch.empty(4, sequences, dtype=torch.float64, device=logps.device),
-        g,
-        fields,
-        nonfinite.view(torch.int8),
-        empty,
-        loss,
-        alpha=alpha,
-        beta=beta,
-        ignore_index=IGNORE_INDEX if ignore_index is None else ignore_index,
-        mean=reduction == "mean",
-    )
-    return loss, g, fields, empty, nonfinite
-
-
-def _by_torch(
-    logps: Tensor,
-    labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    alpha: float,
-    beta: float,
-    ignore_index: int | None,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        found = results(logps, sequences)
+        bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
+        ours: dict[str, Any] = {"alpha": alpha, "beta": beta, "ignore_index": ignore_index, "mean": reduction == "mean"}
+        with torch.cuda.device_of(logps):  # Triton launches on the current device
+            pair_loss.launch(logps, labels, bounds, *found, **ours)
+        return found
     logps = logps.to(compute_dtype(logps.dtype))
     layout: dict[str, Any] = {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
     stats = losses.sequence_stats(logps, labels, **layout)
@@ -171,18 +123,21 @@ def _by_torch(
     return loss, g, fields, stats.empty_pairs, stats.nonfinite_pairs
 
 
-def _results(logps: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _sequences(logps: Tensor, cu_seqlens: Tensor | None) -> int:
+    return logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def results(logps: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Tensors for what the op returns."""
     g = torch.empty(logps.shape, dtype=compute_dtype(logps.dtype), device=logps.device)
-    half = (logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
     empty = torch.empty((), dtype=torch.int64, device=logps.device)
-    nonfinite = torch.empty(half, dtype=torch.bool, device=logps.device)
-    return g.new_empty(()), g, g.new_empty(len(FIELDS), half), empty, nonfinite
+    nonfinite = torch.empty(sequences // 2, dtype=torch.bool, device=logps.device)
+    return g.new_empty(()), g, g.new_empty(len(FIELDS), sequences // 2), empty, nonfinite
 
 
 @pairs.register_fake
-def _(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction, backend):  # type: ignore[no-untyped-def]
-    return _results(logps, cu_seqlens)
+def _(logps, labels, cu_seqlens, *options):  # type: ignore[no-untyped-def]
+    return results(logps, _sequences(logps, cu_seqlens))
 
 
 def _keep_coefficients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -25,8 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import passes
+from ..backends.choice import Backend, choose
 from ..backends.passes import Forward, Tiles, accumulate
-from ..backends.portable import TorchTiles, largest_logits, put
+from ..backends.portable import TorchTiles, largest_logits, nothing, put
+from ..checks import inside_op
 from ..head import Head, compute_dtype, whole
 
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -110,7 +112,7 @@ def from_shards(function: F) -> F:
     return cast(F, call)
 
 
-def named(group: str) -> dist.ProcessGroup:
+def _named(group: str) -> dist.ProcessGroup:
     """The process group of this name (an op takes no group, but takes its name)."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
@@ -146,28 +148,48 @@ def forward(
     x: Tensor,
     head: Head,
     labels: Tensor,
-    tiles: Tiles,
-    magnify: float,
-    group: dist.ProcessGroup,
+    ignore_index: int | None,
+    backend: str,
+    group: str,
     *,
+    want_direction: bool,
+    workspace: int | None,
+) -> tuple[Forward, Tensor]:
+    """One pass over all shards; every process gets the same `Forward`, and the labels (N,) of its own shard, as `aim`.
+
+    Args:
+        x: (N, D), labels: (N,) of the whole vocabulary, both the same on every process. head: this process's shard, possibly
+            without a row. group: name of the process group.
+    """
+    chosen, size, processes = choose(backend, x), passes.workspace_of(x.device, workspace), _named(group)
+    with inside_op(x):
+        aimed, found = aim(labels, len(head.weight), ignore_index, processes), nothing(x, want_direction)
+        for at in passes.blocks(aimed, IGNORED, passes.block_rows(x, size)):
+            put(found, at, _block(x[at], head, aimed[at], chosen, processes, want_direction, size))
+    return found, aimed
+
+
+def _block(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    chosen: Backend,
+    group: dist.ProcessGroup,
     want_direction: bool,
     workspace: int,
 ) -> Forward:
-    """One pass over all shards; every process gets the same `Forward`.
-
-    Args:
-        x: (N, D), the same on every process. head: this process's shard, possibly without a row. labels: (N,) of `aim`,
-            none IGNORED. magnify: power of two by which the slice is held larger where U is summed (fp16 needs it).
+    """Some rows, none of them IGNORED.
 
     A row whose exponential sum overflowed is done again around the largest logit of all shards; to know of it the host
     reads one number back from a CUDA device. A label that no shard owns gives NaN.
     """
+    tiles, magnify = chosen.tiles(None), chosen.magnify(x.dtype)
     target, slope = _target_logits(x, head, labels, group)
     at_once = want_direction and magnify == 1.0
     found, total = _around(x, head, labels, target, slope, target, tiles, group, at_once, workspace)
     if want_direction and not at_once:
         anchor = found.normalizer.to(total.dtype) - math.log(magnify)
-        _, pull = _sums(x, head, labels, anchor, tiles, workspace, want_pull=True)
+        _, pull = accumulate(x, head, labels, anchor, tiles, workspace, want_pull=True)
         assert pull is not None
         others = -torch.expm1(found.logps)
         found = replace(found, direction=_direction(x, head, labels, slope, others, pull.div_(magnify), group))
@@ -175,7 +197,8 @@ def forward(
     if flagged.numel() == 0:
         return found
     rows, row_labels, row_slope = x[flagged], labels[flagged], None if slope is None else slope[flagged]
-    top = _largest_logits(rows, head, target[flagged], group, workspace)
+    top = largest_logits(rows, head, workspace)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     again = _around(
         rows, head, row_labels, target[flagged], row_slope, top, TorchTiles(), group, want_direction, workspace
     )
@@ -196,7 +219,7 @@ def _around(
     workspace: int,
 ) -> tuple[Forward, Tensor]:
     """One pass with exponents measured from `anchor`; also returns the sum over v ≠ y, to see whether it overflowed."""
-    total, pull = _sums(x, head, labels, anchor, tiles, workspace, want_pull=want_direction)
+    total, pull = accumulate(x, head, labels, anchor, tiles, workspace, want_pull=want_direction)
     dist.all_reduce(total, group=group)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
@@ -229,15 +252,6 @@ def _direction(
     return pull.mul_(head.logit_scale).to(x.dtype)
 
 
-def _sums(
-    x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, workspace: int, *, want_pull: bool
-) -> tuple[Tensor, Tensor | None]:
-    """`passes.accumulate` over this shard; zeros where it has no row."""
-    if len(head.weight):
-        return accumulate(x, head, labels, anchor, tiles, workspace, want_pull=want_pull)
-    return torch.zeros_like(anchor), x.new_zeros(x.shape, dtype=anchor.dtype) if want_pull else None
-
-
 def _target_logits(x: Tensor, head: Head, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None]:
     """`passes.target_logits` from whichever shard owns each label; NaN where none does."""
     owned = labels >= 0
@@ -250,10 +264,3 @@ def _target_logits(x: Tensor, head: Head, labels: Tensor, group: dist.ProcessGro
     dist.all_reduce(found, group=group)
     target = found[0].where(found[2] == 1, torch.nan)
     return target, None if head.softcap is None else found[1]
-
-
-def _largest_logits(x: Tensor, head: Head, target: Tensor, group: dist.ProcessGroup, workspace: int) -> Tensor:
-    """(N,) max_v z_v over all shards."""
-    largest = largest_logits(x, head, workspace) if len(head.weight) else target.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return largest

@@ -20,23 +20,20 @@ log-sum-exp; on the Triton path by kernels that return at once where nothing ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import portable
 from ..backends.choice import Backend, choose
-from ..backends.passes import Tiles, in_order, target_logits, vocabulary_chunks, workspace_of
+from ..backends.passes import in_order, target_logits, vocabulary_chunks, workspace_of
 from ..checks import inside_op, may_overwrite
 from ..head import Head, compute_dtype
 from ..losses import sum_by_sequence
-from . import logprobs
-from .pair_loss import pairs as synpo
+from . import logprobs, pair_loss
 from .parallel import partitioned
 
 # What P̂ of a group of pairs may take. The gradient of W in the compute dtype comes on top.
@@ -94,7 +91,7 @@ class Gradients:
     at_once: there is one group, and its ∂L/∂W goes straight into the head's format.
     """
 
-    def __init__(self, x: Tensor, head: Head, want: tuple[bool, bool, bool], at_once: bool) -> None:
+    def __init__(self, x: Tensor, head: Head, want: Sequence[bool], at_once: bool) -> None:
         precise = compute_dtype(x.dtype)
         self.want, self.x, self.at_once = want, x, at_once
         self.hidden = torch.zeros_like(x) if want[0] else None
@@ -141,20 +138,11 @@ class Step:
     workspace: int
     found: Gradients
 
-    @property
-    def tiled(self) -> ModuleType:
-        """The backend whose tiles are used: the compiled CPU pass has none."""
-        if self.backend.name != "triton":
-            return portable
-        from ..backends import gpu  # imports triton
-
-        return gpu
-
     def coefficients(self, logps: Tensor, group: Batch) -> Tensor:
         """g (n,) = ∂loss/∂logp of the rows of whole pairs."""
         shape = (group.sequences, -1) if group.cu_seqlens is None else (-1,)
         labels = None if self.ignore_index is None else group.labels.view(shape)
-        _, g, *_ = synpo(
+        _, g, *_ = pair_loss.pairs(
             logps.view(shape),
             labels,
             group.cu_seqlens,
@@ -179,17 +167,17 @@ class Step:
         """(rows that count, how many of them if the host does not know, labels that can be looked up)."""
         if self.ignore_index is None:
             return slice(None), None, group.labels
-        rows, count = self.tiled.partition(group.labels, self.ignore_index)
+        rows, count = self.backend.partition(group.labels, self.ignore_index)
         return rows, count, group.labels.where(group.labels != self.ignore_index, 0)[rows]
 
     def _keep(self, group: Batch, at: Tensor, logps: Tensor) -> None:
         """Three products: P̂ of the whole group is held while g is found."""
         rows, count, labels = self._rows(group)
-        x, tiles, head = in_order(group.x, rows, count), _tiles(self.tiled, count), self.head
+        x, tiles, head = in_order(group.x, rows, count), self.backend.tiles(count), self.head
         stride = -(-len(head.weight) // 16) * 16  # whole rows for the copy engine
         held = torch.empty(len(x), stride, dtype=tiles.slice_dtype(x.dtype), device=x.device)[:, : len(head.weight)]
         options: dict[str, Any] = {"workspace": self.workspace, "count": count}
-        logps[rows], to_probability = self.tiled.whole_rows(x, head, labels, held, **options)
+        logps[rows], to_probability = self.backend.whole_rows(x, head, labels, held, **options)
         slope = target_logits(x, head, labels)[1]
         at_label = torch.expm1(logps[rows]) / to_probability
         held.scatter_(1, labels[:, None], (at_label if slope is None else at_label * slope).to(held.dtype)[:, None])
@@ -216,17 +204,12 @@ class Step:
         found = logprobs.forward(*arguments, want_direction=False, workspace=self.workspace)
         logps.copy_(found.logps)
         g = self.coefficients(logps, group)
-        d_x, d_weight, d_bias = logprobs.gradients(*arguments, found, g, self.found.want, self.workspace)
-        if self.found.hidden is not None:
-            self.found.hidden[at] = d_x
-        if self.found.weight is not None:
-            self.found.weight += d_weight
-        if self.found.bias is not None:
-            self.found.bias += d_bias
-
-
-def _tiles(tiled: ModuleType, count: Tensor | None) -> Tiles:
-    return tiled.TorchTiles() if tiled is portable else tiled.TritonTiles(count)
+        passed = logprobs.gradients(*arguments, found, g, want=self.found.want, workspace=self.workspace)
+        if self.found.hidden is not None and passed.hidden is not None:
+            self.found.hidden[at] = passed.hidden
+        for total, part in ((self.found.weight, passed.weight), (self.found.bias, passed.bias)):
+            if total is not None and part is not None:
+                total += part
 
 
 def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
@@ -250,16 +233,13 @@ def synpo_trained(
     logit_scale: float,
     ignore_index: int | None,
     backend: str,
-    workspace: int | None,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-    private: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (N, D), W (V, D), b (V,), labels (N,) of 2B sequences → loss (), logps (N,), ∂loss/∂x, ∂loss/∂W, ∂loss/∂b.
+    want: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (N, D), W (V, D), b (V,), labels (N,) of 2B sequences → loss, statistics, empty and nonfinite pairs as
+    `pair_loss.pairs`, ∂loss/∂x, ∂loss/∂W, ∂loss/∂b.
 
-    The loss is differentiable in x, W and b. A gradient that is not wanted is empty. private: the caller lets go of the
-    gradients, which the backward pass may then overwrite.
+    The loss is differentiable in x, W and b. Gradients that are not wanted are empty; a caller lets go of the others, as the
+    backward pass may overwrite them.
     """
     batch = Batch(x, labels, cu_seqlens, sequences)
     shape = (sequences, -1) if cu_seqlens is None else (-1,)
@@ -271,62 +251,42 @@ def synpo_trained(
     head = Head(weight, bias, softcap, logit_scale)
     with inside_op(x):
         chosen = choose(backend, x)
-        most_rows, at_once = rows_at_once(x, head, chosen, want_weight)
-        found = Gradients(x, head, (want_hidden, want_weight, want_bias), at_once)
-        size = workspace_of(x.device, workspace)
-        step = Step(head, chosen, alpha, beta, ignore_index, unit, size, found)
+        most_rows, at_once = rows_at_once(x, head, chosen, want[1])
+        found = Gradients(x, head, want, at_once)
+        step = Step(head, chosen, alpha, beta, ignore_index, unit, workspace_of(x.device, None), found)
         for group, at in batch.groups(most_rows):
             logps[at] = step.run(group, at, most_rows)
     counted_labels = None if ignore_index is None else labels.view(shape)
-    loss, *_ = synpo(logps.view(shape), counted_labels, cu_seqlens, alpha, beta, ignore_index, reduction, backend)
-    return loss, logps, *found.finished()
+    ours = (cu_seqlens, alpha, beta, ignore_index, reduction, backend)
+    loss, _, fields, empty, nonfinite = pair_loss.pairs(logps.view(shape), counted_labels, *ours)
+    return loss, fields, empty, nonfinite, *found.finished()
 
 
 @synpo_trained.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    bias,
-    labels,
-    cu_seqlens,
-    sequences,
-    alpha,
-    beta,
-    reduction,
-    softcap,
-    logit_scale,
-    ignore_index,
-    backend,
-    workspace,
-    want_hidden,
-    want_weight,
-    want_bias,
-    private,
-):
-    logps = x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype))
-    shapes = ((want_hidden, x.shape), (want_weight, weight.shape), (want_bias, weight.shape[:1]))
-    return logps.new_empty(()), logps, *(x.new_empty(shape if wanted else (0,)) for wanted, shape in shapes)
+def _(x, weight, bias, labels, cu_seqlens, sequences, *options):  # type: ignore[no-untyped-def]
+    loss, _, *statistics = pair_loss.results(x, sequences)
+    shapes = zip(options[-1], (x.shape, weight.shape, weight.shape[:1]))
+    return loss, *statistics, *(x.new_empty(shape if wanted else (0,)) for wanted, shape in shapes)
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[2:])
-    ctx.private = inputs[-1]
+    ctx.save_for_backward(*output[4:])
 
 
 @once_differentiable
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * 18
-    scaled: list[Tensor | None] = [None] * 3
-    for i, (gradient, wanted) in enumerate(zip(ctx.saved_tensors, ctx.needs_input_grad)):
-        if wanted and ctx.private and may_overwrite(gradient):
+    scaled: list[Tensor | None] = [None] * 14
+    for i, gradient in enumerate(ctx.saved_tensors):
+        if upstream is None or not ctx.needs_input_grad[i]:
+            continue
+        if may_overwrite(gradient):
             scale(gradient, upstream)
             scaled[i] = gradient
-        elif wanted:
+        else:
             scaled[i] = (gradient * upstream).to(gradient.dtype)
-    return (*scaled, *[None] * 15)
+    return tuple(scaled)
 
 
 @torch.library.custom_op("synpo_kernels::scale", mutates_args=("values",))

@@ -24,7 +24,7 @@ from synpo_kernels import contrast
 from synpo_kernels.backends import gpu
 from synpo_kernels.kernels import contrast_sample, exact_rows, exp_tile, product, rows
 from synpo_kernels.kernels import pair_loss as pair_loss_kernels
-from synpo_kernels.ops import logprobs, pair_loss, partial_head, trained_pairs
+from synpo_kernels.ops import logprobs, pair_loss, trained_pairs
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a CUDA build of torch (no GPU)")
 
@@ -134,7 +134,8 @@ def body(op: Any) -> Any:
 
 def test_frozen_head(launched, head, ignore_index) -> None:
     x, w, b, labels, *scale = inputs(head)
-    logps, direction = body(logprobs.frozen)(x, w, b, labels, *scale, ignore_index, "auto", None, True)
+    options = (*scale, ignore_index, "auto", None, "", True)
+    logps, _, direction, _ = body(logprobs.linear_logprobs)(x, w, None, b, labels, *options)
     assert logps.shape == (N,) and direction.shape == x.shape and direction.dtype == x.dtype
     assert {"begin_rows_kernel", "exp_tile_kernel", "finish_rows_kernel", "exact_rows_kernel"} <= launched
 
@@ -142,11 +143,12 @@ def test_frozen_head(launched, head, ignore_index) -> None:
 @pytest.mark.parametrize("workspace", [None, 1 << 16])
 def test_trained_head(launched, head, ignore_index, workspace) -> None:
     x, w, b, labels, *scale = inputs(head)
-    logps, normalizer = body(logprobs.trained)(x, w, b, labels, *scale, ignore_index, "auto", workspace)
-    known = (x, w, b, labels, logps, normalizer, torch.empty_like(logps), *scale, ignore_index, "auto", workspace)
-    for want in ((True, False, False), (True, True, b is not None), (False, True, False)):
-        found = body(logprobs.trained_gradients)(*known, *want)
-        shapes = zip(want, (x.shape, w.shape, w.shape[:1]), strict=True)
+    options = (*scale, ignore_index, "auto", workspace)
+    logps, normalizer, *_ = body(logprobs.linear_logprobs)(x, w, None, b, labels, *options, "", False)
+    known = (x, w, None, b, labels, logps, normalizer, torch.empty_like(logps), *options)
+    for want in ((True, False, False, False), (True, True, False, b is not None), (False, True, False, False)):
+        found = body(logprobs.linear_logprobs_gradients)(*known, want)
+        shapes = zip(want, (x.shape, w.shape, (0,), w.shape[:1]), strict=True)
         assert [each.shape for each in found] == [shape if wanted else (0,) for wanted, shape in shapes]
     assert launched
 
@@ -155,11 +157,10 @@ def test_trained_head(launched, head, ignore_index, workspace) -> None:
 def test_lora_head(launched, head, workspace) -> None:
     x, w, b, labels, *scale = inputs(head)
     x, extra = torch.cat([x, empty(N, R, dtype=x.dtype)], 1), empty(V, R, dtype=x.dtype)
-    logps, normalizer, _, aimed = body(partial_head.kept)(
-        x, w, extra, b, labels, *scale, -100, "auto", workspace, "", True
-    )
-    known = (x, w, extra, b, aimed, logps, normalizer, torch.empty_like(logps), *scale, -100, "auto", workspace)
-    _, d_extra, _ = body(partial_head.kept_gradients)(*known, False, True, b is not None)
+    options = (*scale, -100, "auto", workspace)
+    logps, normalizer, *_ = body(logprobs.linear_logprobs)(x, w, extra, b, labels, *options, "", True)
+    known = (x, w, extra, b, labels, logps, normalizer, torch.empty_like(logps), *options)
+    _, _, d_extra, _ = body(logprobs.linear_logprobs_gradients)(*known, (False, False, True, b is not None))
     assert d_extra.shape == extra.shape and launched
 
 
@@ -167,9 +168,17 @@ def test_lora_head(launched, head, workspace) -> None:
 def test_pairs_under_a_trained_head(launched, head, ignore_index, held_rows, monkeypatch) -> None:
     x, w, b, labels, *scale = inputs(head)
     monkeypatch.setitem(trained_pairs.PAIR_BYTES, "cuda", held_rows * V * x.element_size())
-    options = (*scale, ignore_index, "auto", None, True, True, b is not None, True)
+    options = (*scale, ignore_index, "auto", (True, True, b is not None))
     found = body(trained_pairs.synpo_trained)(x, w, b, labels, None, 4, 10.0, 0.2, "mean", *options)
-    assert [each.shape for each in found] == [(), (N,), x.shape, w.shape, (0,) if b is None else (V,)]
+    assert [each.shape for each in found] == [
+        (),
+        (len(pair_loss.FIELDS), 2),
+        (),
+        (2,),
+        x.shape,
+        w.shape,
+        (0,) if b is None else (V,),
+    ]
     assert launched
 
 
@@ -177,7 +186,7 @@ def test_packed_pairs_under_a_trained_head(launched, head, ignore_index, monkeyp
     """All at once the host reads nothing; in groups it reads the bounds, as `Batch.bounds` says."""
     x, w, b, labels, *scale = inputs(head)
     bounds = empty(5, dtype=torch.int32)
-    options = (bounds, 4, 10.0, 0.2, "mean", *scale, ignore_index, "auto", None, True, True, b is not None, True)
+    options = (bounds, 4, 10.0, 0.2, "mean", *scale, ignore_index, "auto", (True, True, b is not None))
     body(trained_pairs.synpo_trained)(x, w, b, labels, *options)
     assert launched
     if x.dtype != torch.float16:
@@ -229,4 +238,4 @@ def test_faults_are_seen(launched, fault, monkeypatch) -> None:
     else:
         monkeypatch.setattr(exp_tile.exp_tile_kernel, "parameters", exp_tile.exp_tile_kernel.parameters[:-1])
     with pytest.raises((AssertionError, DataDependentOutputException, RuntimeError)):
-        body(logprobs.frozen)(x, w, b, labels, *scale, -100, "auto", None, True)
+        body(logprobs.linear_logprobs)(x, w, None, b, labels, *scale, -100, "auto", None, "", True)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from host_reads import HostReads
 from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs, lora_head
 from synpo_kernels.backends import passes, portable
-from synpo_kernels.ops import partial_head
+from synpo_kernels.ops import logprobs
 from synpo_kernels.reference import naive_logprobs, naive_synpo
 
 N, V, D, R, S = 19, 53, 21, 4, 0.7
@@ -103,7 +103,6 @@ def test_the_frozen_weight_costs_no_gradient(device, monkeypatch) -> None:
             super().add_transposed_product(total, slice_, b, fresh=fresh)
 
     monkeypatch.setattr(portable, "TorchTiles", Recorded)
-    monkeypatch.setattr(partial_head, "TorchTiles", Recorded)
     labels, upstream = labels_and_upstream(device)
     given = inputs(torch.float32, device, USUAL, bias=False)
     loss = (fused(given, labels, backend="chunked") * upstream).sum()
@@ -160,23 +159,26 @@ def test_twice_checkpointed_and_compiled_are_the_same(device) -> None:
 
 
 @pytest.mark.parametrize("ignore_index", [-100, None])
-def test_opcheck(ignore_index) -> None:
+def test_opcheck(ignore_index, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
     labels, _ = labels_and_upstream("cpu")
     given = inputs(torch.float32, "cpu", (*USUAL, "bias", "weight"))
     x = torch.cat([given["hidden"], given["hidden"][:, :R]], 1).detach().requires_grad_()
     labels = labels if ignore_index is not None else labels.clamp(min=0)
-    options = (2.0, 1.0, ignore_index, "chunked", False, "", True)
-    torch.library.opcheck(partial_head.kept, (x, given["weight"], given["b"], given["bias"], labels, *options))
+    options = (2.0, 1.0, ignore_index, "chunked", None, "", True)
+    torch.library.opcheck(logprobs.linear_logprobs, (x, given["weight"], given["b"], given["bias"], labels, *options))
 
 
-def test_no_host_read_on_the_triton_path(device) -> None:
+def test_no_host_read_on_the_triton_path(device, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "_used", lambda labels, ignore_index: ignore_index)  # as on a GPU
     given, (labels, upstream) = inputs(torch.float32, device, ()), labels_and_upstream(device)
     u, b = lora_head(given["hidden"], given["a"], given["b"], S)
     x, head = torch.cat([given["hidden"], u], 1), (given["weight"], b, given["bias"])
-    logps, normalizer, _, _ = partial_head.kept(x, *head, labels, None, 1.0, -100, "triton", None, "", True)
-    known = labels, logps, normalizer, upstream
+    options = (None, 1.0, -100, "triton", None)
+    logps, normalizer, *_ = logprobs.linear_logprobs(x, *head, labels, *options, "", True)
+    known = labels, logps, normalizer, upstream, *options
     with HostReads() as reads, torch.no_grad():
-        partial_head.kept_gradients._init_fn(x, *head, *known, None, 1.0, -100, "triton", False, True, True, True)
+        logprobs.linear_logprobs_gradients._init_fn(x, *head, *known, (False, True, True, True))
     assert reads.found == []
 
 

@@ -20,22 +20,22 @@ def arguments(dtype: torch.dtype, *, trained: bool, biased: bool, backend: str =
     labels = torch.tensor([3, -100, 0, 10, -100, 3])
     if ignore_index is None:
         labels = labels.clamp(min=0)
-    return x, weight, bias, labels, None if biased else 2.0, 0.5, ignore_index, backend, None
+    return x, weight, None, bias, labels, None if biased else 2.0, 0.5, ignore_index, backend, None
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["softcap", "bias"])
 @pytest.mark.parametrize(("ignore_index", "dtype"), [(None, torch.float32), (-100, torch.bfloat16)], ids=str)
-def test_opcheck(ignore_index, dtype, biased) -> None:
+def test_opcheck(ignore_index, dtype, biased, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
     given = arguments(dtype, trained=False, biased=biased, ignore_index=ignore_index)
-    torch.library.opcheck(logprobs.frozen, (*given, False))
+    torch.library.opcheck(logprobs.linear_logprobs, (*given, "", True))
     given = arguments(dtype, trained=True, biased=biased, ignore_index=ignore_index)
-    torch.library.opcheck(logprobs.trained, given)
-    x, weight, bias, labels, *options = (a.detach() if isinstance(a, Tensor) else a for a in given)
-    found = logprobs.trained(x, weight, bias, labels, *options)
-    for want in [(True, False, False), (True, True, biased), (False, True, False)]:
-        torch.library.opcheck(
-            logprobs.trained_gradients, (x, weight, bias, labels, *found, torch.ones(N), *options, *want)
-        )
+    torch.library.opcheck(logprobs.linear_logprobs, (*given, "", False))
+    x, weight, extra, bias, labels, *options = (a.detach() if isinstance(a, Tensor) else a for a in given)
+    logps, normalizer, *_ = logprobs.linear_logprobs(x, weight, extra, bias, labels, *options, "", False)
+    known = (x, weight, extra, bias, labels, logps, normalizer, torch.ones(N), *options)
+    for want in [(True, False, False, False), (True, True, False, biased), (False, True, False, False)]:
+        torch.library.opcheck(logprobs.linear_logprobs_gradients, (*known, want))
 
 
 def compiled(function):
@@ -46,7 +46,7 @@ def compiled(function):
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("ignore_index", [None, -100])
 def test_compiled_logprobs(ignore_index, trained, backend, device) -> None:
-    x, weight, bias, labels, *_ = arguments(torch.float32, trained=trained, biased=True, ignore_index=ignore_index)
+    x, weight, _, bias, labels, *_ = arguments(torch.float32, trained=trained, biased=True, ignore_index=ignore_index)
     x, weight, bias, labels = (t.detach().to(device).requires_grad_(t.requires_grad) for t in (x, weight, bias, labels))
     wanted = [x, weight, bias] if trained else [x]
 

@@ -123,10 +123,10 @@ def test_tokens_outside_the_bounds_have_no_gradient(device) -> None:
     """On a GPU bounds are not read by the host: what they leave out gets 0, what they point past is not read."""
     logps = torch.full((12,), -0.5, device=device)
     bounds = torch.tensor([2, 4, 6, 8, 40], device=device)
-    _, g, _, _, _ = pair_loss._by_kernel(logps, None, bounds, 5.0, 0.3, None, "mean")
+    _, g, _, _, _ = pair_loss.pairs(logps, None, bounds, 5.0, 0.3, None, "mean", "triton")
     assert not g[:2].any() and g[2:].all()
     bounds = torch.tensor([0, 4, 6, 8, 9], device=device)
-    _, g, _, _, _ = pair_loss._by_kernel(logps, None, bounds, 5.0, 0.3, None, "mean")
+    _, g, _, _, _ = pair_loss.pairs(logps, None, bounds, 5.0, 0.3, None, "mean", "triton")
     assert g[:9].all() and not g[9:].any()
 
 
@@ -240,7 +240,8 @@ def test_no_host_read_inside_the_ops(workspace, ignore_index, trained, no_autoca
         monkeypatch.setattr(module, function, start)
     for name in ("begin", "finish"):
         monkeypatch.setattr(rows, name, lambda *_, name=name, **__: launched.add(name))
-    monkeypatch.setattr(logprobs, "choose", lambda *_: choice.BACKENDS["triton"][1]())
+    for module in (logprobs, pair_loss):
+        monkeypatch.setattr(module, "choose", lambda *_: choice.BACKENDS["triton"][1]())
     monkeypatch.setattr(gpu, "_major", lambda _: 9)
     monkeypatch.setattr(gpu, "_processors", lambda _: 132)
     x = torch.zeros(96, 32, dtype=torch.bfloat16, device="meta")
@@ -249,8 +250,9 @@ def test_no_host_read_inside_the_ops(workspace, ignore_index, trained, no_autoca
     found = logprobs.forward(x, head, labels, ignore_index, "auto", want_direction=not trained, workspace=workspace)
     if trained:
         upstream, want = torch.zeros(96, device="meta"), (True, True, False)
-        logprobs.gradients(x, head, labels, ignore_index, "auto", found, upstream, want, workspace)
-    pair_loss._by_kernel(found.logps.view(8, 12), labels.view(8, 12), None, 30.0, 0.2, ignore_index, "mean")
+        logprobs.gradients(x, head, labels, ignore_index, "auto", found, upstream, want=want, workspace=workspace)
+    given = (found.logps.view(8, 12), labels.view(8, 12), None, 30.0, 0.2, ignore_index, "mean", "auto")
+    pair_loss.pairs._init_fn(*given)
     assert launched >= {"exp_tile", "exact_rows", "pair_loss"}
     assert ("product" in launched) == (ignore_index is not None)
     assert trained or {"begin", "finish"} <= launched

@@ -73,7 +73,9 @@ def test_never_more_than_a_slice_of_the_logits(trained, dtype, monkeypatch) -> N
     with LargestTensor() as largest:  # inside the ops, where the mode sees every operation
         found = logprobs.forward(x, head, labels, -100, "chunked", want_direction=not trained, workspace=None)
         if trained:
-            logprobs.gradients(x, head, labels, -100, "chunked", found, torch.ones(n), (True, True, False), None)
+            logprobs.gradients(
+                x, head, labels, -100, "chunked", found, torch.ones(n), want=(True, True, False), workspace=None
+            )
     weight = head.weight
     allowed = max(budget, weight.untyped_storage().nbytes())
     assert budget / 2 < largest.bytes <= allowed < n * v * 4 / 8

@@ -97,7 +97,8 @@ def test_the_gradient_takes_the_memory_of_what_was_kept(backend, device) -> None
     hidden = torch.randn(40, 16, generator=generator).to(device).requires_grad_()
     weight, labels = torch.randn(50, 16, generator=generator).to(device), torch.arange(40, device=device)
     upstream = torch.randn(40, generator=generator).to(device)
-    logps, direction = logprobs.frozen(hidden, weight, None, labels, None, 1.0, None, backend, None, True)
+    options = (None, 1.0, None, backend, None, "", True)
+    logps, _, direction, _ = logprobs.linear_logprobs(hidden, weight, None, None, labels, *options)
     first, second = (torch.autograd.grad(logps, hidden, upstream * k, retain_graph=True)[0] for k in (1, 2))
     assert torch.equal(2 * first, second) and first.data_ptr() != direction.data_ptr()
     last = torch.autograd.grad(logps, hidden, upstream)[0]
