@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from synpo_kernels.head import Head
 from synpo_kernels.kernels import exp_tile
 from synpo_kernels.kernels.configs import TileConfig
 
@@ -98,8 +99,8 @@ class Problem:
 
     def tile(self, config: TileConfig) -> Callable[[], Tensor]:
         sums = torch.empty(-(-len(self.w) // config.block_v), len(self.x), device=self.x.device)
-        inputs = (self.x, self.w, None, self.labels, self.anchor, None, self.out, sums)
-        launch = exp_tile.bind(*inputs, logit_scale=1.0, softcap=None, write=True, precision="ieee", config=config)
+        inputs = (self.x, Head(self.w), self.labels, self.anchor, None, self.out, sums)
+        launch = exp_tile.bind(*inputs, write=True, precision="ieee", config=config)
         (n, v), device = self.out.shape, self.x.device
         programs = triton.cdiv(n, config.block_n) * triton.cdiv(v, config.block_v)
         if config.flatten and device.type == "cuda":

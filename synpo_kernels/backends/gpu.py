@@ -125,15 +125,10 @@ class TritonTiles:
         config = tile_config(_major(x.device), x.element_size(), softcap=capped, describable=described)
         sums = torch.empty(-(-vocabulary // config.block_v), len(x), dtype=torch.float32, device=x.device)
         if len(x):
-            run = _exponentials(x, part, labels, anchor, at_target, out, sums, self.count, keep, config)
-            run(
-                _grid(x.device, config, len(x), vocabulary),
-                N=len(x),
-                V=vocabulary,
-                first_x=0,
-                first_row=0,
-                first_column=0,
-            )
+            how: dict[str, Any] = {"count": self.count, "precision": _precision(), "config": config}
+            run = exp_tile.bind(x, part, labels, anchor, at_target, out, sums, write=keep, **how)
+            grid = _grid(x.device, config, len(x), vocabulary)
+            run(grid, N=len(x), V=vocabulary, first_x=0, first_row=0, first_column=0)
         return sums.sum(0)
 
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor) -> None:
@@ -147,23 +142,6 @@ class TritonTiles:
             add_matmul(total, slice_.T, b, fresh=fresh)
         elif slice_.numel():
             _counted_product(total, slice_, b, self.count, sum_counted=True, fresh=fresh)
-
-
-def _exponentials(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    anchor: Tensor,
-    at_target: Tensor | None,
-    out: Tensor,
-    sums: Tensor,
-    count: Tensor | None,
-    write: bool,
-    config: TileConfig,
-) -> Bound:
-    scale: dict[str, Any] = {"logit_scale": head.logit_scale, "softcap": head.softcap}
-    how: dict[str, Any] = {"count": count, "write": write, "precision": _precision(), "config": config}
-    return exp_tile.bind(x, head.weight, head.bias, labels, anchor, at_target, out, sums, **scale, **how)
 
 
 def _product(total: Tensor, slice_: Tensor, b: Tensor, count: Tensor, *, sum_counted: bool) -> tuple[Bound, TileConfig]:
@@ -205,8 +183,8 @@ def forward(
         return Forward(logps, normalizer, direction)
     order, count = (None, None) if ignore_index is None else partition(labels, ignore_index)
     softcap, twice = head.softcap is not None, want_direction and x.dtype == torch.float16
-    slope = torch.empty_like(target) if softcap else None
-    flags = torch.empty(n, dtype=torch.int8, device=device)
+    slope, flags = torch.empty_like(target) if softcap else None, torch.empty(n, dtype=torch.int8, device=device)
+    every = rows.Rows(labels, target, slope, logps, normalizer, flags, direction, order, count)
 
     readable = describable(head.weight) and (describable(x) if order is None else dim * x.element_size() % 16 == 0)
     config = tile_config(_major(device), x.element_size(), softcap=softcap, describable=readable)
@@ -223,9 +201,10 @@ def forward(
     near, anchor = torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device)
     sums = torch.empty(-(-vocabulary // config.block_v), most, device=device)
 
-    bound = (gathered, head, near, anchor, None, slice_, sums, count)
-    write = _exponentials(*bound, True, config) if want_direction else None
-    add_up = _exponentials(*bound, False, config) if twice or not want_direction else write
+    tensors = (gathered, head, near, anchor, None, slice_, sums)
+    how: dict[str, Any] = {"count": count, "precision": _precision(), "config": config}
+    write = exp_tile.bind(*tensors, write=True, **how) if want_direction else None
+    add_up = exp_tile.bind(*tensors, write=False, **how) if twice or not want_direction else write
     multiply: Bound | None = None
     tile_of_product = config
     if pull is not None and count is not None:
@@ -248,76 +227,37 @@ def forward(
 
     for at in cut(n, most):
         m, first = at.stop - at.start, at.start
-        where: dict[str, Any] = {"rows": m, "first_row": first, "logit_scale": head.logit_scale}
-        written = (gathered, near, anchor, target, target if slope is None else slope)
-        rows.begin(x, head.weight, head.bias, labels, order, count, *written, softcap=head.softcap, **where)
+        rows.begin(x, head, every, gathered, near, anchor, size=m, first_row=first)
         sweep(add_up, m, first)
         if twice:  # the second pass leaves other sums
             first_sums = sums.clone()
             anchor += torch.log1p(sums.sum(0)) - math.log(FP16_MAGNIFY)
             sweep(write, m, first)
             sums.copy_(first_sums)
-        found = (target, slope, logps, normalizer, flags, direction)
-        where |= {"divisor": FP16_MAGNIFY if twice else None, "overflow": passes.OVERFLOW}
-        rows.finish(pull, sums, head.weight, labels, order, count, *found, **where)
-    _redo(x, head, labels, flags, target, slope, logps, normalizer, direction)
+        divisor = FP16_MAGNIFY if twice else None
+        rows.finish(pull, sums, head, every, size=m, first_row=first, divisor=divisor, overflow=passes.OVERFLOW)
+    exact_rows.launch(x, head, every, precision=_precision(), config=exact_config(_major(device)))
     return Forward(logps, normalizer, direction)
 
 
 def whole_rows(
     x: Tensor, head: Head, labels: Tensor, out: Tensor, *, workspace: int, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Write exp(z - a) · slope of all vocabulary into out (N, V), 0 at the label, for an anchor a of each row.
-
-    Where a row overflows all are written again around the log-sum-exp, by kernels that return at once where none does.
-
-    Returns:
-        logps (N,), and exp(a - log-sum-exp) (N,), which turns `out` into probabilities. Past the count logps is 0.
-    """
+    """See `choice.WholeRows`. Where a row overflows all are written again around the log-sum-exp, by kernels that return at
+    once where none does."""
     target, slope = target_logits(x, head, labels)
     target, slope = _counted(target, count), None if slope is None else _counted(slope, count)
     total = _counted(passes.fill(x, head, labels, target, TritonTiles(count), workspace, out), count)
     logps = (target - target) - torch.log1p(total)
     flags = (total > passes.OVERFLOW).to(torch.int8)
     normalizer = passes.log_sum_exp(target, total)
-    _redo(x, head, labels, flags, target, slope, logps, normalizer, None)
+    every = rows.Rows(labels, target, slope, logps, normalizer, flags, None)
+    exact_rows.launch(x, head, every, precision=_precision(), config=exact_config(_major(x.device)))
     anchor, share = passes.rounded(normalizer, logps.dtype)
     overflowed = flags.any()
     again = overflowed * (len(x) if count is None else count)
     passes.fill(x, head, labels, anchor, TritonTiles(again.to(torch.int32)), workspace, out)
     return logps, torch.where(overflowed, share, logps.exp())
-
-
-def _redo(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    flags: Tensor,
-    target: Tensor,
-    slope: Tensor | None,
-    logps: Tensor,
-    normalizer: Tensor,
-    direction: Tensor | None,
-) -> None:
-    """Overwrite logps, normalizer and direction at the rows whose flag is set, by the exact kernel."""
-    if not len(x):
-        return
-    exact_rows.launch(
-        x,
-        head.weight,
-        head.bias,
-        labels,
-        flags,
-        target,
-        slope,
-        logps,
-        normalizer,
-        direction,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        precision=_precision(),
-        config=exact_config(_major(x.device)),
-    )
 
 
 def _counted(values: Tensor, count: Tensor | None) -> Tensor:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from ..head import Head
 from .configs import TileConfig
+from .rows import Rows
 from .tiles import cap, product
 
 if TYPE_CHECKING:
@@ -120,51 +122,38 @@ def exact_rows_kernel(
         )
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    flags: Tensor,
-    target: Tensor,
-    slope: Tensor | None,
-    logps: Tensor,
-    normalizer: Tensor,
-    direction: Tensor | None,
-    *,
-    logit_scale: float,
-    softcap: float | None,
-    precision: str,
-    config: TileConfig,
-) -> None:
-    """Overwrite `logps`, `normalizer` and, unless None, `direction` at the rows whose int8 flag is set. See the kernel."""
+def launch(x: Tensor, head: Head, rows: Rows, *, precision: str, config: TileConfig) -> None:
+    """Overwrite logps, normalizer and, unless None, direction of the rows of x (N, D) whose flag is set. See the kernel."""
+    labels, direction, slope = rows.labels, rows.direction, rows.slope
     assert labels.is_contiguous() and (direction is None or direction.stride(1) == 1)
     n, d = x.shape
+    if n == 0:
+        return
     grid = (triton.cdiv(n, config.block_n), 1 if direction is None else triton.cdiv(d, config.block_d))
     exact_rows_kernel[grid](
         x,
-        weight,
-        weight if bias is None else bias,
+        head.weight,
+        head.weight if head.bias is None else head.bias,
         labels,
-        flags,
-        target,
-        target if slope is None else slope,
-        logps,
-        normalizer,
+        rows.flags,
+        rows.target,
+        rows.target if slope is None else slope,
+        rows.logps,
+        rows.normalizer,
         x if direction is None else direction,
         n,
-        weight.shape[0],
-        logit_scale,
-        0.0 if softcap is None else softcap,
+        len(head.weight),
+        head.logit_scale,
+        0.0 if head.softcap is None else head.softcap,
         *x.stride(),
-        *weight.stride(),
+        *head.weight.stride(),
         0 if direction is None else direction.stride(0),
         D=d,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
         WRITE=direction is not None,
         PRECISION=precision,
         **config.options(),

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from ..head import Head
 from .configs import TileConfig
 from .tiles import Bound, cap, counted_rows, described_product, grouped, product, source
 
@@ -144,8 +145,7 @@ def exp_tile_kernel(
 
 def bind(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     labels: Tensor,
     anchor: Tensor,
     at_target: Tensor | None,
@@ -153,34 +153,32 @@ def bind(
     sums: Tensor,
     *,
     count: Tensor | None = None,
-    logit_scale: float,
-    softcap: float | None,
     write: bool,
     precision: str,
     config: TileConfig,
 ) -> Bound:
     """The kernel on these tensors, to be called with N, V, first_x, first_row and first_column; see it for the rest.
 
-    A config with descriptors wants x, weight and out `describable`.
+    A config with descriptors wants x, the weight and out `describable`.
     """
     assert out.stride(1) == 1 and labels.is_contiguous() and anchor.is_contiguous() and sums.stride(1) == 1
     described, n, v, d = config.descriptors, config.block_n, config.block_v, config.block_d
     arguments = {
         "x_ptr": source(x, [n, d], described),
-        "w_ptr": source(weight, [v, d], described),
-        "bias_ptr": anchor if bias is None else bias,
+        "w_ptr": source(head.weight, [v, d], described),
+        "bias_ptr": anchor if head.bias is None else head.bias,
         "label_ptr": labels,
         "anchor_ptr": anchor,
         "at_target_ptr": anchor if at_target is None else at_target,
         "out_ptr": source(out, [n, v], described),
         "sum_ptr": sums,
         "count_ptr": labels if count is None else count,
-        "logit_scale": logit_scale,
-        "softcap": 0.0 if softcap is None else softcap,
+        "logit_scale": head.logit_scale,
+        "softcap": 0.0 if head.softcap is None else head.softcap,
         "stride_xn": x.stride(0),
         "stride_xd": x.stride(1),
-        "stride_wv": weight.stride(0),
-        "stride_wd": weight.stride(1),
+        "stride_wv": head.weight.stride(0),
+        "stride_wd": head.weight.stride(1),
         "stride_on": out.stride(0),
         "stride_sv": sums.stride(0),
         "D": x.shape[1],
@@ -188,8 +186,8 @@ def bind(
         "BLOCK_V": v,
         "BLOCK_D": d,
         "GROUP_N": config.group_n,
-        "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": softcap is not None,
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
         "HAS_TARGET": at_target is not None,
         "HAS_COUNT": count is not None,
         "WRITE": write,

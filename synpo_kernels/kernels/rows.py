@@ -12,11 +12,13 @@ those that count are first; finish puts each where it belongs, and 0 where it do
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
+from ..head import Head
 from .tiles import cap, counted_rows
 
 if TYPE_CHECKING:
@@ -193,51 +195,51 @@ def scale(values: Tensor, factor: Tensor) -> None:
         scale_kernel[(triton.cdiv(values.numel(), block),)](values, factor, values.numel(), BLOCK=block, **OPTIONS)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of all N rows: what `begin` writes, `finish` reads and writes, `exact_rows` writes again."""
+
+    labels: Tensor  # (N,) int64
+    target: Tensor  # (N,) fp32 z_y
+    slope: Tensor | None  # (N,) fp32 c_y / logit_scale, with a softcap
+    logps: Tensor  # (N,) fp32
+    normalizer: Tensor  # (N,) fp64, the log-sum-exp
+    flags: Tensor  # (N,) int8, where the sum overflowed
+    direction: Tensor | None  # (N, D) U, where it is wanted
+    order: Tensor | None = None  # (N,) int64, the rows that count first, and
+    count: Tensor | None = None  # () int32 how many they are; None: all count, as they lie
+
+
 def begin(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    order: Tensor | None,
-    count: Tensor | None,
-    gathered: Tensor,
-    near: Tensor,
-    anchor: Tensor,
-    target: Tensor,
-    slope: Tensor,
-    *,
-    rows: int,
-    first_row: int,
-    logit_scale: float,
-    softcap: float | None,
+    x: Tensor, head: Head, rows: Rows, gathered: Tensor, near: Tensor, anchor: Tensor, *, size: int, first_row: int
 ) -> None:
-    """See the kernel; `gathered` is written only with an order, `slope` only with a softcap."""
+    """See the kernel; `size` rows of the order, from first_row on. `gathered` is written only with an order."""
     block = FEW if x.is_cuda else BLOCK_N
-    begin_rows_kernel[(triton.cdiv(rows, block),)](
+    begin_rows_kernel[(triton.cdiv(size, block),)](
         x,
-        weight,
-        weight if bias is None else bias,
-        labels,
-        labels if order is None else order,
-        labels if count is None else count,
+        head.weight,
+        head.weight if head.bias is None else head.bias,
+        rows.labels,
+        rows.labels if rows.order is None else rows.order,
+        rows.labels if rows.count is None else rows.count,
         gathered,
         near,
         anchor,
-        target,
-        slope,
-        rows,
+        rows.target,
+        rows.target if rows.slope is None else rows.slope,
+        size,
         first_row,
-        logit_scale,
-        0.0 if softcap is None else softcap,
+        head.logit_scale,
+        0.0 if head.softcap is None else head.softcap,
         *x.stride(),
-        *weight.stride(),
+        *head.weight.stride(),
         gathered.stride(0),
         D=x.shape[1],
         BLOCK_N=block,
         BLOCK_D=BLOCK_D,
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_ORDER=order is not None,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        HAS_ORDER=rows.order is not None,
         **OPTIONS,
     )
 
@@ -245,56 +247,46 @@ def begin(
 def finish(
     pull: Tensor | None,
     sums: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    order: Tensor | None,
-    count: Tensor | None,
-    target: Tensor,
-    slope: Tensor | None,
-    logps: Tensor,
-    normalizer: Tensor,
-    flags: Tensor,
-    direction: Tensor | None,
+    head: Head,
+    rows: Rows,
     *,
-    rows: int,
+    size: int,
     first_row: int,
-    logit_scale: float,
     divisor: float | None,
     overflow: float,
 ) -> None:
-    """See the kernel; without `pull` and `direction` U is not written."""
-    write = pull is not None and direction is not None
-    dim = weight.shape[1]
-    finish_rows_kernel[(triton.cdiv(rows, BLOCK_N), triton.cdiv(dim, BLOCK_D) if write else 1)](
+    """See the kernel; `pull` is there where `rows.direction` is."""
+    direction, dim = rows.direction, head.weight.shape[1]
+    finish_rows_kernel[(triton.cdiv(size, BLOCK_N), 1 if direction is None else triton.cdiv(dim, BLOCK_D))](
         sums if pull is None else pull,
         sums,
-        weight,
-        labels,
-        labels if order is None else order,
-        labels if count is None else count,
-        target,
-        target if slope is None else slope,
-        logps,
-        normalizer,
-        flags,
-        weight if direction is None else direction,
-        rows,
+        head.weight,
+        rows.labels,
+        rows.labels if rows.order is None else rows.order,
+        rows.labels if rows.count is None else rows.count,
+        rows.target,
+        rows.target if rows.slope is None else rows.slope,
+        rows.logps,
+        rows.normalizer,
+        rows.flags,
+        head.weight if direction is None else direction,
+        size,
         len(sums),
         first_row,
-        logit_scale,
+        head.logit_scale,
         1.0 if divisor is None else divisor,
         overflow,
         0 if pull is None else pull.stride(0),
         sums.stride(0),
-        *weight.stride(),
+        *head.weight.stride(),
         0 if direction is None else direction.stride(0),
         D=dim,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
         BLOCK_T=BLOCK_T,
-        HAS_SOFTCAP=slope is not None,
-        HAS_ORDER=order is not None,
+        HAS_SOFTCAP=rows.slope is not None,
+        HAS_ORDER=rows.order is not None,
         HAS_DIVISOR=divisor is not None,
-        WRITE=write,
+        WRITE=direction is not None,
         **OPTIONS,
     )

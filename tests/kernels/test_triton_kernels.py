@@ -10,12 +10,13 @@ import torch
 
 from synpo_kernels import FusedLinearSynPOLoss, contrastive_sample, linear_logprobs
 from synpo_kernels.backends import gpu
+from synpo_kernels.head import Head
 from synpo_kernels.kernels import contrast_sample, exact_rows, exp_tile, pair_loss, product
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
+from synpo_kernels.kernels.rows import Rows
 from synpo_kernels.kernels.tiles import describable
 
 STRIDE = (1 << 30) + 64  # elements between rows: row 2 lies past 2³¹
-OPTIONS = {"logit_scale": 1.0, "softcap": None, "precision": "ieee"}
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def far_apart(tmp_path, device) -> torch.Tensor:
     return rows
 
 
-def exponentials(x, w, bias, labels, anchor, at_target, out, sums, *, first_row=0, **options) -> None:
-    """One launch over all of x and w, by three programs."""
-    run = exp_tile.bind(x, w, bias, labels, anchor, at_target, out, sums, **options)
-    run((3,), N=len(x), V=len(w), first_x=0, first_row=first_row, first_column=0)
+def exponentials(x, head, labels, anchor, at_target, out, sums, *, first_row=0, **options) -> None:
+    """One launch over all of x and the head, by three programs."""
+    run = exp_tile.bind(x, head, labels, anchor, at_target, out, sums, write=True, precision="ieee", **options)
+    run((3,), N=len(x), V=len(head.weight), first_x=0, first_row=first_row, first_column=0)
 
 
 @pytest.mark.parametrize("which", ["x", "w", "out"])
@@ -48,7 +49,7 @@ def test_addresses_past_two_to_the_31(which, far_apart, device) -> None:
     sums = torch.empty(1, 3, device=device)
     expected = (x.float() @ w.float().T).exp().fill_diagonal_(0)
     config = TileConfig(16, 16, 16, 1, 1, 1)
-    exponentials(x, w, None, labels, anchor, None, out, sums, write=True, config=config, **OPTIONS)
+    exponentials(x, Head(w), labels, anchor, None, out, sums, config=config)
     torch.testing.assert_close(sums[0], expected.sum(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-6)
 
@@ -61,8 +62,8 @@ def test_exact_addresses_past_two_to_the_31(which, far_apart, device) -> None:
     z = x.float() @ w.float().T
     logps, direction = torch.empty(3, device=device), torch.empty(3, 16, dtype=torch.bfloat16, device=device)
     normalizer, target = torch.empty(3, dtype=torch.float64, device=device), z.diagonal().contiguous()
-    written = (logps, normalizer, direction)
-    exact_rows.launch(x, w, None, labels, flags, target, None, *written, config=exact_config(None), **OPTIONS)
+    rows = Rows(labels, target, None, logps, normalizer, flags, direction)
+    exact_rows.launch(x, Head(w), rows, precision="ieee", config=exact_config(None))
     torch.testing.assert_close(logps, z.log_softmax(1).diagonal(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(normalizer.float(), z.logsumexp(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(direction.float(), w.float() - z.softmax(1) @ w.float(), rtol=2e-2, atol=2e-2)
@@ -78,8 +79,8 @@ def test_only_flagged_rows_are_touched(device) -> None:
     direction = torch.full((40, 20), 7.0, device=device)
     z = x @ w.T
     target = z.gather(1, labels[:, None])[:, 0].contiguous()
-    written = (logps, normalizer, direction)
-    exact_rows.launch(x, w, None, labels, flags, target, None, *written, config=INTERPRETER, **OPTIONS)
+    rows = Rows(labels, target, None, logps, normalizer, flags, direction)
+    exact_rows.launch(x, Head(w), rows, precision="ieee", config=INTERPRETER)
     kept = flags == 0
     assert (logps[kept] == 7.0).all() and (normalizer[kept] == 7.0).all() and (direction[kept] == 7.0).all()
     expected = z.log_softmax(1).gather(1, labels[:, None])[:, 0]
@@ -97,9 +98,7 @@ def test_every_tile_is_visited_once(group, device) -> None:
     sums = torch.full((3, n), torch.nan, device=device)
     labels = torch.full((n,), -1, device=device)  # not in this chunk
     config = TileConfig(16, 32, 16, group, 1, 1)
-    exponentials(
-        x, w, None, labels, torch.zeros(n, device=device), None, out[:, :v], sums, write=True, config=config, **OPTIONS
-    )
+    exponentials(x, Head(w), labels, torch.zeros(n, device=device), None, out[:, :v], sums, config=config)
     assert (out[:, :v] == 1).all() and out[:, v:].isnan().all()
     assert sums.T.tolist() == [[32.0, 32.0, 6.0]] * n
 
@@ -134,8 +133,8 @@ def test_rows_past_the_count_are_not_computed(counted, written, device) -> None:
     labels, anchor = torch.full((n,), -1, device=device), torch.zeros(n, device=device)
     out, sums = torch.full((n, v), torch.nan, device=device), torch.full((2, n), torch.nan, device=device)
     count = torch.tensor(first_row + counted, dtype=torch.int32, device=device)
-    options = {"write": True, "config": INTERPRETER, "count": count, "first_row": first_row, **OPTIONS}
-    exponentials(x, w, None, labels, anchor, None, out, sums, **options)
+    options = {"config": INTERPRETER, "count": count, "first_row": first_row}
+    exponentials(x, Head(w), labels, anchor, None, out, sums, **options)
     assert (out[:counted] == 1).all() and (out[counted:written] == 0).all() and out[written:].isnan().all()
     assert (sums.sum(0)[:counted] == v).all() and sums[:, written:].isnan().all()
 
@@ -163,8 +162,8 @@ def test_descriptors_and_pointers_agree_bitwise(shape, dtype, device) -> None:
         config = replace(INTERPRETER, descriptors=descriptors)
         out = torch.zeros(n, -(-v // 16) * 16, dtype=dtype, device=device)[:, :v]  # rows that descriptors can write
         sums = torch.zeros(-(-v // 32), n, device=device)
-        options = {"write": True, "config": config, "count": count, **OPTIONS, "softcap": 3.0, "logit_scale": 0.5}
-        exponentials(x, w, bias, labels, anchor, at_target, out, sums, **options)
+        head = Head(w, bias, softcap=3.0, logit_scale=0.5)
+        exponentials(x, head, labels, anchor, at_target, out, sums, config=config, count=count)
         found.append((out, sums))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     z = 3 * torch.tanh((x.double() @ w.double().T + bias.double()) / 6)
