@@ -81,10 +81,15 @@ def check_head(
         raise ValueError(f"hidden must be float64, float32, bfloat16 or float16, got {hidden.dtype}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if labels.device.type == "cpu" and labels.numel() and not sharded and not torch.compiler.is_compiling():
-        kept = labels if ignore_index is None else labels[labels != ignore_index]
-        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= weight.shape[0]):
-            raise ValueError(
-                f"labels must lie in [0, {weight.shape[0]}) or equal ignore_index={ignore_index}, "
-                f"got values from {int(kept.min())} to {int(kept.max())}"
-            )
+    if labels.device.type == "cpu" and not sharded and not torch.compiler.is_compiling():
+        check_range(labels, ignore_index, weight.shape[0], "")
+
+
+def check_range(labels: Tensor, ignore_index: int | None, vocabulary: int, whose: str) -> None:
+    """Raise ValueError for a label outside [0, vocabulary); `whose` rows these are. The host reads the labels."""
+    kept = labels if ignore_index is None else labels[labels != ignore_index]
+    if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= vocabulary):
+        raise ValueError(
+            f"labels must lie in [0, {vocabulary}){whose} or equal ignore_index={ignore_index}, "
+            f"got values from {int(kept.min())} to {int(kept.max())}"
+        )

@@ -93,14 +93,10 @@ def sequence_stats(
     counted = torch.ones_like(logps, dtype=torch.bool)
     if labels is not None and ignore_index is not None:
         counted = labels != ignore_index
-    return _reduce(logps.where(counted, 0.0), logps.exp().where(counted, 0.0), counted.to(logps.dtype), cu_seqlens)
-
-
-def _reduce(logps: Tensor, probs: Tensor, counted: Tensor, cu_seqlens: Tensor | None) -> SequenceStats:
-    tokens = sum_by_sequence(counted, cu_seqlens)
+    columns = (logps.where(counted, 0.0), logps.exp().where(counted, 0.0), counted.to(logps.dtype))
+    total, probs, tokens = (sum_by_sequence(values, cu_seqlens) for values in columns)
     divisor = tokens.clamp(min=1.0)
-    total = sum_by_sequence(logps, cu_seqlens)
-    return SequenceStats(total, total / divisor, sum_by_sequence(probs, cu_seqlens) / divisor, tokens)
+    return SequenceStats(total, total / divisor, probs / divisor, tokens)
 
 
 def check_layout(values: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -63,6 +63,10 @@ class Backend:
     tiles: Callable[[Tensor | None], Tiles]  # of the rows that `Partition` gives, by their count
     fp16_magnify: float = 1.0  # power of two by which these hold a slice of probabilities larger, for fp16 inputs
 
+    def rows(self, labels: Tensor, ignore_index: int | None) -> tuple[Tensor | slice, Tensor | None]:
+        """`partition`, which nothing has to do where no label is ignored."""
+        return (slice(None), None) if ignore_index is None else self.partition(labels, ignore_index)
+
     def magnify(self, dtype: torch.dtype) -> float:
         return self.fp16_magnify if dtype == torch.float16 else 1.0
 

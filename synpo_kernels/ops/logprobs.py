@@ -72,11 +72,9 @@ def gradients(
 ) -> Gradients:
     """Gradients of (hidden, weight, bias) for upstream (N,) by recomputing the slices; see `passes.gradients`."""
     chosen, ignore_index = choose(backend, x), _used(labels, ignore_index)
-    rows: Tensor | slice = slice(None)
-    count = None
     with inside_op(x):
+        rows, count = chosen.rows(labels, ignore_index)
         if ignore_index is not None:
-            rows, count = chosen.partition(labels, ignore_index)
             upstream = upstream.where(labels != ignore_index, 0)  # rows past the count have none
         result = passes.gradients(
             passes.in_order(x, rows, count),

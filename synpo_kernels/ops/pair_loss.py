@@ -77,8 +77,6 @@ def synpo_pairs(
         raise ValueError(f"pairs need an even number of sequences, chosen first; got {sequences}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if ignore_index is None:
-        labels = None
     loss, g, fields, empty, nonfinite = pairs(logps, labels, cu_seqlens, alpha, beta, ignore_index, reduction, backend)
     return SynPOOutput(*[loss, *fields.unbind(), empty, nonfinite]), g
 
@@ -96,7 +94,7 @@ def pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ loss (), g like logps, statistics (8, B) in the order of `FIELDS`, empty pairs () int64, nonfinite (B,) bool."""
     # in one layout, or sums over rows would be taken in another order and end in other bits
-    logps, labels = logps.contiguous(), None if labels is None else labels.contiguous()
+    logps, labels = logps.contiguous(), None if labels is None or ignore_index is None else labels.contiguous()
     sequences = _sequences(logps, cu_seqlens)
     if sequences and choose(backend, logps).name == "triton":
         from ..kernels import pair_loss  # imports triton

@@ -28,7 +28,7 @@ from ..backends import passes
 from ..backends.choice import Backend, choose
 from ..backends.passes import Forward, Tiles, accumulate
 from ..backends.portable import TorchTiles, largest_logits, nothing, put
-from ..checks import inside_op
+from ..checks import check_range, inside_op
 from ..head import Head, compute_dtype, whole
 
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -131,17 +131,11 @@ def aim(labels: Tensor, rows: int, ignore_index: int | None, group: dist.Process
     shards = [labels.new_empty(1) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, labels.new_full((1,), rows), group=group)
     sizes = torch.cat(shards)
-    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-    if not labels.is_cuda:
-        counted, vocabulary = labels[kept], int(sizes.sum())
-        if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= vocabulary):
-            raise ValueError(
-                f"labels must lie in [0, {vocabulary}), the rows of all shards, or equal ignore_index={ignore_index}, "
-                f"got values from {int(counted.min())} to {int(counted.max())}"
-            )
+    if labels.device.type == "cpu":
+        check_range(labels, ignore_index, int(sizes.sum()), ", the rows of all shards,")
     mine = labels - sizes[: dist.get_rank(group)].sum()
     mine = mine.where((mine >= 0) & (mine < rows), ELSEWHERE)
-    return mine.where(kept, IGNORED)
+    return mine if ignore_index is None else mine.where(labels != ignore_index, IGNORED)
 
 
 def forward(

@@ -49,6 +49,11 @@ class Batch:
     cu_seqlens: Tensor | None  # (2B + 1,), None: sequences of equal length
     sequences: int  # 2B
 
+    def loss(self, logps: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`pair_loss.pairs` of logps (N,); settings: alpha, beta, ignore_index, reduction, backend."""
+        shape = (self.sequences, -1) if self.cu_seqlens is None else (-1,)
+        return pair_loss.pairs(logps.view(shape), self.labels.view(shape), self.cu_seqlens, *settings)
+
     def bounds(self) -> list[int]:
         """First row of every sequence, and N. Of packed rows on a CUDA device the host reads them, once a step."""
         if self.cu_seqlens is not None:
@@ -102,10 +107,11 @@ class Gradients:
             self.weight = torch.zeros(head.weight.shape, dtype=precise, device=x.device)
         self.bias = torch.zeros(len(head.weight), dtype=precise, device=x.device) if want[2] else None
 
-    def finished(self) -> list[Tensor]:
+    def finished(self) -> tuple[Tensor, Tensor, Tensor]:
         """In the dtype of the inputs; one that is not wanted is empty."""
         sums = (self.hidden, self.weight, self.bias)
-        return [self.x.new_empty(0) if each is None else each.to(self.x.dtype) for each in sums]
+        d_x, d_weight, d_bias = (self.x.new_empty(0) if each is None else each.to(self.x.dtype) for each in sums)
+        return d_x, d_weight, d_bias
 
 
 def rows_at_once(x: Tensor, head: Head, backend: Backend, want_weight: bool) -> tuple[int, bool]:
@@ -114,14 +120,12 @@ def rows_at_once(x: Tensor, head: Head, backend: Backend, want_weight: bool) -> 
     All rows, where they need no more than a group of `PAIR_BYTES` and ∂L/∂W in fp32 would; 0 where the tiles hold fp16, which has
     not its range.
     """
+    if backend.magnify(x.dtype) != 1.0:
+        return 0, False
     allowed = PAIR_BYTES.get(x.device.type, PAIR_BYTES["cpu"])
-    a_row = compute_dtype(x.dtype).itemsize * len(head.weight)
-    if backend.name == "triton":
-        if x.dtype == torch.float16:
-            return 0, False
-        a_row = x.element_size() * len(head.weight)
-        if want_weight and 0 < len(x) * a_row <= allowed + 4 * head.weight.numel():
-            return len(x), True
+    a_row = backend.tiles(None).slice_dtype(x.dtype).itemsize * len(head.weight)
+    if backend.name == "triton" and want_weight and 0 < len(x) * a_row <= allowed + 4 * head.weight.numel():
+        return len(x), True
     return allowed // a_row, False
 
 
@@ -140,18 +144,7 @@ class Step:
 
     def coefficients(self, logps: Tensor, group: Batch) -> Tensor:
         """g (n,) = ∂loss/∂logp of the rows of whole pairs."""
-        shape = (group.sequences, -1) if group.cu_seqlens is None else (-1,)
-        labels = None if self.ignore_index is None else group.labels.view(shape)
-        _, g, *_ = pair_loss.pairs(
-            logps.view(shape),
-            labels,
-            group.cu_seqlens,
-            self.alpha,
-            self.beta,
-            self.ignore_index,
-            "sum",
-            self.backend.name,
-        )
+        _, g, *_ = group.loss(logps, self.alpha, self.beta, self.ignore_index, "sum", self.backend.name)
         return g.flatten() * self.unit
 
     def run(self, group: Batch, at: Tensor, most_rows: int) -> Tensor:
@@ -163,16 +156,11 @@ class Step:
             self._keep(group, at, logps)
         return logps
 
-    def _rows(self, group: Batch) -> tuple[Any, Tensor | None, Tensor]:
-        """(rows that count, how many of them if the host does not know, labels that can be looked up)."""
-        if self.ignore_index is None:
-            return slice(None), None, group.labels
-        rows, count = self.backend.partition(group.labels, self.ignore_index)
-        return rows, count, group.labels.where(group.labels != self.ignore_index, 0)[rows]
-
     def _keep(self, group: Batch, at: Tensor, logps: Tensor) -> None:
         """Three products: P̂ of the whole group is held while g is found."""
-        rows, count, labels = self._rows(group)
+        rows, count = self.backend.rows(group.labels, self.ignore_index)
+        labels = group.labels if self.ignore_index is None else group.labels.where(group.labels != self.ignore_index, 0)
+        labels = labels[rows]  # each can be looked up
         x, tiles, head = in_order(group.x, rows, count), self.backend.tiles(count), self.head
         stride = -(-len(head.weight) // 16) * 16  # whole rows for the copy engine
         held = torch.empty(len(x), stride, dtype=tiles.slice_dtype(x.dtype), device=x.device)[:, : len(head.weight)]
@@ -242,10 +230,9 @@ def synpo_trained(
     backward pass may overwrite them.
     """
     batch = Batch(x, labels, cu_seqlens, sequences)
-    shape = (sequences, -1) if cu_seqlens is None else (-1,)
     logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
     counted = torch.ones_like(logps) if ignore_index is None else (labels != ignore_index).to(logps.dtype)
-    tokens = sum_by_sequence(counted.view(shape), cu_seqlens).view(2, -1)
+    tokens = sum_by_sequence(counted.view(sequences, -1) if cu_seqlens is None else counted, cu_seqlens).view(2, -1)
     pairs = (tokens > 0).all(0).sum().clamp(min=1)
     unit = pairs.to(logps.dtype).reciprocal() if reduction == "mean" else logps.new_ones(())
     head = Head(weight, bias, softcap, logit_scale)
@@ -256,9 +243,7 @@ def synpo_trained(
         step = Step(head, chosen, alpha, beta, ignore_index, unit, workspace_of(x.device, None), found)
         for group, at in batch.groups(most_rows):
             logps[at] = step.run(group, at, most_rows)
-    counted_labels = None if ignore_index is None else labels.view(shape)
-    ours = (cu_seqlens, alpha, beta, ignore_index, reduction, backend)
-    loss, _, fields, empty, nonfinite = pair_loss.pairs(logps.view(shape), counted_labels, *ours)
+    loss, _, fields, empty, nonfinite = batch.loss(logps, alpha, beta, ignore_index, reduction, backend)
     return loss, fields, empty, nonfinite, *found.finished()
 
 
