@@ -6,6 +6,7 @@ FusedLinearSynPOLoss  the same, carried through to the SynPO loss and the statis
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from .head import Head, layer_head, whole
 from .losses import IGNORE_INDEX, check_layout, check_parameters
 from .ops import logprobs
 from .ops.pair_loss import SynPOOutput, synpo_pairs
-from .ops.parallel import from_shards
+from .ops.parallel import gathered_frozen, local, partitioned
 from .ops.trained_pairs import is_trained, synpo_trained
 
 if TYPE_CHECKING:
@@ -82,41 +83,40 @@ def linear_logprobs(
             gather of the label's row fails with a device-side assertion); the backend is unknown or cannot serve.
     """
     found, low_rank = resolved(hidden, head, Head(hidden, bias, softcap, logit_scale), low_rank)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "backend": backend, "low_rank": low_rank, "group": group}
-    options["workspace"] = check_workspace(memory, workspace)
-    return _logprobs(hidden, found.weight, labels, bias=found.bias, head=found, **options)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "backend": backend, "group": group}
+    return _logprobs(hidden, found, labels, low_rank, workspace=check_workspace(memory, workspace), **options)
 
 
-@from_shards
 def _logprobs(
     hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None,
     head: Head,
+    labels: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None,
+    *,
     ignore_index: int | None,
     backend: str,
     workspace: int | None,
-    low_rank: tuple[Tensor, Tensor] | None,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """`linear_logprobs` of a head in its parts."""
-    u, b = (None, None) if low_rank is None else low_rank
-    hidden, weight, bias, u, b = in_autocast(hidden, weight, bias, u, b)
-    softcap, logit_scale = head.softcap, head.logit_scale
-    check_head(hidden, weight, labels, bias, softcap, ignore_index, sharded=group is not None)
-    if low_rank is not None:
-        check_low_rank(hidden, weight, u, b)
-        hidden = torch.cat([hidden, u], -1)
-    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    trained = any(t is not None and t.requires_grad for t in (weight, b, bias))
-    # under a head that is trained whole ∂L/∂x is recomputed too: as many products, and no U held until then
-    want_direction = torch.is_grad_enabled() and hidden.requires_grad and not (trained and b is None and group is None)
-    options = (softcap, logit_scale, ignore_index, backend, workspace, group.group_name if group else "")
-    logps, *_ = logprobs.linear_logprobs(flat, weight, b, bias, flat_labels, *options, want_direction)
-    return logps.view(labels.shape)
+    """`linear_logprobs` of a head as `resolved` gives it, however it is spread over processes."""
+    plain = whole if group is None else local
+    weight, bias = plain(head.weight), None if head.bias is None else plain(head.bias)
+    u, b = (None, None) if low_rank is None else (whole(low_rank[0]), plain(low_rank[1]))
+    with gathered_frozen(weight, bias) if partitioned(weight) or partitioned(bias) else nullcontext():
+        hidden, weight, bias, u, b = in_autocast(hidden, weight, bias, u, b)
+        check_head(hidden, weight, labels, bias, head.softcap, ignore_index, sharded=group is not None)
+        if low_rank is not None:
+            check_low_rank(hidden, weight, u, b)
+            hidden = torch.cat([hidden, u], -1)
+        flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
+        bias = None if bias is None else bias.contiguous()
+        trained = any(t is not None and t.requires_grad for t in (weight, b, bias))
+        # under a head that is trained whole ∂L/∂x is recomputed too: as many products, and no U held until then
+        recomputed = trained and b is None and group is None
+        want_direction = torch.is_grad_enabled() and hidden.requires_grad and not recomputed
+        options = (head.softcap, head.logit_scale, ignore_index, backend, workspace, group.group_name if group else "")
+        logps, *_ = logprobs.linear_logprobs(flat, weight, b, bias, flat_labels, *options, want_direction)
+        return logps.view(labels.shape)
 
 
 def check_workspace(memory: str, workspace: int | None) -> int | None:
@@ -224,14 +224,11 @@ class FusedLinearSynPOLoss(nn.Module):
         if sequences % 2 or sequences <= 0:
             raise ValueError(f"pairs need an even number of sequences, chosen first then rejected; got {sequences}")
         found, low_rank = resolved(hidden, head, Head(hidden, bias, self.softcap, self.logit_scale), low_rank)
-        options: dict[str, Any] = {"ignore_index": self.ignore_index, "backend": self.backend}
-        plain = low_rank is None and self.group is None and self.workspace is None
-        if plain and is_trained(found.weight, found.bias):
+        if low_rank is None and self.group is None and self.workspace is None and is_trained(found.weight, found.bias):
             return self._trained(hidden, found, labels, cu_seqlens, sequences)
-        options |= {"workspace": self.workspace, "low_rank": low_rank, "group": self.group}
-        logps = _logprobs(hidden, found.weight, labels, bias=found.bias, head=found, **options)
-        ours: dict[str, Any] = {"alpha": self.alpha, "beta": self.beta, "reduction": self.reduction}
-        ours |= {"ignore_index": self.ignore_index, "backend": self.backend}
+        ours: dict[str, Any] = {"ignore_index": self.ignore_index, "backend": self.backend}
+        logps = _logprobs(hidden, found, labels, low_rank, workspace=self.workspace, group=self.group, **ours)
+        ours |= {"alpha": self.alpha, "beta": self.beta, "reduction": self.reduction}
         return synpo_pairs(logps, labels, cu_seqlens, **ours)[0]
 
     def _trained(

@@ -143,17 +143,6 @@ def taken_whole(matrix: Tensor) -> bool:
     return matrix.is_cuda or (matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" and _ext.multiplies())
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of equal dtypes, accumulated and returned in fp32 (float64 for float64)."""
-    if a.dtype == compute_dtype(a.dtype):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    total = a.new_zeros(len(a), b.shape[1], dtype=torch.float32)
-    add_matmul(total, a, b)
-    return total
-
-
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
     """total += a @ b in place; a and b of equal dtypes, `total` in their compute dtype.
 

@@ -12,13 +12,12 @@ A DTensor sharded on its rows does not say which of the first two it is: the arg
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +28,8 @@ from ..backends.choice import Backend, choose
 from ..backends.passes import Forward, Tiles, accumulate
 from ..backends.portable import TorchTiles, largest_logits, nothing, put
 from ..checks import check_range, inside_op
-from ..head import Head, compute_dtype, whole
+from ..head import Head, compute_dtype
 
-F = TypeVar("F", bound=Callable[..., Tensor])
 ELSEWHERE, IGNORED = -1, -2  # in place of a label that another shard owns, and of one that does not count
 
 
@@ -80,36 +78,20 @@ def gathered(*parameters: Tensor | None) -> Iterator[None]:
         yield
 
 
-def from_shards(function: F) -> F:
-    """Hand `function(hidden, weight, labels, *, bias, low_rank, group, ...)` plain tensors, however the head is spread."""
+@contextmanager
+def gathered_frozen(*parameters: Tensor | None) -> Iterator[None]:
+    """`gathered` for a forward pass alone: the gradient of one that is trained would come when it is gone again.
 
-    @functools.wraps(function)
-    def call(
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        *,
-        bias: Tensor | None = None,
-        low_rank: tuple[Tensor, Tensor] | None = None,
-        group: dist.ProcessGroup | None = None,
-        **options: Any,
-    ) -> Tensor:
-        plain = whole if group is None else local
-        weight, bias = plain(weight), None if bias is None else plain(bias)
-        low_rank = None if low_rank is None else (whole(low_rank[0]), plain(low_rank[1]))
-        options |= {"bias": bias, "low_rank": low_rank, "group": group}
-        parts = [p for p in (weight, bias) if p is not None and partitioned(p)]
-        if not parts:
-            return function(hidden, weight, labels, **options)
-        if any(p.requires_grad for p in parts):  # the gradient would come when the head is gone again
-            raise ValueError(
-                "a head that is trained cannot be gathered from ZeRO-3 outside its module; freeze it (train LoRA), or use "
-                "ZeRO-2 or FSDP2"
-            )
-        with gathered(*parts):
-            return function(hidden, weight, labels, **options)
-
-    return cast(F, call)
+    Raises:
+        ValueError: one that is partitioned is trained.
+    """
+    if any(p is not None and partitioned(p) and p.requires_grad for p in parameters):
+        raise ValueError(
+            "a head that is trained cannot be gathered from ZeRO-3 outside its module; freeze it (train LoRA), or use "
+            "ZeRO-2 or FSDP2"
+        )
+    with gathered(*parameters):
+        yield
 
 
 def _named(group: str) -> dist.ProcessGroup:
