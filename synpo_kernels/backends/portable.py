@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..head import Head, add_matmul, compute_dtype, taken_whole
 from . import passes
-from .passes import Forward, Gradients, target_logits, vocabulary_chunks
+from .passes import Forward, target_logits, vocabulary_chunks
 
 # of exponents: torch's exp on a CPU takes ten times as long where it leaves the normal numbers
 FLOOR = math.log(passes.LEAST) - 0.1
@@ -135,22 +135,6 @@ def whole_rows(
     anchor, share = passes.rounded(normalizer, logps.dtype)
     passes.fill(x, head, labels, anchor, TorchTiles(), workspace, out)
     return logps, share
-
-
-def gradients(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    forward: Forward,
-    upstream: Tensor,
-    *,
-    want: tuple[bool, bool, bool],
-    workspace: int,
-    count: Tensor | None = None,
-) -> Gradients:
-    """Gradients through a trained head; see `passes.gradients`."""
-    assert count is None, "`partition` gives the rows to compute alone"
-    return passes.gradients(x, head, labels, forward, upstream, TorchTiles(), workspace, want=want)
 
 
 def _around(
