@@ -199,15 +199,31 @@ def fill(x: Tensor, head: Head, labels: Tensor, anchor: Tensor, tiles: Tiles, wo
     return total
 
 
-def directions(head: Head, labels: Tensor, slope: Tensor | None, others: Tensor, pull: Tensor) -> Tensor:
-    """U_t = logit_scale · ((1 - p_y) c_y W_y - Σ_v≠y p_v c_v W_v), (N, D) in the dtype of W.
+class Whole:
+    """Where the parts of a head are: all here. `ops.parallel.Shards` knows of those that other processes hold."""
 
-    Args:
-        others: (N,) the probability 1 - p_y of everything but the label. pull: (N, D) the sum over v ≠ y, overwritten.
-    """
-    coefficient = others if slope is None else others * slope
-    pull.addcmul_(head.weight.index_select(0, labels), coefficient[:, None], value=-1)  # -U, before its scale
-    return torch.mul(pull, -head.logit_scale, out=torch.empty_like(pull, dtype=head.weight.dtype))
+    def target_logits(self, x: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As the function of this name."""
+        return target_logits(x, head, labels)
+
+    def add_up(self, sums: Tensor) -> None:
+        """Add those of the other parts, in place."""
+
+    def take_largest(self, values: Tensor) -> None:
+        """The largest of all parts, in place."""
+
+    def directions(self, head: Head, labels: Tensor, slope: Tensor | None, others: Tensor, pull: Tensor) -> Tensor:
+        """U_t = logit_scale · ((1 - p_y) c_y W_y - Σ_v≠y p_v c_v W_v), (N, D) in the dtype of W.
+
+        Args:
+            others: (N,) the probability 1 - p_y of everything but the label. pull: (N, D) the sum over v ≠ y, overwritten.
+        """
+        coefficient = others if slope is None else others * slope
+        pull.addcmul_(head.weight.index_select(0, labels), coefficient[:, None], value=-1)  # -U, before its scale
+        return torch.mul(pull, -head.logit_scale, out=torch.empty_like(pull, dtype=head.weight.dtype))
+
+
+WHOLE = Whole()
 
 
 def gradients(

@@ -8,13 +8,14 @@ is found and done again around its largest logit, which reads one number back fr
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..head import Head, add_matmul, compute_dtype, taken_whole
 from . import passes
-from .passes import Forward, target_logits, vocabulary_chunks
+from .passes import Forward, Tiles, Whole, target_logits, vocabulary_chunks
 
 # of exponents: torch's exp on a CPU takes ten times as long where it leaves the normal numbers
 FLOOR = math.log(passes.LEAST) - 0.1
@@ -79,12 +80,27 @@ def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, None]:
 
 
 def forward(
-    x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, *, want_direction: bool, workspace: int
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    ignore_index: int | None,
+    *,
+    want_direction: bool,
+    workspace: int,
+    tiles: Tiles | None = None,
+    magnify: float = 1.0,
+    parts: Whole = passes.WHOLE,
 ) -> Forward:
-    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 where ignored, in one pass; see `passes`."""
+    """Log-probabilities (N,) of `labels` and, if wanted, U (N, D) = ∂logp/∂x, 0 where ignored, in one pass; see `passes`.
+
+    Args:
+        tiles: of another backend, None: plain torch. magnify: power of two by which they hold a slice larger where U is summed
+            (fp16 needs it), in a second pass. parts: where the rest of the head is, if not here.
+    """
     found = nothing(x, want_direction)
     for rows in passes.blocks(labels, ignore_index, passes.block_rows(x, workspace)):
-        put(found, rows, _block(x[rows], head, labels[rows], want_direction, workspace))
+        options = (want_direction, workspace, tiles or TorchTiles(), magnify, parts)
+        put(found, rows, _block(x[rows], head, labels[rows], *options))
     return found
 
 
@@ -102,14 +118,31 @@ def put(whole: Forward, rows: Tensor | slice, part: Forward) -> None:
         whole.direction[rows] = part.direction
 
 
-def _block(x: Tensor, head: Head, labels: Tensor, want_direction: bool, workspace: int) -> Forward:
-    target, slope = target_logits(x, head, labels)
-    found, total = _around(x, head, labels, target, target, slope, want_direction, workspace)
+def _block(
+    x: Tensor,
+    head: Head,
+    labels: Tensor,
+    want_direction: bool,
+    workspace: int,
+    tiles: Tiles,
+    magnify: float,
+    parts: Whole,
+) -> Forward:
+    target, slope = parts.target_logits(x, head, labels)
+    at_once = want_direction and magnify == 1.0
+    found, total = _around(x, head, labels, target, target, slope, at_once, workspace, tiles, parts)
+    if want_direction and not at_once:
+        anchor = found.normalizer.to(total.dtype) - math.log(magnify)
+        _, pull = passes.accumulate(x, head, labels, anchor, tiles, workspace, want_pull=True)
+        assert pull is not None
+        others = -torch.expm1(found.logps)
+        found = replace(found, direction=parts.directions(head, labels, slope, others, pull.div_(magnify)))
     flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
     if flagged.numel():
-        rows, row_labels, row_slope = x[flagged], labels[flagged], None if slope is None else slope[flagged]
-        largest = largest_logits(rows, head, workspace)
-        again = _around(rows, head, row_labels, target[flagged], largest, row_slope, want_direction, workspace)
+        known = (x[flagged], head, labels[flagged], target[flagged])
+        largest, row_slope = largest_logits(x[flagged], head, workspace), None if slope is None else slope[flagged]
+        parts.take_largest(largest)
+        again = _around(*known, largest, row_slope, want_direction, workspace, TorchTiles(), parts)
         put(found, flagged, again[0])
     return found
 
@@ -146,16 +179,19 @@ def _around(
     slope: Tensor | None,
     want_direction: bool,
     workspace: int,
+    tiles: Tiles,
+    parts: Whole,
 ) -> tuple[Forward, Tensor]:
     """One pass with exponents measured from `anchor`; also returns the sum, to see whether it overflowed."""
-    total, pull = passes.accumulate(x, head, labels, anchor, TorchTiles(), workspace, want_pull=want_direction)
+    total, pull = passes.accumulate(x, head, labels, anchor, tiles, workspace, want_pull=want_direction)
+    parts.add_up(total)
     excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
     everything = total + excess.exp()
     others = total + torch.expm1(excess)
     logps = excess - torch.log1p(others)
     direction = None
     if pull is not None:
-        direction = passes.directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
+        direction = parts.directions(head, labels, slope, total / everything, pull.div_(everything[:, None]))
     return Forward(logps, passes.log_sum_exp(anchor, others), direction), total
 
 

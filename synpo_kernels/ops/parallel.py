@@ -12,10 +12,8 @@ A DTensor sharded on its rows does not say which of the first two it is: the arg
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backends import passes
-from ..backends.choice import Backend, choose
-from ..backends.passes import Forward, Tiles, accumulate
-from ..backends.portable import TorchTiles, largest_logits, nothing, put
+from ..backends import passes, portable
+from ..backends.choice import choose
+from ..backends.passes import Forward
 from ..checks import check_range, inside_op
 from ..head import Head, compute_dtype
 
@@ -133,110 +130,55 @@ def forward(
 ) -> tuple[Forward, Tensor]:
     """One pass over all shards; every process gets the same `Forward`, and the labels (N,) of its own shard, as `aim`.
 
+    A row that overflows is done again around the largest logit of all shards; to know of it the host reads one number back
+    from a CUDA device.
+
     Args:
         x: (N, D), labels: (N,) of the whole vocabulary, both the same on every process. head: this process's shard, possibly
             without a row. group: name of the process group.
     """
     chosen, size, processes = choose(backend, x), passes.workspace_of(x.device, workspace), _named(group)
     with inside_op(x):
-        aimed, found = aim(labels, len(head.weight), ignore_index, processes), nothing(x, want_direction)
-        for at in passes.blocks(aimed, IGNORED, passes.block_rows(x, size)):
-            put(found, at, _block(x[at], head, aimed[at], chosen, processes, want_direction, size))
-    return found, aimed
+        aimed = aim(labels, len(head.weight), ignore_index, processes)
+        options: dict[str, Any] = {"tiles": chosen.tiles(None), "magnify": chosen.magnify(x.dtype)}
+        options |= {"want_direction": want_direction, "workspace": size, "parts": Shards(processes)}
+        return portable.forward(x, head, aimed, IGNORED, **options), aimed
 
 
-def _block(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    chosen: Backend,
-    group: dist.ProcessGroup,
-    want_direction: bool,
-    workspace: int,
-) -> Forward:
-    """Some rows, none of them IGNORED.
+class Shards(passes.Whole):
+    """The head's rows spread over a group, this one's perhaps none; labels are those of `aim`, none IGNORED.
 
-    A row whose exponential sum overflowed is done again around the largest logit of all shards; to know of it the host
-    reads one number back from a CUDA device. A label that no shard owns gives NaN.
+    A label that no shard owns gives NaN.
     """
-    tiles, magnify = chosen.tiles(None), chosen.magnify(x.dtype)
-    target, slope = _target_logits(x, head, labels, group)
-    at_once = want_direction and magnify == 1.0
-    found, total = _around(x, head, labels, target, slope, target, tiles, group, at_once, workspace)
-    if want_direction and not at_once:
-        anchor = found.normalizer.to(total.dtype) - math.log(magnify)
-        _, pull = accumulate(x, head, labels, anchor, tiles, workspace, want_pull=True)
-        assert pull is not None
-        others = -torch.expm1(found.logps)
-        found = replace(found, direction=_direction(x, head, labels, slope, others, pull.div_(magnify), group))
-    flagged = (total > passes.OVERFLOW).nonzero().squeeze(1)
-    if flagged.numel() == 0:
-        return found
-    rows, row_labels, row_slope = x[flagged], labels[flagged], None if slope is None else slope[flagged]
-    top = largest_logits(rows, head, workspace)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    again = _around(
-        rows, head, row_labels, target[flagged], row_slope, top, TorchTiles(), group, want_direction, workspace
-    )
-    put(found, flagged, again[0])
-    return found
 
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
 
-def _around(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    target: Tensor,
-    slope: Tensor | None,
-    anchor: Tensor,
-    tiles: Tiles,
-    group: dist.ProcessGroup,
-    want_direction: bool,
-    workspace: int,
-) -> tuple[Forward, Tensor]:
-    """One pass with exponents measured from `anchor`; also returns the sum over v ≠ y, to see whether it overflowed."""
-    total, pull = accumulate(x, head, labels, anchor, tiles, workspace, want_pull=want_direction)
-    dist.all_reduce(total, group=group)
-    excess = target - anchor  # 0 around the target; NaN where the row is not finite, which must stay visible
-    everything = total + excess.exp()
-    others = total + torch.expm1(excess)
-    logps = excess - torch.log1p(others)
-    direction = None
-    if pull is not None:
-        pull.div_(everything[:, None])
-        direction = _direction(x, head, labels, slope, total / everything, pull, group)
-    return Forward(logps, passes.log_sum_exp(anchor, others), direction), total
-
-
-def _direction(
-    x: Tensor,
-    head: Head,
-    labels: Tensor,
-    slope: Tensor | None,
-    others: Tensor,
-    pull: Tensor,
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """`passes.directions` from every shard's `pull`, which is overwritten; the owner of a label adds its row of W."""
-    pull.neg_()
-    if len(head.weight):
+    def target_logits(self, x: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         owned = labels >= 0
-        coefficient = (others if slope is None else others * slope).where(owned, 0.0)
-        toward = head.weight.index_select(0, labels.where(owned, 0)).to(pull.dtype)
-        pull.addcmul_(toward, coefficient[:, None])
-    dist.all_reduce(pull, group=group)
-    return pull.mul_(head.logit_scale).to(x.dtype)
+        found = x.new_zeros((3, len(x)), dtype=compute_dtype(x.dtype))  # z_y, its slope, owners
+        if len(head.weight):
+            target, slope = passes.target_logits(x, head, labels.where(owned, 0))
+            found[0] = target.where(owned, 0.0)
+            found[1] = owned if slope is None else slope.where(owned, 0.0)
+            found[2] = owned
+        self.add_up(found)
+        target = found[0].where(found[2] == 1, torch.nan)
+        return target, None if head.softcap is None else found[1]
 
+    def add_up(self, sums: Tensor) -> None:
+        dist.all_reduce(sums, group=self.group)
 
-def _target_logits(x: Tensor, head: Head, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None]:
-    """`passes.target_logits` from whichever shard owns each label; NaN where none does."""
-    owned = labels >= 0
-    found = x.new_zeros((3, len(x)), dtype=compute_dtype(x.dtype))  # z_y, its slope, owners
-    if len(head.weight):
-        target, slope = passes.target_logits(x, head, labels.where(owned, 0))
-        found[0] = target.where(owned, 0.0)
-        found[1] = owned if slope is None else slope.where(owned, 0.0)
-        found[2] = owned
-    dist.all_reduce(found, group=group)
-    target = found[0].where(found[2] == 1, torch.nan)
-    return target, None if head.softcap is None else found[1]
+    def take_largest(self, values: Tensor) -> None:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+
+    def directions(self, head: Head, labels: Tensor, slope: Tensor | None, others: Tensor, pull: Tensor) -> Tensor:
+        """From every shard's `pull`; the owner of a label adds its row of W."""
+        pull.neg_()
+        if len(head.weight):
+            owned = labels >= 0
+            coefficient = (others if slope is None else others * slope).where(owned, 0.0)
+            toward = head.weight.index_select(0, labels.where(owned, 0)).to(pull.dtype)
+            pull.addcmul_(toward, coefficient[:, None])
+        self.add_up(pull)
+        return pull.mul_(head.logit_scale).to(head.weight.dtype)
