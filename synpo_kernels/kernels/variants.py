@@ -7,7 +7,7 @@ that the backends launch, and the other formats in their lightest and heaviest. 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import contrast_sample, exact_rows, exp_tile, pair_loss, product, rows
@@ -43,9 +43,13 @@ class Case:
     dtype: str  # triton's name of the input format
     constants: dict[str, Any]
     options: dict[str, Any]  # of the launch: num_warps, num_stages, ...
-    tile: str = "-"
     types: dict[str, str] = field(default_factory=dict)  # where not those of `TYPES`
     spills: int = 0  # bytes that it may spill, stores and loads
+
+    @property
+    def tile(self) -> str:
+        """What a program takes at a time, from its constants."""
+        return "x".join(str(size) for name, size in self.constants.items() if name.startswith("BLOCK")) or "-"
 
     def signature(self) -> dict[str, str]:
         """Type of every argument, constants included."""
@@ -110,18 +114,18 @@ def _exponentials(arch: int, dtype: str, precision: str, hidden: int) -> Iterato
             }
             boxes = {"x_ptr": (n, d), "w_ptr": (v, d), "out_ptr": (n, v)} if described else {}
             label = f"{name}{' described' if described else ''} {_label(dtype, precision)}"
-            case = _tiled(label, exp_tile.exp_tile_kernel, arch, dtype, tile, config, _described(dtype, boxes))
-            yield replace(case, spills=EPILOGUE if arch == 90 else 0)
+            types, spills = _described(dtype, boxes), EPILOGUE if arch == 90 else 0
+            yield Case(label, exp_tile.exp_tile_kernel, arch, dtype, tile, config.options(), types, spills)
 
 
 def _exact(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]:
     config, label = exact_config(arch // 10), _label(dtype, precision)
-    constants = {"D": hidden, "HAS_BIAS": True, "HAS_SOFTCAP": True, "WRITE": True, "PRECISION": precision}
+    constants = {"D": hidden, "HAS_BIAS": True, "HAS_SOFTCAP": True, "PRECISION": precision}
     constants |= _blocks("NVD", config)
-    yield _tiled(f"exact {label}", exact_rows.exact_rows_kernel, arch, dtype, constants, config)
-    if dtype == "bf16":
-        constants = {**constants, "WRITE": False}
-        yield _tiled(f"exact sums only {label}", exact_rows.exact_rows_kernel, arch, dtype, constants, config)
+    for name, write in (("exact", True), ("exact sums only", False)):
+        if write or dtype == "bf16":
+            given = {**constants, "WRITE": write}
+            yield Case(f"{name} {label}", exact_rows.exact_rows_kernel, arch, dtype, given, config.options())
 
 
 def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
@@ -145,18 +149,17 @@ def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
             boxes = {"a_ptr": (d, n) if over_rows else (n, d), "b_ptr": (d, v)} if described else {}
             name = f"product{' over rows' if over_rows else ''}{' described' if described else ''}"
             name += f"{' small' if m == 256 else ''} {_label(dtype, precision)}"
-            types = _described(dtype, boxes)
-            yield _tiled(name, product.counted_product_kernel, arch, dtype, shared | form, config, types)
+            given, types = (shared | form, config.options()), _described(dtype, boxes)
+            yield Case(name, product.counted_product_kernel, arch, dtype, *given, types)
 
 
 def _rows(arch: int, dtype: str, hidden: int) -> Iterator[Case]:
     blocks = {"D": hidden, "BLOCK_N": rows.BLOCK_N, "BLOCK_D": rows.BLOCK_D, "HAS_SOFTCAP": True, "HAS_ORDER": True}
-    tile = f"{rows.BLOCK_N}x{rows.BLOCK_D}"
     begin = {**blocks, "BLOCK_N": rows.FEW, "HAS_BIAS": True, "stride_xd": 1, "stride_wd": 1}
-    yield Case(f"begin rows {dtype}", rows.begin_rows_kernel, arch, dtype, begin, rows.OPTIONS, tile)
+    yield Case(f"begin rows {dtype}", rows.begin_rows_kernel, arch, dtype, begin, rows.OPTIONS)
     finish = {**blocks, "BLOCK_T": rows.BLOCK_T, "HAS_DIVISOR": dtype == "fp16", "WRITE": True, "stride_wd": 1}
     types = {"sums_ptr": "*fp32", "divisor": "fp32", "overflow": "fp32", "pull_ptr": "*fp32"}
-    yield Case(f"finish rows {dtype}", rows.finish_rows_kernel, arch, dtype, finish, rows.OPTIONS, tile, types)
+    yield Case(f"finish rows {dtype}", rows.finish_rows_kernel, arch, dtype, finish, rows.OPTIONS, types)
 
 
 def _reading(config: TileConfig) -> dict[str, Any]:
@@ -169,42 +172,27 @@ def _described(dtype: str, boxes: dict[str, tuple[int, int]]) -> dict[str, str]:
 
 
 def _pairs(arch: int) -> Iterator[Case]:
-    tile = str(pair_loss.BLOCK_T)
     for layout, bounds in (("padded", False), ("packed", True)):
         constants: dict[str, Any] = {"HAS_LABELS": True, "HAS_BOUNDS": bounds, "BLOCK_T": pair_loss.BLOCK_T}
         sums, loss = pair_loss.sequence_sums_kernel, pair_loss.pair_loss_kernel
-        yield Case(f"sequence sums {layout}", sums, arch, "fp32", constants, pair_loss.OPTIONS, tile)
+        yield Case(f"sequence sums {layout}", sums, arch, "fp32", constants, pair_loss.OPTIONS)
         constants = {**constants, "MEAN": True, "BLOCK_B": pair_loss.BLOCK_B}
-        yield Case(f"pair loss {layout}", loss, arch, "fp32", constants, pair_loss.OPTIONS, tile)
+        yield Case(f"pair loss {layout}", loss, arch, "fp32", constants, pair_loss.OPTIONS)
 
 
 def _contrast(arch: int) -> Iterator[Case]:
     """A vocabulary of 152,064, the largest of the usual ones: top-k 32 alone, and all there is with the most candidates."""
-    block, options = contrast_sample.BLOCK, contrast_sample.OPTIONS
-    tiles, vocab = 64, 152_064
-    peaks: dict[str, Any] = {"TILES": tiles, "BLOCK": block}
-    yield Case("expert peaks bf16", contrast_sample.expert_peaks_kernel, arch, "bf16", peaks, options, str(block))
+    options, tiles, vocab = contrast_sample.OPTIONS, 64, 152_064
+    peaks: dict[str, Any] = {"TILES": tiles, "BLOCK": contrast_sample.BLOCK}
+    yield Case("expert peaks bf16", contrast_sample.expert_peaks_kernel, arch, "bf16", peaks, options)
     for width, dtype, full in ((32, "bf16", False), (contrast_sample.MOST, "fp32", True)):
         has = {"HAS_AMATEUR": True, "HAS_CUTOFF": full, "HAS_SEEN": full, "GROUP": contrast_sample.GROUP}
         name = f"top-{width}{' cut-off' if full else ''} {dtype}"
         kernel = contrast_sample.group_bests_kernel
-        yield Case(f"group bests {name}", kernel, arch, dtype, {**peaks, **has}, options, str(block))
+        yield Case(f"group bests {name}", kernel, arch, dtype, {**peaks, **has}, options)
         large = contrast_sample.large_groups(vocab)
         draw = {"TILES": tiles, "LARGE": large, "K": width, "GREEDY": False, **has}
-        yield Case(f"draw {name}", contrast_sample.draw_kernel, arch, dtype, draw, options, f"{large}+{width}x8")
-
-
-def _tiled(
-    name: str,
-    kernel: Any,
-    arch: int,
-    dtype: str,
-    constants: dict[str, Any],
-    config: TileConfig,
-    types: dict[str, str] | None = None,
-) -> Case:
-    tile = f"{config.block_n}x{config.block_v}x{config.block_d}"
-    return Case(name, kernel, arch, dtype, constants, config.options(), tile, types or {})
+        yield Case(f"draw {name}", contrast_sample.draw_kernel, arch, dtype, draw, options)
 
 
 def _blocks(sizes: str, config: TileConfig) -> dict[str, Any]:
