@@ -259,7 +259,7 @@ def gradients(
     g = upstream.to(precise)
     scale = -head.logit_scale / magnify
     anchor, share = rounded(forward.normalizer, precise)
-    anchor -= math.log(magnify)
+    anchor = anchor - math.log(magnify)  # in place it would be the caller's log-sum-exp
     at_target = torch.expm1(forward.logps) * magnify / share
     g = g * share
     unit, factor = g * scale, None

@@ -150,11 +150,7 @@ def _block(
 def whole_rows(
     x: Tensor, head: Head, labels: Tensor, out: Tensor, *, workspace: int, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Write exp(z - a) · slope of all vocabulary into out (N, V), 0 at the label, for an anchor a of each row.
-
-    Returns:
-        logps (N,), and exp(a - log-sum-exp) (N,), which turns `out` into probabilities.
-    """
+    """See `choice.WholeRows`."""
     assert count is None, "`partition` gives the rows to compute alone"
     target, _ = target_logits(x, head, labels)
     total = passes.fill(x, head, labels, target, TorchTiles(), workspace, out)

@@ -10,13 +10,9 @@ the loops over the vocabulary. Backends are chosen inside, where real tensors ar
     linear_logprobs_gradients  recomputes the slices for what U does not give: the gradients of a trained head, and of x where
                                no U was kept. For that x, the head and two numbers a row are kept.
 
-    LoRA on the head           z = x Wᵀ + u Bᵀ, u = scaling · x Aᵀ: with x̂ = [x, u] and Ŵ = [W, B] it is one head (V, D + r).
-                               Forward 2 G (1 + r/D); backward G (1 + r/D) for the slices and G r/D for ∂L/∂B: W costs nothing.
-    vocabulary parallel        every process has all rows of x and its shard of the head (`parallel`). All communication is in
-                               the forward pass: U is complete on every process, and ∂L/∂W belongs to the shard.
-
-x̂ comes concatenated, so that autograd carries its gradient on to x, A and whatever lies between; Ŵ is put together where
-it is needed, a copy of (V, D + r) numbers that does not outlive the pass.
+LoRA makes of x and W one head of D + r columns, [x, u] and [W, B] (README.md). The first comes concatenated, so that autograd
+carries its gradient on to x, A and whatever lies between; the second is put together where it is needed and does not outlive
+the pass. Where the head is spread over processes (`parallel`) all communication is in the forward pass.
 
 Rows whose label is `ignore_index` are left out of every product; their results and gradients are 0.
 """

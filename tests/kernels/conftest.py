@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from synpo_kernels import _ext
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 INTERPRET = not torch.cuda.is_available()
 BEGUN = time.monotonic()
@@ -45,6 +47,14 @@ def poisoned_scratch() -> Iterator[None]:
 @pytest.fixture(params=["chunked", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(params=_ext.module().isas() if _ext.available() else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that runs here, the emulated one too."""
+    _ext.module().use_isa(request.param)
+    yield request.param
+    _ext.module().use_isa(None)
 
 
 @pytest.fixture

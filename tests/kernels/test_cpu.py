@@ -5,7 +5,6 @@ An error is bounded by that of the same computation in plain torch at the same d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,16 +38,6 @@ SHAPES = [  # N, V, D: single numbers, odd tails of tiles, panels and tasks; mor
     (70, 2100, 33),
     (2100, 90, 5),
 ]
-
-
-@pytest.fixture(params=_ext.module().isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that runs here, the emulated one too."""
-    extension = _ext.module()
-    before = extension.isa()
-    extension.use_isa(request.param)
-    yield request.param
-    extension.use_isa(before)
 
 
 def draw(n: int, v: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

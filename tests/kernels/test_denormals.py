@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,13 +20,6 @@ if not _ext.available():
 
 LEAST = passes.LEAST
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=_ext.module().isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _ext.module().use_isa(request.param)
-    yield request.param
-    _ext.module().use_isa(None)
 
 
 def head_pass(x: Tensor, weight: Tensor, labels: Tensor, softcap: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

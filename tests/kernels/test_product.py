@@ -20,13 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (5, 33, 70), (33, 1100, 31), (300, 64, 97), (0, 3, 4), (3, 0, 4), (3, 4, 0)]
 
 
-@pytest.fixture(params=_ext.module().isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    _ext.module().use_isa(request.param)
-    yield request.param
-    _ext.module().use_isa(None)
-
-
 def draw(n: int, k: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(n, k, generator=generator).to(dtype), torch.randn(k, m, generator=generator).to(dtype)

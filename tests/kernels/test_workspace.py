@@ -119,6 +119,16 @@ def test_a_trained_heads_gradients_survive_a_kept_graph(backend, device) -> None
         torch.testing.assert_close(a, 3 * b, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_trained_head_leaves_what_it_kept_as_it_was(dtype, device) -> None:
+    """In float64 the log-sum-exp that is kept is an operand of the backward pass as it is."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).to(device, dtype).requires_grad_() for n in (12, 50))
+    logps = linear_logprobs(hidden, weight, torch.arange(12, device=device), backend="chunked")
+    first, again = (torch.autograd.grad(logps.sum(), [hidden, weight], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
 def test_launches_of_a_pass(device, monkeypatch) -> None:
     """Two a slice, and four beside them, however many rows are ignored."""
     gpu = pytest.importorskip("synpo_kernels.backends.gpu")
