@@ -110,7 +110,8 @@ def test_batches_of_the_other_commands():
         (["--dropout", "0.1"], "write --set lora.dropout=0.1 ("),
         (["--max-length", "--no-resume"], "write --set train.max_length=INT_OR_NULL ("),
         (["--weight-decay", "0.1"], "write --set train.weight_decay=0.1 ("),
-        (["--lerning-rate", "1"], "write --set train.learning_rate=1 ("),
+        (["--lerning-rate", "1"], "did you mean --learning-rate?"),
+        (["--wieght-decay", "1"], "write --set train.weight_decay=1 ("),
         (["--candidates", "4"], "there is no --candidates; `synpo train --help`"),
         (["--zzz"], "there is no --zzz; `synpo train --help`"),
     ],
@@ -362,3 +363,21 @@ def test_a_model_that_is_nowhere_is_one_line(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "there is no such folder, and from the hub: " in said
     assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("demo --sclae 3", "--scale"),
+        ("train --pairs p --output o --modle x", "--model"),
+        ("train --pairs p --output o --learning_rate=1", "--learning-rate"),
+        ("eval --output o --refrences x", "--references"),
+        ("config --markdwn", "--markdown"),
+    ],
+)
+def test_a_misspelt_flag_is_answered_with_the_right_one(line, meant, capsys):
+    command, flag = line.split()[0], line.split(" --")[-1].replace("=", " ").split()[0]
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"synpo {command}: there is no --{flag}; did you mean {meant}?\n"

@@ -13,6 +13,7 @@ synpo doctor   what this machine has, and which backends will be used
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import logging
 import os
@@ -303,12 +304,16 @@ COMMANDS = {
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; a flag that there is not ends with the --set to write in its place."""
+    """The arguments; a flag that there is not ends with the one, or the --set, to write in its place."""
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if not unknown:
         return args
     flag, sign, value = unknown[0].partition("=")
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    near = difflib.get_close_matches(flag, commands.choices[args.command]._option_string_actions, n=1, cutoff=0.75)
+    if near:
+        parser.exit(2, f"synpo {args.command}: there is no {flag}; did you mean {near[0]}?\n")
     if flag.startswith("--") and args.command in SET:
         from synpo.keys import advice
 
