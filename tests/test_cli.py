@@ -381,3 +381,17 @@ def test_a_misspelt_flag_is_answered_with_the_right_one(line, meant, capsys):
         main(line.split())
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"synpo {command}: there is no --{flag}; did you mean {meant}?\n"
+
+
+def test_a_warning_is_a_line() -> None:
+    code = (
+        "import sys, warnings\nfrom synpo import cli\n"
+        "cli.COMMANDS['presets'] = lambda args: warnings.warn('tokens are not kept')\nsys.exit(cli.main(['presets']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.returncode, done.stderr) == (0, "warning: tokens are not kept\n")

@@ -18,6 +18,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     tolerant(sys.stdout)
     tolerant(sys.stderr)
     args = _parse(argv)
+    if not os.environ.get("SYNPO_DEBUG"):
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too; ours are lines then
     logging.getLogger("bitsandbytes").setLevel(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from synpo.evaluate.run import EvalResult, FactSheet, evaluate, read_captions
+from synpo.evaluate.run import CAPTIONS, EvalResult, FactSheet, evaluate, read_captions
 from synpo.report.table import Table, print_table
 
 COLOURS = ["red", "blue", "green", "yellow"]
@@ -172,3 +172,7 @@ def test_bad_caption_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_captions(tmp_path / "c.jsonl")
+
+
+def test_nothing_is_not_less_than_nothing() -> None:
+    assert [CAPTIONS.figure("CIDEr", value, "+") for value in (-0.0001, 0.0, -0.01)] == ["+0.0", "+0.0", "-1.0"]

@@ -231,6 +231,24 @@ def test_curves_stay_inside_and_small(steps: Sequence[float], values: Sequence[f
     assert len(labels) >= 1 + bool(steps)
 
 
+LETTER = 6.5  # how wide one of a label is at least
+
+
+@pytest.mark.parametrize("values", [[-5.675, -5.75], [0.5, 1.0], [-12345.5, -12345.7], [1e-7, 2e-7]])
+def test_labels_of_a_scale_have_room(values: list[float]) -> None:
+    text = curves_html(Curves("c", "", "", {"run": {"chosen": straight([1, 2], values)}}, True))
+    labels = re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="end">([^<]+)<', text)
+    assert labels and all(float(x) >= LETTER * len(label) for x, label in labels)
+
+
+def test_the_figure_beside_a_chart_stands_clear_of_its_mark() -> None:
+    text = chart_html(Chart("c", [("a − b", 100.0, None), ("b", 0.0, None)], zero=True))
+    dots = [float(x) for x in re.findall(r'cx="([\d.]+)"', text)]
+    labels = re.findall(r'x="340" y="\d+" text-anchor="end">([^<]+)<', text)
+    assert labels == ["+100.0", "+0.0"]
+    assert all(dot + 5 < 340 - LETTER * len(label) for dot, label in zip(dots, labels))
+
+
 def test_curves_say_which_line_is_which() -> None:
     lines = {"chosen": straight([1, 2], [1, 2]), "rejected": straight([1, 2], [2, 1])}
     text = curves_html(Curves("c", "", "", {"run": lines}, True))

@@ -49,7 +49,8 @@ class Kind:
 
     def figure(self, metric: str, value: float, sign: str = "") -> str:
         """A value as it is shown; `sign` "+" shows that of a gain too."""
-        return f"{value:{sign}.3f}" if metric in self.natural else f"{100 * value:{sign}.1f}"
+        digits, shown = (3, value) if metric in self.natural else (1, 100 * value)
+        return f"{round(shown, digits) + 0.0:{sign}.{digits}f}"  # no -0.0
 
     def shown_as(self, metric: str, value: float) -> float:
         """A value in the units of charts."""

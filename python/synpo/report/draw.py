@@ -14,6 +14,7 @@ from html import escape
 from synpo.report.table import Chart
 
 WIDTH = 340  # of a picture's own units, a pixel each where the card is as wide
+LETTER = 7  # about how wide one is
 POINTS = 240  # a line has no more
 Points = Sequence[tuple[float, float]]
 
@@ -44,7 +45,8 @@ def tone(name: str, systems: Sequence[str]) -> str:
 def chart_html(chart: Chart, systems: Sequence[str] = ()) -> str:
     """Dots with whiskers on one scale that spans all of them."""
     names = [_short(name) for name, _, _ in chart.rows]
-    left, right, step = 12 + 7 * max(map(len, names)), 44, 30
+    said = [_number(value, "+.1f" if chart.zero else ".1f") for _, value, _ in chart.rows]
+    left, right, step = 12 + LETTER * max(map(len, names)), 16 + LETTER * max(map(len, said)), 30
     ends = [end for _, value, i in chart.rows for end in ((value,) if i is None else (value, i.low, i.high))]
     low, high = _widened([*ends, 0.0] if chart.zero else ends)
 
@@ -66,8 +68,7 @@ def chart_html(chart: Chart, systems: Sequence[str] = ()) -> str:
         if interval is not None:
             parts.append(f'<line x1="{x(interval.low):.1f}" x2="{x(interval.high):.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="5"/></g>')
-        said = _number(value, "+.1f" if chart.zero else ".1f")
-        parts.append(f'<text x="{WIDTH}" y="{y + 4:.0f}" text-anchor="end">{said}</text>')
+        parts.append(f'<text x="{WIDTH}" y="{y + 4:.0f}" text-anchor="end">{said[r]}</text>')
     return f'<figure class="card"><h3>{escape(chart.title)}</h3>{_svg(height, chart.title, parts)}</figure>'
 
 
@@ -93,8 +94,9 @@ def curves_html(curves: Curves, systems: Sequence[str] = ()) -> str:
 
 
 def _panel(lines: Mapping[str, tuple[Points, Points]], bounds: tuple[float, float], title: str) -> str:
-    left, right, top, bottom, height = 44, 8, 6, 38, 210
     low, high = bounds
+    right, top, bottom, height = 8, 6, 38, 210
+    left = 16 + LETTER * max((len(_number(tick)) for tick in _ticks(low, high)), default=0)
     steps = [step for pair in lines.values() for points in pair for step, _ in points] or [0.0]
     first, last = min(steps), max(steps)
     span = (last - first) or 1.0
