@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_the_code_runs():
         "labels": labels,
         "bounds": torch.tensor([0, 5, 8, 13, 18]),
     }
-    code, _, own_objective = blocks("python")
+    code, own_objective, _ = blocks("python")
     padded = code.split("# packed rows")[0]
     exec(padded, names)
     loss = names["out"].loss.item()
@@ -65,7 +66,7 @@ def test_the_code_runs():
 def test_the_trainer_trains(tmp_path):
     tokenizer = byte_tokenizer()
     save(tiny_text_model(tokenizer), tokenizer, tmp_path / "model")
-    code = blocks("python")[1].replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "model"))
+    code = blocks("python")[2].replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "model"))
     names = {"rows": [{"prompt": f"Say {i}", "chosen": f"It is {i}.", "rejected": "No."} for i in range(4)]}
     exec(code.replace("runs/synpo", str(tmp_path / "run")), names)
     assert names["trainer"].state.global_step == 5
@@ -81,7 +82,48 @@ def test_the_configuration_is_accepted(tmp_path):
     assert make_judge(replace(config.judge, base_url=address), tmp_path).name == config.judge.model
 
 
-def test_the_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "synpo_kernels" / "README.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", ".pytest_cache"} & set(path.parts))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_the_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "python/synpo/README.md", "python/synpo/demo/README.md", "bench/FIGURES.md"]
+)
+def test_lines_fit_a_screen(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_every_chapter_is_in_the_contents():
+    for name in ("README.md", "python/synpo/README.md"):
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        contents = text[text.index("Contents: ") :].split("\n\n")[0]
+        chapters = re.findall(r"^## (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+        assert len(chapters) == contents.count("](#") and len(chapters) > 5
+
+
+def test_the_picture_is_whole_and_follows_light_and_dark():
+    (said, name) = re.search(r"!\[([^]]+)\]\(([^)]+\.svg)\)", TEXT).groups()
+    text = (ROOT / name).read_text(encoding="utf-8")
+    picture = ElementTree.fromstring(text)
+    assert picture.get("viewBox") and "prefers-color-scheme: dark" in text
+    bright, dark = text.split("@media")
+    classes = re.compile(r"\.(page|box|fuse|ink|soft|name|way|tip|rule)\b")
+    assert set(classes.findall(bright)) == set(classes.findall(dark)) != set()
+    assert all(word in said for word in ("clips", "judge", "pair", "SynPO", "eval", "kernels"))
+    assert f"include LICENSE README.md {name} " in (ROOT / "MANIFEST.in").read_text(encoding="utf-8")

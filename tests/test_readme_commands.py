@@ -1,4 +1,4 @@
-"""Every command that the README prints is carried out, in its order, with its placeholders filled in.
+"""Every command that the README, or a page it leads to, prints is carried out, in its order, with its placeholders filled in.
 
 Models named by hub id are a tiny captioner, videos a few seconds, and what is slow with both is cut short by the preset `smoke`.
 Commands stand in blocks marked `bash`, in indented lines, and between backticks in the text.
@@ -19,7 +19,8 @@ from synpo import cli
 from synpo.records import Pair, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "python/synpo/README.md", "python/synpo/demo/README.md", "bench/FIGURES.md")
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 PROGRAMS = ("synpo", ".venv/bin/synpo", "make", "pip", "python", "torchrun", "bench/gpu.sh")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+-(ov|hf|VL|Instruct)[\w.-]*")
 SHORT = {
