@@ -109,6 +109,9 @@ def test_an_answer_ends_with_the_end_of_a_turn_and_is_never_empty() -> None:
     lm = CaptionModel(model, tokenizer, None)
     assert lm.eos_token_ids == (tokenizer.eos_token_id, 0)
     assert lm.completion("Yes")[-1] == tokenizer.eos_token_id
+    for given, expected in ((torch.tensor([0, 3]), (0, 3)), (torch.tensor(3), (3,)), (3, (3,)), ([], ()), (None, ())):
+        model.generation_config.eos_token_id = given
+        assert CaptionModel(model, tokenizer, None).eos_token_ids == (tokenizer.eos_token_id, *expected)
     with pytest.raises(ValueError, match="has no token"):
         lm.completion("  ")
 

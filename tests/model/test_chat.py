@@ -197,6 +197,13 @@ def test_the_model_stops_where_the_next_turn_begins() -> None:
             "refuses the conversation: no roles here",
         ),
         (TURNS + "{{ 1 + 'a' }}{% endfor %}", WORDS, "refuses the conversation: unsupported operand"),
+        (TURNS + "{{ 1 / 0 }}{% endfor %}", WORDS, "refuses the conversation: division by zero"),
+        (TURNS + "{{ range(10 ** 9) }}{% endfor %}", WORDS, "refuses the conversation: Range too big"),
+        (
+            "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+            WORDS,
+            "refuses the conversation: maximum recursion",
+        ),
     ],
 )
 def test_what_cannot_be_told_is_refused(template: str, words: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """Seconds to pictures: each moment's own frame, whether reached by decoding or by seeking, and files that cannot be used."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,15 @@ def test_a_recording_cut_anywhere_starts_with_its_first_frame(tmp_path: Path) ->
     info = probe(cut)
     assert info.duration == pytest.approx(2.0, abs=0.01)
     assert shades(read_frames(cut, [0.05, 0.55, 1.95])) == pytest.approx([8, 12, 23], abs=0.4)
+
+
+def test_pictures_are_not_stacked_before_they_are_laid_out(tmp_path: Path) -> None:
+    path = write_steps(tmp_path / "a.mp4", size=(640, 480))
+    times = FrameSampling().times(0, probe(path).duration)
+    tracemalloc.start()
+    try:
+        found = read_frames(path, times)
+        held = tracemalloc.get_traced_memory()[1]  # by NumPy; memory of torch and FFmpeg is not counted
+    finally:
+        tracemalloc.stop()
+    assert found.is_contiguous() and held < found.nbytes / 2

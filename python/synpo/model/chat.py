@@ -303,7 +303,7 @@ class Chat:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=ask, tokenize=False, **(self.variables | variables)
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def _plain(self, messages: Sequence[Message], video: bool) -> str:

@@ -86,8 +86,13 @@ def read_frames(path: str | os.PathLike[str], times: Sequence[float]) -> Tensor:
                 f"{path}: {late.sum()} of the {len(times)} wanted frames do not decode, the first of them at {first:.2f} s of "
                 f"{track.duration:.2f} s{reason}; the file is cut off or damaged"
             )
-        images = np.stack([pictures[mark][1] for mark in wanted])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        images = torch.empty(len(times), 3, *track.size, dtype=torch.uint8)
+        for image, mark, later in zip(
+            images, wanted, [*wanted[1:], END]
+        ):  # sixteen large pictures fill memory twice else
+            picture = pictures[mark] if later == mark else pictures.pop(mark)
+            image.copy_(torch.from_numpy(picture[1]).permute(2, 0, 1))
+        return images
 
 
 def _decode(
