@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import TrainerCallback, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 from made_videos import write_video
 from synpo import FrameSampling, SynPOConfig, SynPOTrainer
@@ -188,6 +188,27 @@ def test_a_second_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
     model = get_peft_model(load(ModelConfig(path=str(folder), device="cpu")).model, ADAPTER)
     with pytest.raises(ValueError, match="peft_config: the model has an adapter already"):
         SynPOTrainer(model, settings(tmp_path), ROWS, peft_config=ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda m: m.merge_adapter(), r"its adapter is merged into the weights, .*unmerge_adapter"),
+        (lambda m: m.base_model.disable_adapter_layers(), r"nothing of it requires gradients.* is_trainable=True"),
+        (lambda m: m.requires_grad_(False), "nothing of it requires gradients"),
+    ],
+    ids=["merged", "off", "loaded to be used"],
+)
+@pytest.mark.parametrize("loss_type", ["synpo", "dpo"])
+def test_a_model_of_which_nothing_would_be_trained_is_refused(
+    how: Any, message: str, loss_type: str, folder: Path, tmp_path: Path
+) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, target_modules=["q_proj"]))
+    how(model)
+    args = SynPOConfig(str(tmp_path), loss_type=loss_type, use_cpu=True, disable_tqdm=True)
+    trainer = SynPOTrainer(model, args, ROWS, processing_class=AutoTokenizer.from_pretrained(folder))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
 
 
 def test_importing_the_package_loads_nothing() -> None:

@@ -107,6 +107,20 @@ def _going_on(model: Any) -> list[str]:
     return wrapped
 
 
+def check_trained(model: Any) -> None:
+    """Raise ValueError where no step would change anything of a model: all is frozen, or its adapter is merged."""
+    if any(getattr(layer, "merged", False) is True for layer in model.modules()):
+        raise ValueError(
+            "model: its adapter is merged into the weights, where it would not be trained; take it out (unmerge_adapter), or "
+            "give peft_config for a new one (merge_and_unload)"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model: nothing of it requires gradients, so that nothing would be trained; load an adapter with is_trainable=True "
+            "(PeftModel.from_pretrained), switch it on where it is off, or give peft_config"
+        )
+
+
 def adapters_own(model: Any) -> Iterator[Any]:
     """The parameters that PEFT has given to layers of a model: those of LoRA, trained copies of modules, single tokens."""
     for layer in model.modules():

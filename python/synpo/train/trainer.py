@@ -42,6 +42,7 @@ from synpo.train.given import Data, model_of, name_of, workers
 from synpo.train.guard import Curves, Guard, GuardError
 from synpo.train.layers import prepare
 from synpo.train.log import LOG_NAME, JsonLog, Means
+from synpo.train.lora import check_trained
 from synpo.train.objective import Outcome, PairObjective
 from synpo.train.reference import precompute
 from synpo.train.repetition import repetition
@@ -176,8 +177,9 @@ class SynPOTrainer(Trainer):
         """As the Trainer's; True goes on from the last checkpoint that is whole. A reference that is to be stored runs first,
         once over every pair.
 
-        Raises GuardError where `args.guard` stopped the run.
+        Raises GuardError where `args.guard` stopped the run, ValueError where nothing would be trained.
         """
+        check_trained(self.lm.model)
         settings: Any = self.args
         output = Path(str(settings.output_dir))
         if resume_from_checkpoint is True:
