@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from made_videos import write_latin, write_unfinished
+from made_videos import write_latin, write_steps, write_unfinished
 from synpo.config import Config, ConfigError, EvalConfig, ModelConfig, SamplingConfig
 from synpo.demo.render import render
 from synpo.demo.world import make_split
 from synpo.evaluate import caption as module
 from synpo.evaluate.caption import evaluate_model
 from synpo.model.adapter import CaptionModel
+from synpo.model.vision import FramesRefused
 from synpo.records import read_jsonl, write_jsonl
 from synpo.video import VideoError, probe
 
@@ -70,6 +71,28 @@ def test_a_video_that_breaks_off_is_named_and_the_others_go_on(config: Config, t
     evaluate_model(config, root, None, tmp_path / "out")
     assert [row["video"] for _, row in read_jsonl(tmp_path / "out" / "captions.jsonl")] == ["latin.mp4"]
     assert re.search(r"left out unfinished\.mp4: .* wanted frames do not decode", capsys.readouterr().out)
+
+
+def test_a_video_that_the_model_cannot_be_shown_is_named(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    root = tmp_path / "videos"
+    root.mkdir()
+    write_steps(root / "fine.mp4")
+    write_steps(root / "odd.mp4", size=(16, 48))
+    prompt = CaptionModel.prompt
+
+    def refuses(self: Any, text: Any, frames: Any = None, *others: Any, **more: Any) -> Any:
+        if frames is not None and frames.shape[-1] == 16:
+            raise FramesRefused("Odd refuses 8 frames of 16×48: too small")
+        return prompt(self, text, frames, *others, **more)
+
+    monkeypatch.setattr(CaptionModel, "prompt", refuses)
+    evaluate_model(config, root, None, tmp_path / "out")
+    assert [row["video"] for _, row in read_jsonl(tmp_path / "out" / "captions.jsonl")] == ["fine.mp4"]
+    assert "left out odd.mp4: odd.mp4 cannot be shown to the model: Odd refuses" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
 
 
 def test_a_model_is_told_how_long_a_video_lasts(

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from synpo.model.tiny import byte_tokenizer, tiny_captioner, tiny_text_model
-from synpo.model.vision import OneVision, sequential_positions, vision_for
+from synpo.model.vision import FramesRefused, OneVision, Processor, sequential_positions, vision_for
 
 OWN = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
 
@@ -65,3 +65,16 @@ def test_a_processor_that_cannot_be_loaded_says_what_to_install(
 def test_positions_count_the_tokens_a_mask_keeps() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     assert sequential_positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    "failure", [ValueError("t:1 must be larger"), RuntimeError("shape"), ZeroDivisionError("0")], ids=repr
+)
+def test_whatever_a_processor_raises_of_frames_says_which(failure: Exception) -> None:
+    class Odd:
+        def __call__(self, **given: Any) -> Any:
+            raise failure
+
+    vision = Processor(SimpleNamespace(model=SimpleNamespace()), Odd())
+    with pytest.raises(FramesRefused, match="Odd refuses 3 frames of 4×2: "):
+        vision.prepare("<video>", torch.zeros(3, 3, 2, 4, dtype=torch.uint8))

@@ -15,10 +15,10 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from made_videos import write_latin, write_unfinished
+from made_videos import write_latin, write_steps, write_unfinished
 from synpo.config import Config, ConfigError, JudgeConfig, ModelConfig, PairsConfig, SamplingConfig
 from synpo.model.tiny import byte_tokenizer, save, tiny_captioner, tiny_text_model
-from synpo.model.vision import OneVision
+from synpo.model.vision import FramesRefused, OneVision
 from synpo.pipeline.judge import Failure, JudgeError, Task, Verdict
 from synpo.pipeline.judge.offline import OfflineJudge
 from synpo.pipeline.run import build_pairs
@@ -78,7 +78,8 @@ def test_a_model_is_told_how_long_what_it_sees_lasts(
     prepare = OneVision.prepare
 
     def noting(self: OneVision, text: str, frames: Any, vision: Any = None, seconds: float | None = None) -> Any:
-        told.append(seconds)
+        if vision is None:  # it is shown pixels
+            told.append(seconds)
         return prepare(self, text, frames, vision, seconds)
 
     monkeypatch.setattr(OneVision, "prepare", noting)
@@ -257,6 +258,34 @@ def test_a_video_that_breaks_off_later_leaves_the_others_alone(
     assert result.problems == {"b.mp4": "b.mp4 cannot be decoded past frame 3 of 8"}
     assert (result.clips, result.candidates, result.scored) == (6, 9, 9)
     again = build_pairs(settings(tiny_captioner_path, batch_size=3), videos, tmp_path / "pairs.jsonl")
+    assert again.problems == result.problems and again.pairs == result.pairs
+
+
+def refusing(side: int) -> Any:
+    """OneVision's `prepare` as of a processor that takes no frames of that width, as Qwen3-VL's takes no small ones."""
+    prepare = OneVision.prepare
+
+    def refuses(self: Any, text: str, frames: Any, *others: Any) -> Any:
+        if frames.shape[-1] == side:
+            raise FramesRefused(f"Odd refuses {len(frames)} frames of {side}×48: too small")
+        return prepare(self, text, frames, *others)
+
+    return refuses
+
+
+def test_a_video_that_the_model_cannot_be_shown_costs_itself(
+    videos: Path, tiny_captioner_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "videos"
+    shutil.copytree(videos, root)
+    write_steps(root / "odd.mp4", size=(16, 48))
+    monkeypatch.setattr(OneVision, "prepare", refusing(16))
+    result = build_pairs(settings(tiny_captioner_path), root, tmp_path / "pairs.jsonl")
+    assert result.problems == {
+        "odd.mp4": "odd.mp4 cannot be shown to the model: Odd refuses 8 frames of 16×48: too small"
+    }
+    assert result.candidates == 12 and result.scored == 12
+    again = build_pairs(settings(tiny_captioner_path), root, tmp_path / "pairs.jsonl")
     assert again.problems == result.problems and again.pairs == result.pairs
 
 

@@ -24,6 +24,7 @@ from synpo.evaluate.show import groups, show
 from synpo.folders import own_folder
 from synpo.model.adapter import CaptionModel, check_paths, load
 from synpo.model.fingerprint import fingerprint
+from synpo.model.vision import FramesRefused
 from synpo.pipeline.decode import generate
 from synpo.progress import Bar
 from synpo.records import Kept, RecordStore, record_id, write_json, write_jsonl
@@ -88,9 +89,13 @@ def caption_videos(
                 except VideoError as error:
                     problems[video] = str(error)
                     continue
+                try:
+                    prompts.append(lm.prompt(config.eval.prompt, frames, seconds=seconds))
+                except FramesRefused as error:
+                    problems[video] = f"{video} cannot be shown to the model: {error}"
+                    continue
                 keys.append(key)
                 names.append(video)
-                prompts.append(lm.prompt(config.eval.prompt, frames, seconds=seconds))
             answers = generate(lm, prompts, config.eval.sampling, keys=keys)
             records.append(*(VideoCaption(k, v, a.text, a.logp) for k, v, a in zip(keys, names, answers)))
             captions |= {v: a.text for v, a in zip(names, answers)}

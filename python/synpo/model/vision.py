@@ -40,6 +40,10 @@ FRAMES_OF_A_ROW = {"pixel_values": 5, "pixel_attention_mask": 4}
 VIDEO_TOKEN_HINT = "the chat template must place exactly one video placeholder for a message that shows a video"
 
 
+class FramesRefused(ValueError):
+    """Frames that a model's processor does not take, too small or too few ones say."""
+
+
 class OneVision:
     """LLaVA-OneVision: square frames → SigLIP → projector → 2×2 pooling → n = F·⌈S/2p⌉² + 1 tokens (the last a newline).
 
@@ -134,16 +138,22 @@ class Processor:
         self, text: str, frames: Tensor, vision: Vision | None = None, seconds: float | None = None
     ) -> tuple[Tensor, Vision]:
         """As `OneVision.prepare`; `seconds`: what the frames are spread over. Qwen2.5-VL's positions, and what others write
-        between the frames, follow from it."""
+        between the frames, follow from it. Raises FramesRefused where the processor does."""
         timing = {} if seconds is None else {"video_metadata": [[timing_of(len(frames), seconds)]]}
-        batch = self.processor(
-            text=[text],
-            videos=[[frames]],
-            return_tensors="pt",
-            do_sample_frames=False,
-            add_special_tokens=False,
-            **timing,
-        )
+        try:
+            batch = self.processor(
+                text=[text],
+                videos=[[frames]],
+                return_tensors="pt",
+                do_sample_frames=False,
+                add_special_tokens=False,
+                **timing,
+            )
+        except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+            count, _, height, width = frames.shape
+            raise FramesRefused(
+                f"{type(self.processor).__name__} refuses {count} frames of {width}×{height}: {error}"
+            ) from error
         rows = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
         ids = rows.pop("input_ids")[0]
         rows.pop("attention_mask", None)

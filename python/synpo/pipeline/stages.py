@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from synpo.config import Config, ConfigError, ModelConfig
 from synpo.model.adapter import CaptionModel, load
 from synpo.model.fingerprint import fingerprint
+from synpo.model.vision import FramesRefused
 from synpo.pipeline.caption import Description, describe
 from synpo.pipeline.clips import frames_between, split_video
 from synpo.pipeline.engine import Engine, free_memory, make_engine
@@ -54,6 +55,9 @@ class Run:
     problems: dict[str, tuple[str, str]] = field(default_factory=dict)  # video → (stage, reason)
     seconds: dict[str, float] = field(default_factory=dict)
     cut: int = 0  # captions of this run that were stopped at max_new_tokens
+    taken: dict[Size, str] = field(
+        default_factory=dict
+    )  # shape of frames → why the model takes none such, "" where it does
 
     def __post_init__(self) -> None:
         self.model_id = fingerprint(self.config.model)
@@ -96,10 +100,27 @@ class Run:
         for place, (video, start, end) in enumerate(stretches):
             if video not in self.problems:
                 try:
-                    found[place] = frames_between(self.root, video, start, end, self.config.frames)
+                    frames = frames_between(self.root, video, start, end, self.config.frames)
+                    if self.lm is not None:
+                        self.look(video, frames, end - start)
                 except VideoError as error:
                     self.leave_out(video, stage, error)
+                else:
+                    found[place] = frames
         return found
+
+    def look(self, video: str, frames: Tensor, seconds: float) -> None:
+        """Raise VideoError where the model's processor refuses frames of this shape; it is asked once, with blank ones."""
+        if frames.shape not in self.taken:
+            blank = frames.new_zeros(1).expand(frames.shape)
+            try:
+                self.model().prompt(self.config.pairs.prompt, blank, {}, seconds=seconds)
+            except FramesRefused as error:
+                self.taken[frames.shape] = str(error)
+            else:
+                self.taken[frames.shape] = ""
+        if reason := self.taken[frames.shape]:
+            raise VideoError(f"{video} cannot be shown to the model: {reason}")
 
     def count_cut(self, descriptions: Sequence[Description]) -> None:
         self.cut += sum(not d.finished for d in descriptions)
@@ -143,6 +164,7 @@ def caption_clips(run: Run, clips: Mapping[str, Sequence[Clip]]) -> dict[str, li
         for first in range(0, len(everything), settings.batch_size):
             batch = everything[first : first + settings.batch_size]
             if any(ids[c.id] not in store for c in batch if c.video not in run.problems):
+                run.model()
                 views = run.views("clip captions", [(c.video, c.start, c.end) for c in batch])
                 shown = [batch[i] for i in views]
                 rows = describe(
