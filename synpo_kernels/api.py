@@ -142,11 +142,11 @@ def resolved(
     if isinstance(given, Tensor):
         return replace(beside, weight=given), low_rank
     own = {"bias": beside.bias is not None, "low_rank": low_rank is not None}
-    if isinstance(given, nn.Module):
-        found = replace(layer_head(given), softcap=beside.softcap, logit_scale=beside.logit_scale)
-    else:
+    if isinstance(given, Head):
         found = given
         own |= {"softcap": beside.softcap is not None, "logit_scale": beside.logit_scale != 1.0}
+    else:
+        found = replace(layer_head(given), softcap=beside.softcap, logit_scale=beside.logit_scale)
     if twice := [name for name, is_given in own.items() if is_given]:
         raise ValueError(f"a head given as {type(given).__name__} brings its own {', '.join(twice)}; leave that out")
     return replace(found, lora=()), found.low_rank(hidden)

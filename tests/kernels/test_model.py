@@ -343,6 +343,9 @@ def test_what_is_no_model_with_a_head_is_named() -> None:
         ValueError, match="a head is a linear layer with a weight .*, got LlamaForCausalLM; of a Hugging"
     ):
         linear_logprobs(torch.randn(4, 6, 32), model_of(), LABELS)
+    for nothing in ("lm_head", None, [[0.0]]):
+        with pytest.raises(ValueError, match=f"a head is a linear layer .*, got {type(nothing).__name__}; of a"):
+            linear_logprobs(torch.randn(4, 6, 32), nothing, LABELS)  # type: ignore[arg-type]
     hidden, head = hidden_states_and_head(model_of("soft cap"), input_ids=IDS)
     for twice in ({"softcap": 3.0}, {"logit_scale": 2.0}, {"bias": torch.zeros(V)}):
         with pytest.raises(
