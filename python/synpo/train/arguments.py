@@ -210,7 +210,7 @@ class SynPOConfig(TrainingArguments):
                 torch.compile(lambda: None, backend=backend, mode=self.torch_compile_mode)
             except RuntimeError as error:
                 raise ConfigError(f"train.torch_compile_backend or train.torch_compile_mode: {error}") from error
-        if self.dataloader_multiprocessing_context and not self.dataloader_num_workers:
+        if self.dataloader_multiprocessing_context is not None and not self.dataloader_num_workers:
             raise ConfigError("train.dataloader_multiprocessing_context: set train.dataloader_num_workers, too")
 
     def _check(self) -> None:
