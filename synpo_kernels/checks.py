@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ def in_autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 @contextmanager
 def inside_op(x: Tensor) -> Iterator[None]:
     """On the device of x, where Triton launches its kernels, and without autocast: the products choose their precision."""
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    casting = torch.is_autocast_enabled(x.device.type)  # to switch it off costs as much as a launch
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False) if casting else nullcontext():
         yield
 
 

@@ -26,11 +26,13 @@ from torch import Tensor
 from ..head import Head, add_matmul
 from ..kernels import exact_rows, exp_tile, product, rows
 from ..kernels.configs import TileConfig, exact_config, product_config, tile_config
-from ..kernels.tiles import Bound, describable
+from ..kernels.launch import Bound
+from ..kernels.tiles import describable
 from . import passes
 from .passes import Forward, cut, target_logits
 
 FP16_MAGNIFY = 2.0**14
+partition = rows.partition
 
 
 @lru_cache
@@ -161,16 +163,6 @@ def _counted_product(
     run(_grid(b.device, config, *total.shape), M=m, K=k, first_row=0, first_k=0, add=int(not fresh))
 
 
-def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """All rows, those to compute first and in order; and their number, on the device. See `choice.Partition`."""
-    kept = labels != ignore_index
-    before = kept.cumsum(0)  # kept rows up to and including this one
-    row = torch.arange(len(labels), device=labels.device)
-    count = kept.sum(dtype=torch.int32)
-    place = torch.where(kept, before - 1, count + row - before)
-    return torch.empty_like(row).scatter_(0, place, row), count
-
-
 def forward(
     x: Tensor, head: Head, labels: Tensor, ignore_index: int | None, *, want_direction: bool, workspace: int
 ) -> Forward:
@@ -201,6 +193,9 @@ def forward(
     near, anchor = torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device)
     sums = torch.empty(-(-vocabulary // config.block_v), most, device=device)
 
+    begin = rows.bind_begin(x, head, every, gathered, near, anchor)
+    divisor = FP16_MAGNIFY if twice else None
+    finish = rows.bind_finish(pull, sums, head, every, divisor=divisor, overflow=passes.OVERFLOW)
     tensors = (gathered, head, near, anchor, None, slice_, sums)
     how: dict[str, Any] = {"count": count, "precision": _precision(), "config": config}
     write = exp_tile.bind(*tensors, write=True, **how) if want_direction else None
@@ -215,27 +210,26 @@ def forward(
         assert run is not None
         first_x = first if order is None else 0
         for columns in cut(vocabulary, width):
-            w, begin = columns.stop - columns.start, columns.start
-            run(_grid(device, config, m, w), N=m, V=w, first_x=first_x, first_row=first, first_column=begin)
+            w, start = columns.stop - columns.start, columns.start
+            run(_grid(device, config, m, w), N=m, V=w, first_x=first_x, first_row=first, first_column=start)
             if run is not write or pull is None:
                 continue
             if multiply is None:
-                add_matmul(pull[:m], slice_[:m, :w], head.weight[columns], fresh=begin == 0)
+                add_matmul(pull[:m], slice_[:m, :w], head.weight[columns], fresh=start == 0)
             else:
                 grid = _grid(device, tile_of_product, m, dim)
-                multiply(grid, M=m, K=w, first_row=first, first_k=begin, add=int(begin > 0))
+                multiply(grid, M=m, K=w, first_row=first, first_k=start, add=int(start > 0))
 
     for at in cut(n, most):
         m, first = at.stop - at.start, at.start
-        rows.begin(x, head, every, gathered, near, anchor, size=m, first_row=first)
+        begin(m, first)
         sweep(add_up, m, first)
         if twice:  # the second pass leaves other sums
             first_sums = sums.clone()
             anchor += torch.log1p(sums.sum(0)) - math.log(FP16_MAGNIFY)
             sweep(write, m, first)
             sums.copy_(first_sums)
-        divisor = FP16_MAGNIFY if twice else None
-        rows.finish(pull, sums, head, every, size=m, first_row=first, divisor=divisor, overflow=passes.OVERFLOW)
+        finish(m, first)
     exact_rows.launch(x, head, every, precision=_precision(), config=exact_config(_major(device)))
     return Forward(logps, normalizer, direction)
 

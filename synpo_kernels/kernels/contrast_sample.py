@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Bound
+from .launch import Bound
 
 BLOCK = 4096  # tokens of a program that reads whole rows
 GROUP = 64  # tokens of a group

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..head import Head
 from .configs import TileConfig
+from .launch import Bound
 from .rows import Rows
 from .tiles import cap, product
 
@@ -130,31 +131,33 @@ def launch(x: Tensor, head: Head, rows: Rows, *, precision: str, config: TileCon
     if n == 0:
         return
     grid = (triton.cdiv(n, config.block_n), 1 if direction is None else triton.cdiv(d, config.block_d))
-    exact_rows_kernel[grid](
-        x,
-        head.weight,
-        head.weight if head.bias is None else head.bias,
-        labels,
-        rows.flags,
-        rows.target,
-        rows.target if slope is None else slope,
-        rows.logps,
-        rows.normalizer,
-        x if direction is None else direction,
-        n,
-        len(head.weight),
-        head.logit_scale,
-        0.0 if head.softcap is None else head.softcap,
-        *x.stride(),
-        *head.weight.stride(),
-        0 if direction is None else direction.stride(0),
-        D=d,
-        BLOCK_N=config.block_n,
-        BLOCK_V=config.block_v,
-        BLOCK_D=config.block_d,
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        WRITE=direction is not None,
-        PRECISION=precision,
-        **config.options(),
-    )
+    arguments = {
+        "x_ptr": x,
+        "w_ptr": head.weight,
+        "bias_ptr": head.weight if head.bias is None else head.bias,
+        "label_ptr": labels,
+        "flag_ptr": rows.flags,
+        "target_ptr": rows.target,
+        "slope_ptr": rows.target if slope is None else slope,
+        "logp_ptr": rows.logps,
+        "normalizer_ptr": rows.normalizer,
+        "direction_ptr": x if direction is None else direction,
+        "N": n,
+        "V": len(head.weight),
+        "logit_scale": head.logit_scale,
+        "softcap": 0.0 if head.softcap is None else head.softcap,
+        "stride_xn": x.stride(0),
+        "stride_xd": x.stride(1),
+        "stride_wv": head.weight.stride(0),
+        "stride_wd": head.weight.stride(1),
+        "stride_un": 0 if direction is None else direction.stride(0),
+        "D": d,
+        "BLOCK_N": config.block_n,
+        "BLOCK_V": config.block_v,
+        "BLOCK_D": config.block_d,
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
+        "WRITE": direction is not None,
+        "PRECISION": precision,
+    }
+    Bound(exact_rows_kernel, arguments, config.options())(grid)

@@ -24,7 +24,8 @@ import triton.language as tl
 
 from ..head import Head
 from .configs import TileConfig
-from .tiles import Bound, cap, counted_rows, described_product, grouped, product, source
+from .launch import Bound, source
+from .tiles import cap, counted_rows, described_product, grouped, product
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Bound
+
 BLOCK_T = 1024  # tokens at a time
 BLOCK_B = 256  # pairs at a time
 PROGRAMS = 512  # of pair_loss at most; each adds up all pairs, so there are not more than fill a GPU
@@ -202,10 +204,29 @@ def launch(
     assert logps.is_contiguous() and (labels is None or labels.is_contiguous())
     sequences, ignored = 2 * len(nonfinite), 0 if ignore_index is None else ignore_index
     sums = torch.empty(4, sequences, dtype=torch.float64, device=logps.device)
-    where = (logps, logps if labels is None else labels, logps if bounds is None else bounds, sums)
-    written = (g, fields, nonfinite.view(torch.int8), empty, loss)
-    sizes = (sequences, logps.shape[-1], logps.numel())
-    options = {"HAS_LABELS": labels is not None, "HAS_BOUNDS": bounds is not None, "BLOCK_T": BLOCK_T, **OPTIONS}
-    sequence_sums_kernel[(sequences,)](*where, *sizes, ignored, **options)
-    options |= {"MEAN": mean, "BLOCK_B": BLOCK_B}
-    pair_loss_kernel[(min(sequences, PROGRAMS),)](*where, *written, *sizes, alpha, beta, ignored, **options)
+    shared = {
+        "logp_ptr": logps,
+        "label_ptr": logps if labels is None else labels,
+        "bound_ptr": logps if bounds is None else bounds,
+        "sums_ptr": sums,
+        "S": sequences,
+        "T": logps.shape[-1],
+        "N": logps.numel(),
+        "ignore_index": ignored,
+        "HAS_LABELS": labels is not None,
+        "HAS_BOUNDS": bounds is not None,
+        "BLOCK_T": BLOCK_T,
+    }
+    own = {
+        "g_ptr": g,
+        "field_ptr": fields,
+        "nonfinite_ptr": nonfinite.view(torch.int8),
+        "empty_ptr": empty,
+        "loss_ptr": loss,
+        "alpha": alpha,
+        "beta": beta,
+        "MEAN": mean,
+        "BLOCK_B": BLOCK_B,
+    }
+    Bound(sequence_sums_kernel, shared, OPTIONS)((sequences,))
+    Bound(pair_loss_kernel, shared | own, OPTIONS)((min(sequences, PROGRAMS),))

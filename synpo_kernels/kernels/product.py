@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from .configs import TileConfig
-from .tiles import Bound, counted_rows, grouped, source
+from .launch import Bound, source
+from .tiles import counted_rows, grouped
 
 if TYPE_CHECKING:
     from torch import Tensor

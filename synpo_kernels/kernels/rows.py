@@ -1,10 +1,11 @@
 """What happens to a row before and after the vocabulary: its target's logit, and ∂logp/∂x from the sums.
 
-    begin    x_t gathered, z_y = cap(logit_scale · (x_t·W_y + b_y)), its slope, the label
-    finish   s → logp = -log1p(s), U = logit_scale · ((s c_y W_y - E') / (1 + s)) rounded once, and whether the row overflowed
+    partition   the order of the rows, those that count first, and how many they are
+    begin       x_t gathered, z_y = cap(logit_scale · (x_t·W_y + b_y)), its slope, the label
+    finish      s → logp = -log1p(s), U = logit_scale · ((s c_y W_y - E') / (1 + s)) rounded once, and whether the row overflowed
 
-Each is one pass over x, or over E' and the labels' rows of W, with no copy of either in fp32. Rows come in an order in which
-those that count are first; finish puts each where it belongs, and 0 where it does not count.
+The last two are one pass over x, or over E' and the labels' rows of W, with no copy of either in fp32. Rows come in an order in
+which those that count are first; finish puts each where it belongs, and 0 where it does not count.
 """
 
 # A kernel takes pointers and scalars typed at launch.
@@ -12,20 +13,23 @@ those that count are first; finish puts each where it belongs, and 0 where it do
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..head import Head
+from .launch import Bound
 from .tiles import cap, counted_rows
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Launch = Callable[[int, int], None]  # of so many rows of the order, from the one on
 
 BLOCK_N, BLOCK_D, BLOCK_T = 16, 256, 64
 FEW = 4  # rows of a program of `begin`, whose work is one pass over D: so many programs fill a GPU
+LABELS, NUMBERS = 2048, 4096  # at a time, of `partition` and of `scale`
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 SIZES = ["N", "first_row"]
 
@@ -177,6 +181,21 @@ def finish_rows_kernel(
         )
 
 
+@triton.jit(do_not_specialize=["N", "ignore_index"])
+def partition_kernel(label_ptr, order_ptr, count_ptr, N, ignore_index, BLOCK: tl.constexpr):
+    """Grid: (1,). label (N,) int64; written: order (N,) int64, all rows, those that count first and in order, the others from
+    the end; count () int32, how many count."""
+    count = 0
+    for first in range(0, N, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        counts = tl.load(label_ptr + n, mask=n < N, other=ignore_index) != ignore_index
+        so_far = count + tl.cumsum(counts.to(tl.int32), 0)
+        place = tl.where(counts, so_far, N - n + so_far) - 1
+        tl.store(order_ptr + place, n.to(tl.int64), mask=n < N)
+        count += tl.sum(counts.to(tl.int32), 0)
+    tl.store(count_ptr, count)
+
+
 @triton.jit(do_not_specialize=["size"])
 def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
     """Grid: (cdiv(size, BLOCK),). values (size,) times factor () fp32, in place; nothing is touched where it is 1."""
@@ -190,9 +209,18 @@ def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
 def scale(values: Tensor, factor: Tensor) -> None:
     """values, contiguous, times a number on the device, in place: torch would read and write them even times 1."""
     assert values.is_contiguous()
-    if values.numel():
-        block = 4096
-        scale_kernel[(triton.cdiv(values.numel(), block),)](values, factor, values.numel(), BLOCK=block, **OPTIONS)
+    if size := values.numel():
+        arguments = {"values_ptr": values, "factor_ptr": factor, "size": size, "BLOCK": NUMBERS}
+        Bound(scale_kernel, arguments, OPTIONS)((triton.cdiv(size, NUMBERS),))
+
+
+def partition(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """order and count of labels (N,), contiguous; see `Rows`, and `choice.Partition`."""
+    assert labels.is_contiguous()
+    order, count = torch.empty_like(labels), torch.empty((), dtype=torch.int32, device=labels.device)
+    arguments = {"label_ptr": labels, "order_ptr": order, "count_ptr": count, "N": len(labels)}
+    Bound(partition_kernel, {**arguments, "ignore_index": ignore_index, "BLOCK": LABELS}, OPTIONS)((1,))
+    return order, count
 
 
 @dataclass(frozen=True)
@@ -210,83 +238,74 @@ class Rows:
     count: Tensor | None = None  # () int32 how many they are; None: all count, as they lie
 
 
-def begin(
-    x: Tensor, head: Head, rows: Rows, gathered: Tensor, near: Tensor, anchor: Tensor, *, size: int, first_row: int
-) -> None:
-    """See the kernel; `size` rows of the order, from first_row on. `gathered` is written only with an order."""
+def bind_begin(x: Tensor, head: Head, rows: Rows, gathered: Tensor, near: Tensor, anchor: Tensor) -> Launch:
+    """See the kernel. `gathered` is written only with an order."""
     block = FEW if x.is_cuda else BLOCK_N
-    begin_rows_kernel[(triton.cdiv(size, block),)](
-        x,
-        head.weight,
-        head.weight if head.bias is None else head.bias,
-        rows.labels,
-        rows.labels if rows.order is None else rows.order,
-        rows.labels if rows.count is None else rows.count,
-        gathered,
-        near,
-        anchor,
-        rows.target,
-        rows.target if rows.slope is None else rows.slope,
-        size,
-        first_row,
-        head.logit_scale,
-        0.0 if head.softcap is None else head.softcap,
-        *x.stride(),
-        *head.weight.stride(),
-        gathered.stride(0),
-        D=x.shape[1],
-        BLOCK_N=block,
-        BLOCK_D=BLOCK_D,
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        HAS_ORDER=rows.order is not None,
-        **OPTIONS,
-    )
+    arguments = {
+        "x_ptr": x,
+        "w_ptr": head.weight,
+        "bias_ptr": head.weight if head.bias is None else head.bias,
+        "label_ptr": rows.labels,
+        "order_ptr": rows.labels if rows.order is None else rows.order,
+        "count_ptr": rows.labels if rows.count is None else rows.count,
+        "gathered_ptr": gathered,
+        "near_ptr": near,
+        "anchor_ptr": anchor,
+        "target_ptr": rows.target,
+        "slope_ptr": rows.target if rows.slope is None else rows.slope,
+        "logit_scale": head.logit_scale,
+        "softcap": 0.0 if head.softcap is None else head.softcap,
+        "stride_xn": x.stride(0),
+        "stride_xd": x.stride(1),
+        "stride_wv": head.weight.stride(0),
+        "stride_wd": head.weight.stride(1),
+        "stride_gn": gathered.stride(0),
+        "D": x.shape[1],
+        "BLOCK_N": block,
+        "BLOCK_D": BLOCK_D,
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
+        "HAS_ORDER": rows.order is not None,
+    }
+    run = Bound(begin_rows_kernel, arguments, OPTIONS)
+    return lambda size, first_row: run((triton.cdiv(size, block),), N=size, first_row=first_row)
 
 
-def finish(
-    pull: Tensor | None,
-    sums: Tensor,
-    head: Head,
-    rows: Rows,
-    *,
-    size: int,
-    first_row: int,
-    divisor: float | None,
-    overflow: float,
-) -> None:
+def bind_finish(
+    pull: Tensor | None, sums: Tensor, head: Head, rows: Rows, *, divisor: float | None, overflow: float
+) -> Launch:
     """See the kernel; `pull` is there where `rows.direction` is."""
     direction, dim = rows.direction, head.weight.shape[1]
-    finish_rows_kernel[(triton.cdiv(size, BLOCK_N), 1 if direction is None else triton.cdiv(dim, BLOCK_D))](
-        sums if pull is None else pull,
-        sums,
-        head.weight,
-        rows.labels,
-        rows.labels if rows.order is None else rows.order,
-        rows.labels if rows.count is None else rows.count,
-        rows.target,
-        rows.target if rows.slope is None else rows.slope,
-        rows.logps,
-        rows.normalizer,
-        rows.flags,
-        head.weight if direction is None else direction,
-        size,
-        len(sums),
-        first_row,
-        head.logit_scale,
-        1.0 if divisor is None else divisor,
-        overflow,
-        0 if pull is None else pull.stride(0),
-        sums.stride(0),
-        *head.weight.stride(),
-        0 if direction is None else direction.stride(0),
-        D=dim,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=BLOCK_D,
-        BLOCK_T=BLOCK_T,
-        HAS_SOFTCAP=rows.slope is not None,
-        HAS_ORDER=rows.order is not None,
-        HAS_DIVISOR=divisor is not None,
-        WRITE=direction is not None,
-        **OPTIONS,
-    )
+    arguments = {
+        "pull_ptr": sums if pull is None else pull,
+        "sums_ptr": sums,
+        "w_ptr": head.weight,
+        "label_ptr": rows.labels,
+        "order_ptr": rows.labels if rows.order is None else rows.order,
+        "count_ptr": rows.labels if rows.count is None else rows.count,
+        "target_ptr": rows.target,
+        "slope_ptr": rows.target if rows.slope is None else rows.slope,
+        "logp_ptr": rows.logps,
+        "normalizer_ptr": rows.normalizer,
+        "flag_ptr": rows.flags,
+        "direction_ptr": head.weight if direction is None else direction,
+        "T": len(sums),
+        "logit_scale": head.logit_scale,
+        "divisor": 1.0 if divisor is None else divisor,
+        "overflow": overflow,
+        "stride_pn": 0 if pull is None else pull.stride(0),
+        "stride_st": sums.stride(0),
+        "stride_wv": head.weight.stride(0),
+        "stride_wd": head.weight.stride(1),
+        "stride_un": 0 if direction is None else direction.stride(0),
+        "D": dim,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_D": BLOCK_D,
+        "BLOCK_T": BLOCK_T,
+        "HAS_SOFTCAP": rows.slope is not None,
+        "HAS_ORDER": rows.order is not None,
+        "HAS_DIVISOR": divisor is not None,
+        "WRITE": direction is not None,
+    }
+    run, across = Bound(finish_rows_kernel, arguments, OPTIONS), 1 if direction is None else triton.cdiv(dim, BLOCK_D)
+    return lambda size, first_row: run((triton.cdiv(size, BLOCK_N), across), N=size, first_row=first_row)

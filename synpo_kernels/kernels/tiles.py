@@ -9,11 +9,10 @@ and columns times their strides pass 2³¹ on real shapes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,33 +115,3 @@ def describable(tensor: Tensor) -> bool:
     size = tensor.element_size()
     apart = stride >= tensor.shape[1] and stride * size % 16 == 0
     return step == 1 and apart and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
-
-
-class Bound:
-    """A kernel with its arguments, to be launched again and again with other numbers, or with other tensors of the same layout.
-
-    Triton binds, checks and looks up a launch each time anew, which takes longer than many a kernel runs; here it does so once.
-    The numbers that change must be among those the kernel does not specialise on, and fit 32 bits; the tensors that change must
-    be alike in what it does specialise on: dtype, device, and whether they begin at a multiple of 16 bytes.
-    """
-
-    def __init__(self, kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        """arguments: the kernel's by name, but for the tensors, which come first, and numbers that change; options: of the
-        launch."""
-        names = kernel.arg_names
-        tensors = next(place for place, name in enumerate(names) if name in arguments)
-        self._kernel, self._options = kernel, options
-        self._arguments: dict[str, Any] = {name: arguments.get(name) for name in names[tensors:]}
-        self._compiled: Any = None
-
-    def __call__(self, grid: tuple[int, ...], *tensors: Tensor, **numbers: int) -> None:
-        self._arguments.update(numbers)
-        if self._compiled is None:  # in the interpreter it stays so
-            self._compiled = self._kernel[grid](*tensors, **self._arguments, **self._options)
-        else:
-            self._compiled[(*grid, 1, 1)[:3]](*tensors, *self._arguments.values())
-
-
-def source(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:
-    """The matrix as a kernel takes it: through a descriptor of blocks, or by its pointer."""
-    return TensorDescriptor.from_tensor(tensor, block) if described else tensor

@@ -74,6 +74,7 @@ def cases(archs: list[int], hidden: int) -> Iterator[Case]:
             yield from _products(arch, dtype, precision)
             if precision == "ieee":
                 yield from _rows(arch, dtype, hidden)
+        yield Case("partition", rows.partition_kernel, arch, "fp32", {"BLOCK": rows.LABELS}, rows.OPTIONS)
         yield from _pairs(arch)
         yield from _contrast(arch)
 

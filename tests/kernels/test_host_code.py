@@ -32,6 +32,7 @@ KERNELS = (
     (exp_tile, "exp_tile_kernel"),
     (exact_rows, "exact_rows_kernel"),
     (product, "counted_product_kernel"),
+    (rows, "partition_kernel"),
     (rows, "begin_rows_kernel"),
     (rows, "finish_rows_kernel"),
     (pair_loss_kernels, "sequence_sums_kernel"),

@@ -83,6 +83,7 @@ def test_every_launch_compiles() -> None:
         "exp_tile_kernel",
         "exact_rows_kernel",
         "counted_product_kernel",
+        "partition_kernel",
         "begin_rows_kernel",
         "finish_rows_kernel",
         "sequence_sums_kernel",

@@ -11,7 +11,7 @@ import torch
 from synpo_kernels import FusedLinearSynPOLoss, contrastive_sample, linear_logprobs
 from synpo_kernels.backends import gpu
 from synpo_kernels.head import Head
-from synpo_kernels.kernels import contrast_sample, exact_rows, exp_tile, pair_loss, product
+from synpo_kernels.kernels import exact_rows, exp_tile, launch, product
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
 from synpo_kernels.kernels.rows import Rows
 from synpo_kernels.kernels.tiles import describable
@@ -141,7 +141,17 @@ def test_rows_past_the_count_are_not_computed(counted, written, device) -> None:
 
 def test_partition_keeps_the_order(device) -> None:
     rows, count = gpu.partition(torch.tensor([-100, 5, -100, 0, 2, -100], device=device), -100)
-    assert rows.tolist() == [1, 3, 4, 0, 2, 5] and count.item() == 3 and count.dtype == torch.int32
+    assert rows.tolist() == [1, 3, 4, 5, 2, 0] and count.item() == 3 and count.dtype == torch.int32
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("n", [0, 1, 2048, 5000])
+def test_partition_of_many_rows(n, ignored, device) -> None:
+    labels = torch.where(torch.rand(n, generator=torch.Generator().manual_seed(0)) < ignored, -(2**40), 7)
+    rows, count = gpu.partition(labels.to(device), -(2**40))
+    counted = (labels == 7).nonzero()[:, 0]
+    assert count.item() == len(counted) and rows.dtype == torch.int64
+    assert rows[: len(counted)].tolist() == counted.tolist() and rows.sort().values.tolist() == list(range(n))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -245,19 +255,28 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(device, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "device_of", Watched)
     launched: set[str] = set()
-    starts = [(exp_tile, "bind"), (product, "bind"), *((m, "launch") for m in (exact_rows, pair_loss, contrast_sample))]
-    for module, function in starts:
-        name, start = module.__name__.rpartition(".")[2], getattr(module, function)
+    real = launch.Bound.__call__
 
-        def launch(*args, name=name, real=start, **options):
-            assert inside, f"{name} was launched on whatever device is current"
-            launched.add(name)
-            return real(*args, **options)
+    def watched(self, *arguments, **numbers) -> None:
+        assert inside, f"{self.name} was launched on whatever device is current"
+        launched.add(self.name)
+        real(self, *arguments, **numbers)
 
-        monkeypatch.setattr(module, function, launch)
+    monkeypatch.setattr(launch.Bound, "__call__", watched)
     monkeypatch.setattr("synpo_kernels.ops.logprobs._used", lambda labels, ignore_index: ignore_index)  # as on a GPU
     every_path(device)
-    assert launched == {"exp_tile", "exact_rows", "product", "pair_loss", "contrast_sample"}
+    assert launched == {
+        "partition_kernel",
+        "begin_rows_kernel",
+        "exp_tile_kernel",
+        "counted_product_kernel",
+        "finish_rows_kernel",
+        "exact_rows_kernel",
+        "sequence_sums_kernel",
+        "pair_loss_kernel",
+        "group_bests_kernel",
+        "draw_kernel",
+    }
 
 
 @pytest.mark.gpu

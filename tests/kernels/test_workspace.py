@@ -130,32 +130,31 @@ def test_a_trained_head_leaves_what_it_kept_as_it_was(dtype, device) -> None:
 
 
 def test_launches_of_a_pass(device, monkeypatch) -> None:
-    """Two a slice, and four beside them, however many rows are ignored."""
+    """Two a slice, two a block of rows, and two beside them, however many rows are ignored."""
     gpu = pytest.importorskip("synpo_kernels.backends.gpu")
-    from synpo_kernels.kernels import configs, exact_rows, rows, tiles
+    from synpo_kernels.kernels import configs, launch
 
     launched: list[str] = []
-    once = tiles.Bound.__call__
-    counting = lambda self, *a, **k: (launched.append("slice"), once(self, *a, **k))[1]  # noqa: E731
-    monkeypatch.setattr(tiles.Bound, "__call__", counting)
-    for module, name in ((rows, "begin"), (rows, "finish"), (exact_rows, "launch")):
-        real = getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda *a, _real=real, _name=name, **k: (launched.append(_name), _real(*a, **k))[1]
-        )
+    once = launch.Bound.__call__
+    counting = lambda self, *a, **k: (launched.append(self.name), once(self, *a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(launch.Bound, "__call__", counting)
+    order, begin, finish, exact = (
+        f"{name}_kernel" for name in ("partition", "begin_rows", "finish_rows", "exact_rows")
+    )
+    slice_ = ["exp_tile_kernel", "counted_product_kernel"]
     n, v, d = 40, 300, 16
     hidden, weight = torch.randn(n, d, device=device), Head(torch.randn(v, d, device=device))
     labels = torch.randint(0, v, (n,), device=device)
     labels[3] = -100
     gpu.forward(hidden, weight, labels, -100, want_direction=True, workspace=1 << 24)
-    assert launched == ["begin", "slice", "slice", "finish", "launch"]
+    assert launched == [order, begin, *slice_, finish, exact]
     launched.clear()
     gpu.forward(hidden, weight, labels, -100, want_direction=True, workspace=8000)
     config = configs.tile_config(gpu._major(device), 4, softcap=False)
     most, width = gpu.slices(n, d, v, 4, True, 8000, gpu._processors(device), config.block_n, config.block_v)
     blocks, chunks = -(-n // most), -(-v // width)
     assert blocks * chunks > 1
-    assert launched == (["begin"] + ["slice"] * 2 * chunks + ["finish"]) * blocks + ["launch"]
+    assert launched == [order, *[begin, *slice_ * chunks, finish] * blocks, exact]
 
 
 def test_bad_values(backend, device) -> None:
