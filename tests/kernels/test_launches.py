@@ -42,6 +42,8 @@ def stand_in() -> None:
         assert all(isinstance(size, int) and size > 0 for size in grid) and max((*grid[1:], 1)) < 2**16, grid
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         assert kernel.metadata.shared <= SHARED, (self.__name__, kernel.metadata.shared)
+        if self.__name__ == "partition_kernel":  # torch looks rows up by what it would have written
+            options["order_ptr"].zero_()
         print(self.__name__, flush=True)
 
     JITFunction.run = compile_only
