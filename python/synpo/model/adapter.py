@@ -93,7 +93,7 @@ class CaptionModel:
         stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self.chat = Chat(
             tokenizer,
-            [] if stops is None else torch.as_tensor(stops).reshape(-1).tolist(),
+            [] if stops is None else torch.as_tensor(stops, device="cpu").reshape(-1).tolist(),
             parts=vision is not None,
             variables=template_variables,
             answer_prefix=answer_prefix,

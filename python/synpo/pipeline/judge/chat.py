@@ -27,6 +27,7 @@ from synpo.text import clean, cleaned, distinct
 
 VERSION = 2
 ATTEMPTS = 3
+TRIES = 1000  # braces of an answer that open no object; each costs up to a millisecond where it is nested without end
 
 SYSTEM = """You grade captions of a video. You receive one JSON document with two lists: "clips" holds reference captions of \
 consecutive parts of the video, in order of time; "candidates" holds captions of the whole video, each with its "id".
@@ -97,17 +98,14 @@ def one_message(messages: Messages) -> Messages:
 
 
 def objects(text: str) -> Iterator[Any]:
-    """Every outermost JSON object in a text, in order."""
-    decoder, start = json.JSONDecoder(object_pairs_hook=distinct), text.find("{")
-    while start >= 0:
+    """Every outermost JSON object in a text, in order, until `TRIES` braces have opened none."""
+    decoder, start, tries = json.JSONDecoder(object_pairs_hook=distinct), text.find("{"), TRIES
+    while start >= 0 and tries:
         try:
             value, end = decoder.raw_decode(text, start)
             value = cleaned(value)
-        except (
-            ValueError,
-            RecursionError,
-        ):  # not JSON, a key twice, nested without end, or a number of thousands of digits
-            end = start + 1
+        except (ValueError, RecursionError):  # not JSON, a key twice, too deep, or a number of thousands of digits
+            end, tries = start + 1, tries - 1
         else:
             yield value
         start = text.find("{", end)
