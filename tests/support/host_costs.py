@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,6 +82,7 @@ def stand_in() -> tuple[list[Any], Callable[[], None]]:
     from synpo_kernels.kernels import launch
     from synpo_kernels.ops import logprobs
 
+    torch.set_num_threads(1)
     chip = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
     triton.runtime.driver.set_active(SimpleNamespace(**{k: lambda *_, v=v: v for k, v in chip.items()}))
     contrast.triton_takes = choice.triton_takes = lambda dtype, device: (True, "")
@@ -158,7 +160,7 @@ def asked(worker: str) -> Any:
     """What the worker in this file has to say."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, worker, "json"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
