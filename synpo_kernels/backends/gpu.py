@@ -11,7 +11,7 @@ The frozen pass takes R rows × Vc columns of the logits at a time (`slices`), t
 bf16 and fp32 take one pass, P̂ in the input's own format (bf16 has the exponent range of fp32). fp16 cannot hold P̂: its
 sums come from a first pass that writes nothing, and a second one, around the log-sum-exp, holds 2¹⁴ · p. The host reads
 nothing back: of ignored rows it never learns how many there are. They are moved behind the others, the kernels read the
-count where it is, and their loops end there.
+count where it is, and their loops end there. The rows of a block lie, in order, where U's first ones come last.
 """
 
 from __future__ import annotations
@@ -58,43 +58,42 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-@lru_cache(256)
+@lru_cache(1024)
 def slices(
-    n: int,
-    dim: int,
-    vocabulary: int,
-    itemsize: int,
-    gathered: bool,
-    workspace: int,
-    processors: int,
-    block_n: int,
-    block_v: int,
+    blocks: int, dim: int, vocabulary: int, itemsize: int, workspace: int, processors: int, block_n: int, block_v: int
 ) -> tuple[int, int]:
-    """Rows and columns (R, Vc) of a slice: the least time that a workspace in bytes allows.
+    """Rows and columns (R, Vc) of a slice of so many blocks of block_n rows: the least time that a workspace in bytes allows.
 
-    A row of a block holds E' and its partial sums in fp32, x if it is gathered, and then Vc numbers. Time is counted in that of a
-    multiprocessor for one step of a tile's product (12 ns on an H200): both products, half of them in whole waves of `processors`
-    tiles (a chip that waits runs the faster afterwards, within its power), two launches a slice, and E' read and written
-    once a slice where it does not stay in the cache.
+    A row holds E' and its partial sums in fp32, and then Vc numbers. Time is counted in that of a multiprocessor for one step of
+    a tile's product (12 ns on an H200): both products, half of them in whole waves of `processors` tiles (a chip that waits runs
+    the faster afterwards, within its power), the second in half tiles where whole ones leave the chip idle (`product_config`),
+    two launches a slice, and E' read and written once a slice where it does not stay in the cache.
     """
-    a_row = 4 * dim + 4 * -(-vocabulary // block_v) + itemsize * dim * gathered
-    launches, cached, traffic = 600, 24 << 20, 1.5e-4
-    best, choice = math.inf, (min(n, block_n), block_v)
-    for blocks in range(1, 1 + -(-n // block_n)):
-        rows = min(n, -(-n // (blocks * block_n)) * block_n)
-        tiles = -(-rows // block_n)
-        wide = min((workspace - rows * a_row) // (rows * itemsize * block_v), -(-vocabulary // block_v))  # in tiles
-        if wide < 1:
+    launches, cached, traffic, of_half = 600, 24 << 20, 1.5e-4, 1.15
+    columns = -(-vocabulary // block_v)
+
+    def waves(tiles: int) -> float:
+        return (tiles / processors + -(-tiles // processors)) / 2
+
+    best, choice = math.inf, (1, 1)
+    for high in dict.fromkeys(-(-blocks // parts) for parts in range(1, 1 + blocks)):
+        rows = high * block_n
+        room = (workspace - rows * 4 * (dim + columns)) // (rows * itemsize * block_v)
+        if room < 1:
             continue
-        if tiles * wide > processors:
-            wide = min(wide, tiles * wide // processors * processors // tiles)
-        cost = launches + (rows * dim * traffic if 4 * rows * dim > cached else 0.0)
-        for count, depth in ((tiles * wide, dim), (tiles * -(-dim // block_v), block_v * wide)):
-            cost += (count / processors + -(-count // processors)) / 2 * depth
-        cost *= -(-n // rows) * -(-vocabulary // (block_v * wide))
-        if cost < best:
-            best, choice = cost, (rows, block_v * wide)
-    return choice
+        of_product = high * -(-dim // block_v)
+        product = waves(of_product) if of_product >= processors // 2 else waves(2 * of_product) / 2 * of_half
+        every = launches + (rows * dim * traffic if 4 * rows * dim > cached else 0.0)
+        even = -(-columns // -(-columns // min(room, columns)))
+        for wide in {even, max(1, high * even // processors * processors // high)}:  # or in whole waves
+            whole, rest = divmod(columns, wide)
+            cost = sum(
+                n * (every + waves(high * w) * dim + product * block_v * w) for n, w in ((whole, wide), (1, rest)) if w
+            )
+            cost *= -(-blocks // high)
+            if cost < best:
+                best, choice = cost, (high, wide)
+    return choice[0] * block_n, choice[1] * block_v
 
 
 class TritonTiles:
@@ -182,12 +181,15 @@ def forward(
     config = tile_config(_major(device), x.element_size(), softcap=softcap, describable=readable)
     tile = (config.block_n, config.block_v)
     if want_direction:
-        shape = (n, dim, vocabulary, x.element_size(), order is not None)
+        shape = (-(-n // config.block_n), dim, vocabulary, x.element_size())
         most, width = slices(*shape, workspace, _processors(device), *tile)
+        most = min(n, most)
     else:  # nothing but partial sums is held
         fitting = workspace // (4 * -(-vocabulary // config.block_v) + x.element_size() * dim)
         most, width = min(n, max(1, fitting // config.block_n) * config.block_n), vocabulary
-    gathered = x if order is None else torch.empty(most, dim, dtype=x.dtype, device=device)
+    gathered = x
+    if order is not None:  # where U comes last: the last block is the first, and a row's place is never before its turn
+        gathered = torch.empty(most, dim, dtype=x.dtype, device=device) if direction is None else direction[:most]
     slice_ = torch.empty(most if want_direction else 1, -(-width // 16) * 16, dtype=x.dtype, device=device)
     pull = torch.empty(most, dim, dtype=torch.float32, device=device) if want_direction else None
     near, anchor = torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device)
@@ -220,7 +222,7 @@ def forward(
                 grid = _grid(device, tile_of_product, m, dim)
                 multiply(grid, M=m, K=w, first_row=first, first_k=start, add=int(start > 0))
 
-    for at in cut(n, most):
+    for at in reversed(cut(n, most)):
         m, first = at.stop - at.start, at.start
         begin(m, first)
         sweep(add_up, m, first)
@@ -230,6 +232,8 @@ def forward(
             sweep(write, m, first)
             sums.copy_(first_sums)
         finish(m, first)
+    if order is not None and direction is not None and most < n:  # one block alone is finished whole
+        gathered.masked_fill_((labels[:most] == ignore_index)[:, None], 0.0)
     exact_rows.launch(x, head, every, precision=_precision(), config=exact_config(_major(device)))
     return Forward(logps, normalizer, direction)
 

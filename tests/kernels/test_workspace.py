@@ -45,13 +45,11 @@ def test_same_results(ignore_index, dtype, trained, backend, device) -> None:
 def test_the_plan_at_full_size(mebibytes, d) -> None:
     """8192 x 152064 in bf16 on 132 multiprocessors: what a block of rows needs stays within the workspace, and fills the chip."""
     gpu = pytest.importorskip("synpo_kernels.backends.gpu")
-    for gathered in (False, True):
-        rows, columns = gpu.slices(8192, d, 152064, 2, gathered, mebibytes << 20, 132, 128, 256)
-        sums = 4 * -(-152064 // 256)
-        assert rows * (2 * columns + 4 * d + sums + 2 * d * gathered) <= mebibytes << 20
-        assert rows % 128 == 0 and columns % 256 == 0
-        if mebibytes > 16 or d < 8192:
-            assert rows // 128 * (columns // 256) >= 48, "a third of the multiprocessors"
+    rows, columns = gpu.slices(8192 // 128, d, 152064, 2, mebibytes << 20, 132, 128, 256)
+    assert rows * (2 * columns + 4 * d + 4 * -(-152064 // 256)) <= mebibytes << 20
+    assert rows % 128 == 0 and columns % 256 == 0
+    if mebibytes > 16 or d < 8192:
+        assert rows // 128 * (columns // 256) >= 48, "a third of the multiprocessors"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -151,7 +149,8 @@ def test_launches_of_a_pass(device, monkeypatch) -> None:
     launched.clear()
     gpu.forward(hidden, weight, labels, -100, want_direction=True, workspace=8000)
     config = configs.tile_config(gpu._major(device), 4, softcap=False)
-    most, width = gpu.slices(n, d, v, 4, True, 8000, gpu._processors(device), config.block_n, config.block_v)
+    n_blocks, tile = -(-n // config.block_n), (config.block_n, config.block_v)
+    most, width = gpu.slices(n_blocks, d, v, 4, 8000, gpu._processors(device), *tile)
     blocks, chunks = -(-n // most), -(-v // width)
     assert blocks * chunks > 1
     assert launched == [order, *[begin, *slice_ * chunks, finish] * blocks, exact]
