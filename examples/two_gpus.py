@@ -8,6 +8,7 @@ it. However many processes there are, the losses printed are the same.
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -73,7 +74,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("gloo" if arguments.cpu else "nccl")
-    train(rank, world, device, arguments.fsdp)  # lets go of its model before the processes part, as DDP over gloo must
+    train(rank, world, device, arguments.fsdp)
+    gc.collect()  # a model that outlives the group, as FSDP2's would, lets a process over gloo hang or abort at its end
     if world > 1:
         dist.destroy_process_group()
 
