@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..head import Head
 from .configs import TileConfig
-from .launch import Bound
+from .launch import Bound, of_head
 from .rows import Rows
 from .tiles import cap, product
 
@@ -144,19 +144,11 @@ def launch(x: Tensor, head: Head, rows: Rows, *, precision: str, config: TileCon
         "direction_ptr": x if direction is None else direction,
         "N": n,
         "V": len(head.weight),
-        "logit_scale": head.logit_scale,
-        "softcap": 0.0 if head.softcap is None else head.softcap,
-        "stride_xn": x.stride(0),
-        "stride_xd": x.stride(1),
-        "stride_wv": head.weight.stride(0),
-        "stride_wd": head.weight.stride(1),
+        **of_head(x, head),
         "stride_un": 0 if direction is None else direction.stride(0),
-        "D": d,
         "BLOCK_N": config.block_n,
         "BLOCK_V": config.block_v,
         "BLOCK_D": config.block_d,
-        "HAS_BIAS": head.bias is not None,
-        "HAS_SOFTCAP": head.softcap is not None,
         "WRITE": direction is not None,
         "PRECISION": precision,
     }

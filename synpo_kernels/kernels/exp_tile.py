@@ -24,7 +24,7 @@ import triton.language as tl
 
 from ..head import Head
 from .configs import TileConfig
-from .launch import Bound, source
+from .launch import Bound, of_head, source
 from .tiles import cap, counted_rows, described_product, grouped, product
 
 if TYPE_CHECKING:
@@ -174,21 +174,13 @@ def bind(
         "out_ptr": source(out, [n, v], described),
         "sum_ptr": sums,
         "count_ptr": labels if count is None else count,
-        "logit_scale": head.logit_scale,
-        "softcap": 0.0 if head.softcap is None else head.softcap,
-        "stride_xn": x.stride(0),
-        "stride_xd": x.stride(1),
-        "stride_wv": head.weight.stride(0),
-        "stride_wd": head.weight.stride(1),
+        **of_head(x, head),
         "stride_on": out.stride(0),
         "stride_sv": sums.stride(0),
-        "D": x.shape[1],
         "BLOCK_N": n,
         "BLOCK_V": v,
         "BLOCK_D": d,
         "GROUP_N": config.group_n,
-        "HAS_BIAS": head.bias is not None,
-        "HAS_SOFTCAP": head.softcap is not None,
         "HAS_TARGET": at_target is not None,
         "HAS_COUNT": count is not None,
         "WRITE": write,

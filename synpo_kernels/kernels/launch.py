@@ -14,6 +14,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..head import Head
+
 compiled: dict[tuple[Any, ...] | None, Any] = {}  # Triton's answers
 
 
@@ -86,3 +88,16 @@ def _watched() -> bool:
 def source(tensor: Tensor, block: list[int], described: bool) -> Tensor | TensorDescriptor:
     """The matrix as a kernel takes it: through a descriptor of blocks, or by its pointer."""
     return TensorDescriptor.from_tensor(tensor, block) if described else tensor
+
+
+def of_head(x: Tensor, head: Head) -> dict[str, Any]:
+    """The arguments of a kernel that tell of x (…, D) and a head what their pointers do not."""
+    return {
+        "logit_scale": head.logit_scale,
+        "softcap": 0.0 if head.softcap is None else head.softcap,
+        **dict(zip(("stride_xn", "stride_xd"), x.stride())),
+        **dict(zip(("stride_wv", "stride_wd"), head.weight.stride())),
+        "D": x.shape[1],
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": head.softcap is not None,
+    }

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..head import Head
-from .launch import Bound
+from .launch import Bound, of_head
 from .tiles import cap, counted_rows
 
 Launch = Callable[[int, int], None]  # of so many rows of the order, from the one on
@@ -253,18 +253,10 @@ def bind_begin(x: Tensor, head: Head, rows: Rows, gathered: Tensor, near: Tensor
         "anchor_ptr": anchor,
         "target_ptr": rows.target,
         "slope_ptr": rows.target if rows.slope is None else rows.slope,
-        "logit_scale": head.logit_scale,
-        "softcap": 0.0 if head.softcap is None else head.softcap,
-        "stride_xn": x.stride(0),
-        "stride_xd": x.stride(1),
-        "stride_wv": head.weight.stride(0),
-        "stride_wd": head.weight.stride(1),
+        **of_head(x, head),
         "stride_gn": gathered.stride(0),
-        "D": x.shape[1],
         "BLOCK_N": block,
         "BLOCK_D": BLOCK_D,
-        "HAS_BIAS": head.bias is not None,
-        "HAS_SOFTCAP": head.softcap is not None,
         "HAS_ORDER": rows.order is not None,
     }
     run = Bound(begin_rows_kernel, arguments, OPTIONS)
