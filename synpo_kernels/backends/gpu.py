@@ -232,8 +232,8 @@ def forward(
             sweep(write, m, first)
             sums.copy_(first_sums)
         finish(m, first)
-    if order is not None and direction is not None and most < n:  # one block alone is finished whole
-        gathered.masked_fill_((labels[:most] == ignore_index)[:, None], 0.0)
+    if ignore_index is not None and direction is not None and most < n:  # one block alone is finished whole
+        gathered.masked_fill_(labels[:most].eq(ignore_index)[:, None], 0.0)
     exact_rows.launch(x, head, every, precision=_precision(), config=exact_config(_major(device)))
     return Forward(logps, normalizer, direction)
 
