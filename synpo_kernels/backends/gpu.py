@@ -64,10 +64,10 @@ def slices(
 ) -> tuple[int, int]:
     """Rows and columns (R, Vc) of a slice of so many blocks of block_n rows: the least time that a workspace in bytes allows.
 
-    A row holds E' and its partial sums in fp32, and then Vc numbers. Time is counted in that of a multiprocessor for one step of
-    a tile's product (12 ns on an H200): both products, half of them in whole waves of `processors` tiles (a chip that waits runs
-    the faster afterwards, within its power), the second in half tiles where whole ones leave the chip idle (`product_config`),
-    two launches a slice, and E' read and written once a slice where it does not stay in the cache.
+    A row holds E' in fp32, Vc numbers and a partial sum for each tile of them. Time is counted in that of a multiprocessor for a
+    step of a tile's product (12 ns on an H200): both products, half of them in whole waves of `processors` tiles (a chip that
+    waits runs the faster afterwards, within its power), the second in half tiles where whole ones leave the chip idle
+    (`product_config`), two launches a slice, and E' read and written once a slice where it does not stay in the cache.
     """
     launches, cached, traffic, of_half = 600, 24 << 20, 1.5e-4, 1.15
     columns = -(-vocabulary // block_v)
@@ -78,7 +78,7 @@ def slices(
     best, choice = math.inf, (1, 1)
     for high in dict.fromkeys(-(-blocks // parts) for parts in range(1, 1 + blocks)):
         rows = high * block_n
-        room = (workspace - rows * 4 * (dim + columns)) // (rows * itemsize * block_v)
+        room = (workspace - rows * 4 * dim) // (rows * (4 + itemsize * block_v))
         if room < 1:
             continue
         of_product = high * -(-dim // block_v)
@@ -129,7 +129,7 @@ class TritonTiles:
             how: dict[str, Any] = {"count": self.count, "precision": _precision(), "config": config}
             run = exp_tile.bind(x, part, labels, anchor, at_target, out, sums, write=keep, **how)
             grid = _grid(x.device, config, len(x), vocabulary)
-            run(grid, N=len(x), V=vocabulary, first_x=0, first_row=0, first_column=0)
+            run(grid, N=len(x), V=vocabulary, first_x=0, first_row=0, first_column=0, add=0)
         return sums.sum(0)
 
     def add_product(self, total: Tensor, slice_: Tensor, b: Tensor) -> None:
@@ -193,7 +193,7 @@ def forward(
     slice_ = torch.empty(most if want_direction else 1, -(-width // 16) * 16, dtype=x.dtype, device=device)
     pull = torch.empty(most, dim, dtype=torch.float32, device=device) if want_direction else None
     near, anchor = torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device)
-    sums = torch.empty(-(-vocabulary // config.block_v), most, device=device)
+    sums = torch.empty(-(-width // config.block_v), most, device=device)
 
     begin = rows.bind_begin(x, head, every, gathered, near, anchor)
     divisor = FP16_MAGNIFY if twice else None
@@ -213,7 +213,15 @@ def forward(
         first_x = first if order is None else 0
         for columns in cut(vocabulary, width):
             w, start = columns.stop - columns.start, columns.start
-            run(_grid(device, config, m, w), N=m, V=w, first_x=first_x, first_row=first, first_column=start)
+            run(
+                _grid(device, config, m, w),
+                N=m,
+                V=w,
+                first_x=first_x,
+                first_row=first,
+                first_column=start,
+                add=int(start > 0),
+            )
             if run is not write or pull is None:
                 continue
             if multiply is None:

@@ -1,7 +1,7 @@
 """One vocabulary chunk of exponentials: a GEMM whose epilogue is exp(z - anchor), never writing logits.
 
     out[t, v] = slope · exp(cap(logit_scale · (x_t·W_v + b_v)) - anchor_t)      fp32 accumulators, rounded once
-    sums[j, t] = Σ over the columns of tile j of exp(z - anchor_t), the label's column left out
+    sums[j, t] (+)= Σ over the columns of tile j of exp(z - anchor_t), the label's column left out
 
 Anchored at the target logit this is P̂; anchored at the log-sum-exp, with p_y - 1 in the label's column, it is
 softmax(z) - onehot(y). The grid is persistent: as many programs as the chip has multiprocessors, each with every so many tiles
@@ -35,7 +35,7 @@ LEAST = tl.constexpr(-100.0)  # log2 of `passes.LEAST`
 
 
 @triton.jit(
-    do_not_specialize=["N", "V", "first_x", "first_row", "first_column"]
+    do_not_specialize=["N", "V", "first_x", "first_row", "first_column", "add"]
 )  # what changes from batch to batch compiles nothing anew
 def exp_tile_kernel(
     x_ptr,
@@ -52,6 +52,7 @@ def exp_tile_kernel(
     first_x,
     first_row,
     first_column,
+    add,
     logit_scale,
     softcap,
     stride_xn,
@@ -77,9 +78,9 @@ def exp_tile_kernel(
     """Grid: any number of programs; they share cdiv(rows, BLOCK_N) · cdiv(V, BLOCK_V) tiles.
 
     Pointers: x (…, D), of which N rows from first_x on are taken, w (…, D) and bias of the whole head, of which V columns from
-    first_column on are taken (a multiple of BLOCK_V), label (N,) int64 in the whole vocabulary, anchor (N,) fp32, at_target (N,)
-    fp32 put in the label's column, out (N, V), sum (tiles of the whole vocabulary, N) fp32, count () int32 rows that are wanted,
-    of which first_row lie before these. bias, at_target, out and count are touched only with HAS_BIAS, HAS_TARGET, WRITE,
+    first_column on are taken, label (N,) int64 in the whole vocabulary, anchor (N,) fp32, at_target (N,) fp32 put in the label's
+    column, out (N, V), sum (tiles of V, N) fp32, which `add` 0 overwrites and 1 adds to, count () int32 rows that are wanted, of
+    which first_row lie before these. bias, at_target, out and count are touched only with HAS_BIAS, HAS_TARGET, WRITE,
     HAS_COUNT. A tile of rows past the count alone is neither computed nor written; in one that has others they are 0. With
     DESCRIPTORS x, w and out are tensor descriptors of blocks (BLOCK_N, BLOCK_D), (BLOCK_V, BLOCK_D) and (BLOCK_N, BLOCK_V), and
     their strides go unused; out then takes whole tiles as far as it reaches, 0 past V.
@@ -127,8 +128,11 @@ def exp_tile_kernel(
         is_label = v[None, :] == (tl.load(label_ptr + row) - first_column).to(tl.int32)[:, None]
         weights = tl.exp2(exponent)
         weights = tl.where((exponent < LEAST) | is_label | (v >= V)[None, :] | (n >= rows)[:, None], 0.0, weights)
-        sums = sum_ptr + (first_column // BLOCK_V + tile_v).to(tl.int64) * stride_sv
-        tl.store(sums + n, tl.sum(weights, 1), mask=n < N)
+        sums = sum_ptr + tile_v.to(tl.int64) * stride_sv + n
+        total = tl.sum(weights, 1)
+        if add != 0:
+            total += tl.load(sums, mask=n < N, other=0.0)
+        tl.store(sums, total, mask=n < N)
         if WRITE:
             if HAS_TARGET:
                 weights = tl.where(is_label, tl.load(at_target_ptr + row)[:, None], weights)
@@ -158,7 +162,7 @@ def bind(
     precision: str,
     config: TileConfig,
 ) -> Bound:
-    """The kernel on these tensors, to be called with N, V, first_x, first_row and first_column; see it for the rest.
+    """The kernel on these tensors, to be called with N, V, first_x, first_row, first_column and add; see it for the rest.
 
     A config with descriptors wants x, the weight and out `describable`.
     """

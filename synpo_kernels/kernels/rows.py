@@ -1,11 +1,12 @@
 """What happens to a row before and after the vocabulary: its target's logit, and ∂logp/∂x from the sums.
 
-    partition   the order of the rows, those that count first, and how many they are
-    begin       x_t gathered, z_y = cap(logit_scale · (x_t·W_y + b_y)), its slope, the label
-    finish      s → logp = -log1p(s), U = logit_scale · ((s c_y W_y - E') / (1 + s)) rounded once, and whether the row overflowed
+    partition    the order of the rows, those that count first, and how many they are
+    begin        x_t gathered, z_y = cap(logit_scale · (x_t·W_y + b_y)), its slope, the label
+    finish       s → logp = -log1p(s), U = logit_scale · ((s c_y W_y - E') / (1 + s)) rounded once, and whether the row overflowed
+    scale_rows   U_t · ∂L/∂logp_t
 
-The last two are one pass over x, or over E' and the labels' rows of W, with no copy of either in fp32. Rows come in an order in
-which those that count are first; finish puts each where it belongs, and 0 where it does not count.
+Each is one pass over x, or over E' and the labels' rows of W, with no copy in fp32. Rows come in an order in which those that
+count are first; finish puts each where it belongs, and 0 where it does not count.
 """
 
 # A kernel takes pointers and scalars typed at launch.
@@ -27,8 +28,12 @@ from .tiles import cap, counted_rows
 
 Launch = Callable[[int, int], None]  # of so many rows of the order, from the one on
 
-BLOCK_N, BLOCK_D, BLOCK_T = 16, 256, 64
-FEW = 4  # rows of a program of `begin`, whose work is one pass over D: so many programs fill a GPU
+BLOCK_N, BLOCK_D, BLOCK_T = (
+    4,
+    1024,
+    64,
+)  # few rows of a program, whose work is a pass over D: so many programs fill a GPU
+INTERPRETER_N = 16  # in the interpreter, where a program costs whatever it does
 LABELS, NUMBERS = 2048, 4096  # at a time, of `partition` and of `scale`
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 SIZES = ["N", "first_row"]
@@ -206,6 +211,56 @@ def scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
         tl.store(values_ptr + at, (values * factor).to(values_ptr.dtype.element_ty), mask=at < size)
 
 
+@triton.jit(do_not_specialize=["N"])
+def scale_rows_kernel(
+    values_ptr,
+    factor_ptr,
+    order_ptr,
+    out_ptr,
+    N,
+    D,
+    stride_vn,
+    stride_on,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+):
+    """Grid: (cdiv(N, BLOCK_N), cdiv(D, BLOCK_D)). values (N, D) times factor (N,), a row each, to out (…, D), rounded once; with
+    HAS_ORDER row t goes where order (N,) int64 says."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (n < N)[:, None] & (d < D)[None, :]
+    factor = tl.load(factor_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    place = place_of(order_ptr, n.to(tl.int64), n < N, HAS_ORDER)
+    values = tl.load(values_ptr + n.to(tl.int64)[:, None] * stride_vn + d[None, :], mask=mask, other=0.0)
+    scaled = values.to(tl.float32) * factor[:, None]
+    tl.store(out_ptr + place[:, None] * stride_on + d[None, :], scaled.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def scale_rows(values: Tensor, factor: Tensor, out: Tensor, order: Tensor | None = None) -> None:
+    """See the kernel; out may be values. The product is taken in fp32."""
+    (n, dim), block = values.shape, _rows_of_a_program(values)
+    assert (
+        values.stride(1) == out.stride(1) == 1 and factor.is_contiguous() and (order is None or order.is_contiguous())
+    )
+    if not values.numel():
+        return
+    arguments = {
+        "values_ptr": values,
+        "factor_ptr": factor,
+        "order_ptr": factor if order is None else order,
+        "out_ptr": out,
+        "N": n,
+        "D": dim,
+        "stride_vn": values.stride(0),
+        "stride_on": out.stride(0),
+        "BLOCK_N": block,
+        "BLOCK_D": BLOCK_D,
+        "HAS_ORDER": order is not None,
+    }
+    Bound(scale_rows_kernel, arguments, OPTIONS)((triton.cdiv(n, block), triton.cdiv(dim, BLOCK_D)))
+
+
 def scale(values: Tensor, factor: Tensor) -> None:
     """values, contiguous, times a number on the device, in place: torch would read and write them even times 1."""
     assert values.is_contiguous()
@@ -238,9 +293,13 @@ class Rows:
     count: Tensor | None = None  # () int32 how many they are; None: all count, as they lie
 
 
+def _rows_of_a_program(tensor: Tensor) -> int:
+    return BLOCK_N if tensor.is_cuda else INTERPRETER_N
+
+
 def bind_begin(x: Tensor, head: Head, rows: Rows, gathered: Tensor, near: Tensor, anchor: Tensor) -> Launch:
     """See the kernel. `gathered` is written only with an order."""
-    block = FEW if x.is_cuda else BLOCK_N
+    block = _rows_of_a_program(x)
     arguments = {
         "x_ptr": x,
         "w_ptr": head.weight,
@@ -267,7 +326,7 @@ def bind_finish(
     pull: Tensor | None, sums: Tensor, head: Head, rows: Rows, *, divisor: float | None, overflow: float
 ) -> Launch:
     """See the kernel; `pull` is there where `rows.direction` is."""
-    direction, dim = rows.direction, head.weight.shape[1]
+    direction, dim, block = rows.direction, head.weight.shape[1], _rows_of_a_program(sums)
     arguments = {
         "pull_ptr": sums if pull is None else pull,
         "sums_ptr": sums,
@@ -291,7 +350,7 @@ def bind_finish(
         "stride_wd": head.weight.stride(1),
         "stride_un": 0 if direction is None else direction.stride(0),
         "D": dim,
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_N": block,
         "BLOCK_D": BLOCK_D,
         "BLOCK_T": BLOCK_T,
         "HAS_SOFTCAP": rows.slope is not None,
@@ -300,4 +359,4 @@ def bind_finish(
         "WRITE": direction is not None,
     }
     run, across = Bound(finish_rows_kernel, arguments, OPTIONS), 1 if direction is None else triton.cdiv(dim, BLOCK_D)
-    return lambda size, first_row: run((triton.cdiv(size, BLOCK_N), across), N=size, first_row=first_row)
+    return lambda size, first_row: run((triton.cdiv(size, block), across), N=size, first_row=first_row)

@@ -13,7 +13,7 @@ from synpo_kernels.backends import gpu
 from synpo_kernels.head import Head
 from synpo_kernels.kernels import exact_rows, exp_tile, launch, product
 from synpo_kernels.kernels.configs import CHIPS, INTERPRETER, TileConfig, exact_config, product_config, tile_config
-from synpo_kernels.kernels.rows import Rows
+from synpo_kernels.kernels.rows import Rows, scale_rows
 from synpo_kernels.kernels.tiles import describable
 
 STRIDE = (1 << 30) + 64  # elements between rows: row 2 lies past 2³¹
@@ -31,10 +31,10 @@ def far_apart(tmp_path, device) -> torch.Tensor:
     return rows
 
 
-def exponentials(x, head, labels, anchor, at_target, out, sums, *, first_row=0, **options) -> None:
+def exponentials(x, head, labels, anchor, at_target, out, sums, *, first_row=0, add=0, **options) -> None:
     """One launch over all of x and the head, by three programs."""
     run = exp_tile.bind(x, head, labels, anchor, at_target, out, sums, write=True, precision="ieee", **options)
-    run((3,), N=len(x), V=len(head.weight), first_x=0, first_row=first_row, first_column=0)
+    run((3,), N=len(x), V=len(head.weight), first_x=0, first_row=first_row, first_column=0, add=add)
 
 
 @pytest.mark.parametrize("which", ["x", "w", "out"])
@@ -101,6 +101,26 @@ def test_every_tile_is_visited_once(group, device) -> None:
     exponentials(x, Head(w), labels, torch.zeros(n, device=device), None, out[:, :v], sums, config=config)
     assert (out[:, :v] == 1).all() and out[:, v:].isnan().all()
     assert sums.T.tolist() == [[32.0, 32.0, 6.0]] * n
+    exponentials(x, Head(w), labels, torch.zeros(n, device=device), None, out[:, :v], sums, config=config, add=1)
+    assert sums.T.tolist() == [[64.0, 64.0, 12.0]] * n and (out[:, :v] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_times_their_factors(dtype, device) -> None:
+    """In place, into another format, and each row where an order says; what lies between the rows is left alone."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(21, 1030, generator=generator).to(device, dtype)
+    factor, order = (
+        torch.randn(21, generator=generator).to(device),
+        torch.randperm(40, generator=generator)[:21].to(device),
+    )
+    expected = (values.float() * factor[:, None]).bfloat16()
+    out = torch.full((40, 1032), 7.0, dtype=torch.bfloat16, device=device)
+    scale_rows(values, factor, out[:, :1030], order)
+    assert torch.equal(out[order, :1030], expected) and (out[:, 1030:] == 7.0).all() and (out == 7.0).all(1).sum() == 19
+    wide = values.float()
+    scale_rows(wide, factor, wide)
+    assert torch.equal(wide.bfloat16(), expected)
 
 
 @pytest.mark.parametrize("first_row", [0, 20])
