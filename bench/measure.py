@@ -1,6 +1,7 @@
 """What every benchmark here measures with: time, memory, and the machine it ran on.
 
-Time    providers take turns, and the first of a round changes, so that a busy or a warming machine is so for all of them.
+Time    providers take turns, in another order every round, so that a busy or a warming machine is so for all of them, and so
+        is a chip at the limit of its power, which gives what the one before has left.
         CUDA events on a GPU, after a flush of its L2 cache; the wall clock on a CPU. Milliseconds, 20th/50th/80th percentile.
 Memory  the peak of one call above what was held before it. GPU: torch's allocator. CPU (Linux): the kernel's own mark of
         the largest resident set, reset before the call, after the C heap gave its free pages back; that counts everything
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -103,14 +105,13 @@ def interleave(
     watch = Stopwatch(device)
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
-    share = seconds / max(1, len(names))
+    share, order = seconds / max(1, len(names)), random.Random(0)
     with tqdm(total=most, desc=title, unit="round", leave=False, disable=not sys.stderr.isatty()) as bar:
         for turn in range(most):
             due = [name for name in names if turn < least or sum(times[name]) < 1e3 * share]
             if not due:
                 break
-            first = turn % len(due)
-            for name in due[first:] + due[:first]:
+            for name in order.sample(due, len(due)):
                 times[name].append(watch(runs[name]))
             bar.update()
     return {name: Timing.of(values) for name, values in times.items()}

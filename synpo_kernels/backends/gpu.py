@@ -17,6 +17,7 @@ count where it is, and their loops end there. The rows of a block lie, in order,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -65,11 +66,11 @@ def slices(
     """Rows and columns (R, Vc) of a slice of so many blocks of block_n rows: the least time that a workspace in bytes allows.
 
     A row holds E' in fp32, Vc numbers and a partial sum for each tile of them. Time is counted in that of a multiprocessor for a
-    step of a tile's product (12 ns on an H200): both products, half of them in whole waves of `processors` tiles (a chip that
-    waits runs the faster afterwards, within its power), the second in half tiles where whole ones leave the chip idle
-    (`product_config`), two launches a slice, and E' read and written once a slice where it does not stay in the cache.
+    step of a tile's product (12 ns on an H200): both products, the first half in whole waves of `processors` tiles (a chip that
+    waits runs the faster afterwards, within its power), two launches a slice and the parts of a tile put together, and E' read
+    and written once a slice where it does not stay in the cache.
     """
-    launches, cached, traffic, of_half = 600, 24 << 20, 1.5e-4, 1.15
+    launches, cached, traffic = 900, 24 << 20, 1.5e-4
     columns = -(-vocabulary // block_v)
 
     def waves(tiles: int) -> float:
@@ -81,8 +82,7 @@ def slices(
         room = (workspace - rows * 4 * dim) // (rows * (4 + itemsize * block_v))
         if room < 1:
             continue
-        of_product = high * -(-dim // block_v)
-        product = waves(of_product) if of_product >= processors // 2 else waves(2 * of_product) / 2 * of_half
+        product = high * -(-dim // block_v) / processors
         every = launches + (rows * dim * traffic if 4 * rows * dim > cached else 0.0)
         even = -(-columns // -(-columns // min(room, columns)))
         for wide in {even, max(1, high * even // processors * processors // high)}:  # or in whole waves
@@ -104,6 +104,7 @@ class TritonTiles:
 
     def __init__(self, count: Tensor | None) -> None:
         self.count = count  # () int32, the first rows that are wanted; None: all
+        self._turn: Tensor | None = None  # of its products, which come one after the other
 
     def operand(self, matrix: Tensor) -> Tensor:
         return matrix
@@ -136,30 +137,41 @@ class TritonTiles:
         if self.count is None:
             add_matmul(total, slice_, b)
         elif slice_.numel():
-            _counted_product(total, slice_, b, self.count, sum_counted=False)
+            self._counted_product(total, slice_, b, sum_counted=False)
 
     def add_transposed_product(self, total: Tensor, slice_: Tensor, b: Tensor, *, fresh: bool = False) -> None:
         if self.count is None:
             add_matmul(total, slice_.T, b, fresh=fresh)
         elif slice_.numel():
-            _counted_product(total, slice_, b, self.count, sum_counted=True, fresh=fresh)
+            self._counted_product(total, slice_, b, sum_counted=True, fresh=fresh)
+
+    def _counted_product(
+        self, total: Tensor, slice_: Tensor, b: Tensor, *, sum_counted: bool, fresh: bool = False
+    ) -> None:
+        """total (+)= slice_ (n, w) @ b, or with sum_counted sliceᵀ @ b, as far as rows count."""
+        assert self.count is not None
+        if self._turn is None:
+            self._turn = _turns(b.device)
+        run, grid_of = _product(total, slice_, b, self.count, self._turn, sum_counted=sum_counted)
+        m, k = slice_.T.shape if sum_counted else slice_.shape
+        run(grid_of(m), M=m, K=k, first_row=0, first_k=0, add=int(not fresh))
 
 
-def _product(total: Tensor, slice_: Tensor, b: Tensor, count: Tensor, *, sum_counted: bool) -> tuple[Bound, TileConfig]:
-    m, d = total.shape
+def _turns(device: torch.device) -> Tensor:
+    """What programs that share the tiles of a product take turns by."""
+    return torch.zeros(2 * _processors(device), dtype=torch.int32, device=device)
+
+
+def _product(
+    total: Tensor, slice_: Tensor, b: Tensor, count: Tensor, turn: Tensor, *, sum_counted: bool
+) -> tuple[Bound, Callable[[int], tuple[int]]]:
+    """The kernel and its grid for so many rows of the result: all multiprocessors where they share tiles."""
+    device, columns = b.device, total.shape[1]
     described = describable(slice_) and describable(b)
-    config = product_config(_major(b.device), b.element_size(), m, d, _processors(b.device), describable=described)
+    config = product_config(_major(device), b.element_size(), columns, describable=described)
     how: dict[str, Any] = {"sum_counted": sum_counted, "precision": _precision(), "config": config}
-    return product.bind(slice_, b, total, count, **how), config
-
-
-def _counted_product(
-    total: Tensor, slice_: Tensor, b: Tensor, count: Tensor, *, sum_counted: bool, fresh: bool = False
-) -> None:
-    """total (+)= slice_ (n, w) @ b, or with sum_counted sliceᵀ @ b, as far as rows count."""
-    run, config = _product(total, slice_, b, count, sum_counted=sum_counted)
-    m, k = slice_.T.shape if sum_counted else slice_.shape
-    run(_grid(b.device, config, *total.shape), M=m, K=k, first_row=0, first_k=0, add=int(not fresh))
+    run = product.bind(slice_, b, total, count, turn if config.descriptors else None, **how)
+    return run, lambda rows: (_processors(device),) if config.descriptors else _grid(device, config, rows, columns)
 
 
 def forward(
@@ -202,10 +214,9 @@ def forward(
     how: dict[str, Any] = {"count": count, "precision": _precision(), "config": config}
     write = exp_tile.bind(*tensors, write=True, **how) if want_direction else None
     add_up = exp_tile.bind(*tensors, write=False, **how) if twice or not want_direction else write
-    multiply: Bound | None = None
-    tile_of_product = config
+    multiply: tuple[Bound, Callable[[int], tuple[int]]] | None = None
     if pull is not None and count is not None:
-        multiply, tile_of_product = _product(pull, slice_, head.weight, count, sum_counted=False)
+        multiply = _product(pull, slice_, head.weight, count, _turns(device), sum_counted=False)
 
     def sweep(run: Bound | None, m: int, first: int) -> None:
         """Partial sums of a block's rows around their anchors, and where its slices are written its E' in pull."""
@@ -227,8 +238,8 @@ def forward(
             if multiply is None:
                 add_matmul(pull[:m], slice_[:m, :w], head.weight[columns], fresh=start == 0)
             else:
-                grid = _grid(device, tile_of_product, m, dim)
-                multiply(grid, M=m, K=w, first_row=first, first_k=start, add=int(start > 0))
+                product_of, grid_of = multiply
+                product_of(grid_of(m), M=m, K=w, first_row=first, first_k=start, add=int(start > 0))
 
     for at in reversed(cut(n, most)):
         m, first = at.stop - at.start, at.start

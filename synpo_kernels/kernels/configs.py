@@ -92,20 +92,15 @@ def tile_config(major: int | None, itemsize: int, *, softcap: bool, describable:
     return chip.half_small if softcap else chip.half
 
 
-def product_config(
-    major: int | None, itemsize: int, m: int, d: int, processors: int, *, describable: bool = False
-) -> TileConfig:
-    """Parameters of a counted product (m, d), as `tile_config`: smaller tiles where large ones leave multiprocessors idle."""
+def product_config(major: int | None, itemsize: int, d: int, *, describable: bool = False) -> TileConfig:
+    """Parameters of a counted product with d columns, as `tile_config`."""
     if major is None:
         return INTERPRETER
     chip = _chip(major)
     if itemsize == 4:
         config = chip.full_product
-    elif describable and chip.described and chip.described_small:
-        large = -(-m // chip.described.block_n) * -(-d // chip.described.block_v)
-        config = chip.described if large >= processors // 2 else chip.described_small
     else:
-        config = chip.half_small
+        config = chip.described if describable and chip.described else chip.half_small
     narrow = max(32, 1 << (d - 1).bit_length())  # a result of one column, of a bias say
     return config if d >= config.block_v else replace(config, block_v=min(config.block_v, narrow))
 

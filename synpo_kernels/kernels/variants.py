@@ -25,7 +25,7 @@ TYPES = {
     **{f"{name}_{part}": "fp32" for name in ("scale", "top_p", "min_p") for part in range(3)},
     **dict.fromkeys(("uniform_ptr", "normalizer_ptr"), "*fp64"),
     "token_ptr": "*i64",
-    **dict.fromkeys(("count_ptr", "bound_ptr"), "*i32"),
+    **dict.fromkeys(("count_ptr", "turn_ptr", "bound_ptr"), "*i32"),
     "sums_ptr": "*fp64",
     **dict.fromkeys(("logit_scale", "softcap", "alpha", "beta"), "fp32"),
 }
@@ -130,26 +130,23 @@ def _exact(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]
 
 
 def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
-    for described, m in ((False, 8192), (True, 8192), (True, 256)):
-        size = 4 if dtype == "fp32" else 2
-        config = product_config(arch // 10, size, m, 3584, 132, describable=described)
-        if described != config.descriptors or (
-            m == 256 and config == product_config(arch // 10, size, 8192, 3584, 132, describable=described)
-        ):
+    for described in (False, True):
+        config = product_config(arch // 10, 4 if dtype == "fp32" else 2, 3584, describable=described)
+        if described != config.descriptors:
             continue
         n, v, d = config.block_n, config.block_v, config.block_d
         shared = {
             "GROUP_M": config.group_n,
             "PRECISION": precision,
             "stride_bd": 1,
+            "SHARE": described,
             **_blocks("MDK", config),
             **_reading(config),
         }
         for over_rows in (False, True):
             form = {"SUM_COUNTED": over_rows, "stride_am" if over_rows else "stride_ak": 1}
             boxes = {"a_ptr": (d, n) if over_rows else (n, d), "b_ptr": (d, v)} if described else {}
-            name = f"product{' over rows' if over_rows else ''}{' described' if described else ''}"
-            name += f"{' small' if m == 256 else ''} {_label(dtype, precision)}"
+            name = f"product{' over rows' if over_rows else ''}{' described' if described else ''} {_label(dtype, precision)}"
             given, types = (shared | form, config.options()), _described(dtype, boxes)
             yield Case(name, product.counted_product_kernel, arch, dtype, *given, types)
 

@@ -235,7 +235,8 @@ def test_a_case_that_would_outlast_the_budget_is_not_begun(monkeypatch, tmp_path
     assert "trained head, peers: the time budget of 1 s was spent" in left_out
 
 
-def test_turns_rotate_and_a_slow_run_does_not_starve_the_rest() -> None:
+def test_turns_are_shuffled_and_a_slow_run_does_not_starve_the_rest() -> None:
+    """A chip at the limit of its power gives what the run before has left: nobody always follows the same one."""
     order: list[str] = []
 
     def slow() -> None:
@@ -243,10 +244,12 @@ def test_turns_rotate_and_a_slow_run_does_not_starve_the_rest() -> None:
         time.sleep(0.02)
 
     runs = {"slow": slow, "a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    timings = measure.interleave(runs, device=CPU, seconds=0.06, least=3, most=50)
-    assert order[:9] == ["slow", "a", "b", "a", "b", "slow", "b", "slow", "a"]
-    assert timings["slow"].runs == 3 and timings["slow"].p50 >= 20
-    assert timings["a"].runs > 3 and timings["a"].p80 < 20
+    timings = measure.interleave(runs, device=CPU, seconds=0.12, least=6, most=50)
+    rounds = [order[i : i + 3] for i in range(0, 18, 3)]
+    assert all(sorted(names) == ["a", "b", "slow"] for names in rounds)
+    assert all(len({order[i - 1] for i in range(1, 18) if order[i] == name}) > 1 for name in runs)
+    assert timings["slow"].runs == 6 and timings["slow"].p50 >= 20
+    assert timings["a"].runs > 6 and timings["a"].p80 < 20
 
 
 def test_percentiles() -> None:
