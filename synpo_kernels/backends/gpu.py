@@ -144,6 +144,8 @@ class TritonTiles:
             add_matmul(total, slice_.T, b, fresh=fresh)
         elif slice_.numel():
             self._counted_product(total, slice_, b, sum_counted=True, fresh=fresh)
+        elif fresh:
+            total.zero_()
 
     def _counted_product(
         self, total: Tensor, slice_: Tensor, b: Tensor, *, sum_counted: bool, fresh: bool = False

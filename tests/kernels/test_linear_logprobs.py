@@ -235,6 +235,18 @@ def test_no_rows_is_a_connected_zero(backend, device) -> None:
         assert linear_logprobs(hidden, weight.detach(), labels, backend=backend).requires_grad
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["counted", "known"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_product_over_no_rows_overwrites_with_zeros(rows, known, device) -> None:
+    """∂L/∂W is written into uninitialised memory where its sums need no other format."""
+    count = torch.zeros((), dtype=torch.int32, device=device)
+    slice_, b = torch.zeros(rows, 11, device=device), torch.zeros(rows, 8, device=device)
+    for tiles in [portable.TorchTiles(), gpu.TritonTiles(None)] if known else [gpu.TritonTiles(count)]:
+        total = torch.full((11, 8), torch.nan, device=device)
+        tiles.add_transposed_product(total, slice_, b, fresh=True)
+        assert not total.any()
+
+
 def test_leading_dimensions_and_strided_inputs(backend, device) -> None:
     base = torch.randn(12, 5, 4, device=device)
     hidden, weight = base.permute(2, 1, 0), torch.randn(12, 30, device=device).T  # both non-contiguous

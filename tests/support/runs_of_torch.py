@@ -1,10 +1,14 @@
 """A flash kernel over runs of unequal length, made of torch: the arguments of `torch.nn.attention.varlen.varlen_attn`."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+ASKS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether this release's kernel has to be told that keys have fewer heads than queries; 2.11 takes them as they come."""
 
 
 def attend(
@@ -47,9 +51,10 @@ class Runs:
         enable_gqa: bool = False,
     ) -> Tensor:
         if query.is_meta:
-            options: dict[str, Any] = {"scale": scale, "window_size": window_size, "enable_gqa": enable_gqa}
+            options: dict[str, Any] = {"scale": scale, "window_size": window_size}
+            options |= {"enable_gqa": enable_gqa} if ASKS else {}
             return self.real(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
-        assert window_size == (-1, 0) and enable_gqa and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        assert window_size == (-1, 0) and enable_gqa == ASKS and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
         bounds = [self.host(bounds).tolist() for bounds in (cu_seq_q, cu_seq_k)]
         for found, longest in zip(bounds, (max_q, max_k)):
             assert max(b - a for a, b in zip(found, found[1:])) == longest

@@ -375,6 +375,7 @@ def test_the_tower_sees_every_video_once(family: str, prefix_sharing: bool, fami
     if not getattr(lm.vision, "takes_features", True) and not prefix_sharing:
         pytest.skip("this release of transformers takes no features: padded rows send every video through twice")
     pairs = pairs_of(lm)
+    losses_and_gradients(lm, pairs, prefix_sharing)  # the first time, the model runs once more to be looked at
     patches: list[int] = []
     tower_of(lm).register_forward_pre_hook(
         lambda module, args, kwargs: patches.append((args[0] if args else kwargs["pixel_values"]).numel()),
