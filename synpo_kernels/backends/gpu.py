@@ -66,11 +66,11 @@ def slices(
     """Rows and columns (R, Vc) of a slice of so many blocks of block_n rows: the least time that a workspace in bytes allows.
 
     A row holds E' in fp32, Vc numbers and a partial sum for each tile of them. Time is counted in that of a multiprocessor for a
-    step of a tile's product (12 ns on an H200): both products, the first half in whole waves of `processors` tiles (a chip that
-    waits runs the faster afterwards, within its power), two launches a slice and the parts of a tile put together, and E' read
-    and written once a slice where it does not stay in the cache.
+    step of a tile's product (12 ns on an H200): both products, half of them in whole waves of `processors` tiles (a chip that
+    waits runs the faster afterwards, within its power), the second with shared or half tiles where whole ones leave the chip
+    idle (`product_config`), two launches a slice, and E' read and written once a slice where it does not stay in the cache.
     """
-    launches, cached, traffic = 900, 24 << 20, 1.5e-4
+    launches, cached, traffic, of_half, of_sharing = 600, 24 << 20, 3e-4, 1.15, 0.12
     columns = -(-vocabulary // block_v)
 
     def waves(tiles: int) -> float:
@@ -82,7 +82,10 @@ def slices(
         room = (workspace - rows * 4 * dim) // (rows * (4 + itemsize * block_v))
         if room < 1:
             continue
-        product = high * -(-dim // block_v) / processors
+        tiles = high * -(-dim // block_v)
+        product = min(waves(tiles), tiles / processors + of_sharing)
+        if tiles < processors // 2:
+            product = waves(2 * tiles) / 2 * of_half
         every = launches + (rows * dim * traffic if 4 * rows * dim > cached else 0.0)
         even = -(-columns // -(-columns // min(room, columns)))
         for wide in {even, max(1, high * even // processors * processors // high)}:  # or in whole waves
@@ -168,12 +171,12 @@ def _product(
     total: Tensor, slice_: Tensor, b: Tensor, count: Tensor, turn: Tensor, *, sum_counted: bool
 ) -> tuple[Bound, Callable[[int], tuple[int]]]:
     """The kernel and its grid for so many rows of the result: all multiprocessors where they share tiles."""
-    device, columns = b.device, total.shape[1]
+    (m, d), processors = total.shape, _processors(b.device)
     described = describable(slice_) and describable(b)
-    config = product_config(_major(device), b.element_size(), columns, describable=described)
+    config = product_config(_major(b.device), b.element_size(), m, d, processors, describable=described)
     how: dict[str, Any] = {"sum_counted": sum_counted, "precision": _precision(), "config": config}
-    run = product.bind(slice_, b, total, count, turn if config.descriptors else None, **how)
-    return run, lambda rows: (_processors(device),) if config.descriptors else _grid(device, config, rows, columns)
+    run = product.bind(slice_, b, total, count, turn, **how)
+    return run, lambda rows: (processors,) if config.share else _grid(b.device, config, rows, d)
 
 
 def forward(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 
@@ -21,6 +22,7 @@ class TileConfig:
     num_stages: int
     descriptors: bool = False  # matrices are read and written through tensor descriptors
     flatten: bool = False  # a persistent grid, its loops over tiles and over D made one
+    share: bool = False  # multiprocessors that would idle in the last wave of a product take parts of its tiles
 
     def options(self) -> dict[str, Any]:
         """Triton's launch options."""
@@ -92,15 +94,21 @@ def tile_config(major: int | None, itemsize: int, *, softcap: bool, describable:
     return chip.half_small if softcap else chip.half
 
 
-def product_config(major: int | None, itemsize: int, d: int, *, describable: bool = False) -> TileConfig:
-    """Parameters of a counted product with d columns, as `tile_config`."""
+@lru_cache(1024)
+def product_config(
+    major: int | None, itemsize: int, m: int, d: int, processors: int, *, describable: bool = False
+) -> TileConfig:
+    """Parameters of a counted product (m, d), as `tile_config`: tiles are shared, or smaller where more than half would idle."""
     if major is None:
         return INTERPRETER
     chip = _chip(major)
     if itemsize == 4:
         config = chip.full_product
+    elif describable and chip.described and chip.described_small:
+        large = -(-m // chip.described.block_n) * -(-d // chip.described.block_v)
+        config = replace(chip.described, share=True) if large >= processors // 2 else chip.described_small
     else:
-        config = chip.described if describable and chip.described else chip.half_small
+        config = chip.half_small
     narrow = max(32, 1 << (d - 1).bit_length())  # a result of one column, of a bias say
     return config if d >= config.block_v else replace(config, block_v=min(config.block_v, narrow))
 

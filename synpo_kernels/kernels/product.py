@@ -2,9 +2,9 @@
 
 Two forms, one kernel: the rows that count are rows of A and of the result (∂/∂x, N of them); or they are what is summed
 over (∂/∂W = Rᵀ X). A library product has no way to stop at a number the host does not know. The grid is persistent, as that of
-`exp_tile`. Whole waves of tiles are taken tile by tile; where there is a copy engine the steps of what is left, and of one wave
-more, are shared evenly among the programs wherever tiles end (stream-K, Osama et al., arXiv 2301.03598), so that no
-multiprocessor waits. The parts of a tile are added to the result one after the other, in order: the same bits every run.
+`exp_tile`, tile by tile. Where more than an eighth of all waves would be waiting, the steps of the last wave and the one before are
+shared evenly among all, wherever tiles end (stream-K, Osama et al., arXiv 2301.03598). The parts of a tile are added
+to the result one after the other, in order: the same bits every run.
 
 The result is added to through pointers in halves of a tile, so that no more registers are alive than one has.
 """
@@ -148,9 +148,9 @@ def counted_product_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     tiles_m, tiles_d = tl.cdiv(rows, BLOCK_M), tl.cdiv(D, BLOCK_D)
     tiles, steps = tiles_m * tiles_d, tl.maximum(tl.cdiv(depth, BLOCK_K), 1)
-    whole = tiles
-    if SHARE and tiles % programs != 0:
-        whole = tl.maximum(tiles // programs - 1, 0) * programs
+    waves, whole = tl.cdiv(tiles, programs), tiles
+    if SHARE and 8 * tiles < 7 * waves * programs:
+        whole = tl.maximum(waves - 2, 0) * programs
     for tile in tl.range(program, whole, programs, flatten=FLATTEN):
         tile_m, tile_d = grouped(tile, tiles_m, tiles_d, GROUP_M)
         total = multiply_steps(
@@ -223,7 +223,7 @@ def bind(
     b: Tensor,
     total: Tensor,
     count: Tensor,
-    turn: Tensor | None,
+    turn: Tensor | None = None,
     *,
     sum_counted: bool,
     precision: str,
@@ -231,10 +231,10 @@ def bind(
 ) -> Bound:
     """The kernel on a = slice_ (with sum_counted its transpose), b and total, to be called with M, K, first_row, first_k, add.
 
-    turn: int32 zeros, two for each program, 0 again afterwards: programs share tiles; None: they do not. `config` gives the tile
-    as rows block_n, columns block_v, summed block_d at a time; with descriptors it wants slice_ and b `describable`.
+    turn: int32 zeros, two for each program, 0 again afterwards; needed to share. `config` gives the tile as rows block_n, columns
+    block_v, summed block_d at a time; with descriptors it wants slice_ and b `describable`.
     """
-    assert total.stride(1) == 1
+    assert total.stride(1) == 1 and not (config.share and turn is None)
     a = slice_.T if sum_counted else slice_
     block = [config.block_d, config.block_n] if sum_counted else [config.block_n, config.block_d]
     arguments = {
@@ -256,7 +256,7 @@ def bind(
         "SUM_COUNTED": sum_counted,
         "DESCRIPTORS": config.descriptors,
         "FLATTEN": config.flatten,
-        "SHARE": turn is not None,
+        "SHARE": config.share,
         "PRECISION": precision,
     }
     return Bound(counted_product_kernel, arguments, config.options())

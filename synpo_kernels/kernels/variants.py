@@ -130,8 +130,9 @@ def _exact(arch: int, dtype: str, precision: str, hidden: int) -> Iterator[Case]
 
 
 def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
-    for described in (False, True):
-        config = product_config(arch // 10, 4 if dtype == "fp32" else 2, 3584, describable=described)
+    for described, m in ((False, 8192), (True, 8192), (True, 256)):
+        size = 4 if dtype == "fp32" else 2
+        config = product_config(arch // 10, size, m, 3584, 132, describable=described)
         if described != config.descriptors:
             continue
         n, v, d = config.block_n, config.block_v, config.block_d
@@ -139,14 +140,15 @@ def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
             "GROUP_M": config.group_n,
             "PRECISION": precision,
             "stride_bd": 1,
-            "SHARE": described,
+            "SHARE": config.share,
             **_blocks("MDK", config),
             **_reading(config),
         }
         for over_rows in (False, True):
             form = {"SUM_COUNTED": over_rows, "stride_am" if over_rows else "stride_ak": 1}
             boxes = {"a_ptr": (d, n) if over_rows else (n, d), "b_ptr": (d, v)} if described else {}
-            name = f"product{' over rows' if over_rows else ''}{' described' if described else ''} {_label(dtype, precision)}"
+            name = f"product{' over rows' if over_rows else ''}{' described' if described else ''}"
+            name += f"{' small' if m == 256 else ''} {_label(dtype, precision)}"
             given, types = (shared | form, config.options()), _described(dtype, boxes)
             yield Case(name, product.counted_product_kernel, arch, dtype, *given, types)
 

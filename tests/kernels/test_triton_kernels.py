@@ -136,11 +136,11 @@ def test_counted_product(shape, counted, first_row, device) -> None:
     options = {"precision": "ieee", "config": INTERPRETER}
     for add in (1, 0):
         rows, columns = torch.full((n, d), 7.0, device=device), torch.full((v, d), 7.0, device=device)
-        run = product.bind(slice_, w, rows, count, None, sum_counted=False, **options)
+        run = product.bind(slice_, w, rows, count, sum_counted=False, **options)
         run((3,), M=n, K=v, first_row=first_row, first_k=3, add=add)
         torch.testing.assert_close(rows[:counted], 7 * add + slice_[:counted] @ w[3:], rtol=1e-5, atol=1e-5)
         assert (rows[-(-counted // 16) * 16 :] == 7).all()
-        run = product.bind(slice_, x, columns, count, None, sum_counted=True, **options)
+        run = product.bind(slice_, x, columns, count, sum_counted=True, **options)
         run((3,), M=v, K=n, first_row=first_row, first_k=0, add=add)
         torch.testing.assert_close(columns, 7 * add + slice_[:counted].T @ x[:counted], rtol=1e-5, atol=1e-5)
 
@@ -148,13 +148,12 @@ def test_counted_product(shape, counted, first_row, device) -> None:
 @pytest.mark.parametrize(
     ("programs", "n", "counted", "depth"),
     [
-        (1, 45, 45, 500),
-        (2, 45, 20, 500),
-        (3, 45, 45, 500),
-        (4, 100, 90, 300),
+        (1, 45, 45, 300),
         (5, 45, 45, 1000),
-        (13, 30, 30, 1000),
+        (5, 100, 90, 300),
+        (13, 30, 30, 900),
         (40, 3, 3, 700),
+        (50, 100, 90, 300),
         (3, 45, 0, 50),
     ],
 )
@@ -162,11 +161,9 @@ def test_programs_share_the_steps_of_a_product(programs, n, counted, depth, devi
     """Fewer tiles than programs and more; parts that begin and end anywhere; the turns are 0 for the next launch."""
     generator = torch.Generator().manual_seed(0)
     slice_, w, x = (torch.randn(*size, generator=generator).to(device) for size in ((n, depth), (depth, 40), (n, 40)))
-    turn, count = (
-        torch.zeros(2 * programs, dtype=torch.int32, device=device),
-        torch.tensor(counted, device=device).int(),
-    )
-    options = {"precision": "ieee", "config": INTERPRETER}
+    turn = torch.zeros(2 * programs, dtype=torch.int32, device=device)
+    count = torch.tensor(counted, dtype=torch.int32, device=device)
+    options = {"precision": "ieee", "config": replace(INTERPRETER, share=True)}
     for sum_counted, b, expected in (
         (False, w, slice_[:counted].double() @ w.double()),
         (True, x, slice_[:counted].T.double() @ x[:counted].double()),
@@ -251,10 +248,10 @@ def test_what_the_copy_engine_can_read(device) -> None:
 def test_a_chip_without_an_entry_takes_an_older_one(major, known) -> None:
     chip = CHIPS[known]
     assert tile_config(major, 2, softcap=False) is chip.half
-    assert tile_config(major, 2, softcap=True) is product_config(major, 2, 3584) is chip.half_small
+    assert tile_config(major, 2, softcap=True) is product_config(major, 2, 8192, 3584, 132) is chip.half_small
     assert tile_config(major, 4, softcap=False, describable=True) is chip.full
     assert tile_config(major, 4, softcap=True) is chip.full_small
-    assert product_config(major, 4, 3584) is chip.full_product
+    assert product_config(major, 4, 8192, 3584, 132) is chip.full_product
     for softcap, described, pointers in (
         (False, chip.described, chip.half),
         (True, chip.described_small, chip.half_small),
@@ -263,9 +260,10 @@ def test_a_chip_without_an_entry_takes_an_older_one(major, known) -> None:
         assert tile_config(major, 2, softcap=softcap, describable=True) is expected
 
 
-def test_the_tile_of_a_product_follows_its_columns() -> None:
-    assert product_config(9, 2, 3584, describable=True) is CHIPS[9].described
-    assert product_config(9, 2, 1).block_v == 32, "a bias has one column"
+def test_a_product_takes_tiles_that_fill_the_chip() -> None:
+    assert product_config(9, 2, 8192, 3584, 132, describable=True) == replace(CHIPS[9].described, share=True)
+    assert product_config(9, 2, 512, 3584, 132, describable=True) is CHIPS[9].described_small
+    assert product_config(9, 2, 8192, 1, 132).block_v == 32, "a bias has one column"
 
 
 def test_without_a_tensor_copy_engine_nothing_is_described() -> None:
