@@ -16,6 +16,7 @@
 
 #include <cmath>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -26,6 +27,12 @@ using torch::stable::Tensor;
 namespace synpo {
 namespace {
 
+// RuntimeError in Python. Not STD_TORCH_CHECK, which puts its message together in a std::ostringstream: beside torch 2.11, on
+// Ubuntu 24.04 with CUDA, one that failed ended the process.
+void check(bool holds, const char* message) {
+  if (!holds) throw std::runtime_error(message);
+}
+
 Type type_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -35,20 +42,20 @@ Type type_of(const Tensor& tensor) {
     case ScalarType::Half:
       return Type::f16;
     default:
-      STD_TORCH_CHECK(false, "logits, or hidden states and their head, must be float32, bfloat16 or float16");
+      throw std::runtime_error("logits, or hidden states and their head, must be float32, bfloat16 or float16");
   }
 }
 
 Batch batch_of(const Tensor& expert, const std::optional<Tensor>& amateur, double alpha) {
   isa();  // what is wrong with $SYNPO_CPU_ISA is told here: a thread could not
   const auto row_major = [](const Tensor& t) { return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1); };
-  STD_TORCH_CHECK(row_major(expert), "expert must be (B, V) with contiguous rows");
-  STD_TORCH_CHECK(expert.size(1) > 0 && expert.size(1) <= INT32_MAX, "expert must have 1 to 2^31 - 1 tokens");
+  check(row_major(expert), "expert must be (B, V) with contiguous rows");
+  check(expert.size(1) > 0 && expert.size(1) <= INT32_MAX, "expert must have 1 to 2^31 - 1 tokens");
   Batch batch{expert.size(0), expert.size(1), expert.const_data_ptr(), nullptr, expert.stride(0), 0, type_of(expert), alpha};
   if (amateur.has_value()) {
-    STD_TORCH_CHECK(row_major(*amateur) && amateur->size(0) == batch.rows && amateur->size(1) == batch.vocab &&
-                        amateur->scalar_type() == expert.scalar_type(),
-                    "amateur must have the shape and dtype of expert, with contiguous rows");
+    check(row_major(*amateur) && amateur->size(0) == batch.rows && amateur->size(1) == batch.vocab &&
+              amateur->scalar_type() == expert.scalar_type(),
+          "amateur must have the shape and dtype of expert, with contiguous rows");
     batch.amateur = amateur->const_data_ptr();
     batch.amateur_stride = amateur->stride(0);
   }
@@ -61,12 +68,12 @@ std::tuple<Tensor, Tensor> contrastive_sample(Tensor expert, std::optional<Tenso
                                               double plausibility, double temperature, int64_t top_k, double top_p, double min_p,
                                               std::optional<Tensor> history, double repetition_penalty) {
   const Batch batch = batch_of(expert, amateur, alpha);
-  STD_TORCH_CHECK(uniform.numel() == batch.rows && uniform.is_contiguous() && uniform.scalar_type() == ScalarType::Double,
-                  "uniform must be (B,) float64");
+  check(uniform.numel() == batch.rows && uniform.is_contiguous() && uniform.scalar_type() == ScalarType::Double,
+        "uniform must be (B,) float64");
   if (history.has_value()) {
-    STD_TORCH_CHECK(history->dim() == 2 && history->size(0) == batch.rows && history->is_contiguous() &&
-                        history->scalar_type() == ScalarType::Long,
-                    "history must be (B, L) int64");
+    check(history->dim() == 2 && history->size(0) == batch.rows && history->is_contiguous() &&
+              history->scalar_type() == ScalarType::Long,
+          "history must be (B, L) int64");
   }
   Tensor tokens = torch::stable::new_empty(expert, {batch.rows}, ScalarType::Long);
   Tensor logps = torch::stable::new_empty(expert, {batch.rows}, ScalarType::Float);
@@ -95,18 +102,18 @@ Tensor contrastive_mix(Tensor expert, std::optional<Tensor> amateur, double alph
 // where it is not wanted, holding `workspace` bytes beside them; see head_pass.h.
 std::tuple<Tensor, Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor labels,
                                                 double softcap, double logit_scale, int64_t workspace, bool want_direction) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be (N, D), contiguous");
+  check(x.dim() == 2 && x.is_contiguous(), "x must be (N, D), contiguous");
   const int64_t rows = x.size(0), hidden = x.size(1);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == hidden && (weight.stride(1) == 1 || hidden == 1) &&
-                      weight.scalar_type() == x.scalar_type() && weight.size(0) > 0 && weight.size(0) <= INT32_MAX,
-                  "weight must be (V, D) of the dtype of x, with contiguous rows, V from 1 to 2^31 - 1");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous() &&
-                                        bias->scalar_type() == x.scalar_type()),
-                  "bias must be (V,) of the dtype of x, contiguous");
-  STD_TORCH_CHECK(labels.numel() == rows && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
-                  "labels must be (N,) int64, contiguous");
+  check(weight.dim() == 2 && weight.size(1) == hidden && (weight.stride(1) == 1 || hidden == 1) &&
+            weight.scalar_type() == x.scalar_type() && weight.size(0) > 0 && weight.size(0) <= INT32_MAX,
+        "weight must be (V, D) of the dtype of x, with contiguous rows, V from 1 to 2^31 - 1");
+  check(!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous() &&
+                              bias->scalar_type() == x.scalar_type()),
+        "bias must be (V,) of the dtype of x, contiguous");
+  check(labels.numel() == rows && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
+        "labels must be (N,) int64, contiguous");
   const auto* label = static_cast<const int64_t*>(labels.const_data_ptr());
-  for (int64_t i = 0; i < rows; ++i) STD_TORCH_CHECK(label[i] >= 0 && label[i] < weight.size(0), "labels must lie in [0, V)");
+  for (int64_t i = 0; i < rows; ++i) check(label[i] >= 0 && label[i] < weight.size(0), "labels must lie in [0, V)");
   Tensor total = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   Tensor target = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   Tensor direction = torch::stable::new_empty(x, {want_direction ? rows : 0, hidden});
@@ -119,17 +126,17 @@ std::tuple<Tensor, Tensor, Tensor> head_pass_op(Tensor x, Tensor weight, std::op
 
 Matrix matrix_of(const Tensor& t) {
   const bool by_rows = t.stride(1) == 1 || t.size(1) == 1;
-  STD_TORCH_CHECK(by_rows || t.stride(0) == 1 || t.size(0) == 1, "the rows or the columns of a factor must be contiguous");
+  check(by_rows || t.stride(0) == 1 || t.size(0) == 1, "the rows or the columns of a factor must be contiguous");
   return {t.const_data_ptr(), by_rows ? t.stride(0) : t.stride(1), by_rows};
 }
 
 // total (N, M) fp32 with contiguous rows += a (N, K) @ b (K, M), of one dtype.
 void add_product_op(Tensor total, Tensor a, Tensor b) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && total.dim() == 2 && a.size(1) == b.size(0) && total.size(0) == a.size(0) &&
-                      total.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
-                  "expected total (N, M), and a (N, K), b (K, M) of one dtype");
-  STD_TORCH_CHECK(total.scalar_type() == ScalarType::Float && (total.stride(1) == 1 || total.size(1) == 1),
-                  "total must be float32 with contiguous rows");
+  check(a.dim() == 2 && b.dim() == 2 && total.dim() == 2 && a.size(1) == b.size(0) && total.size(0) == a.size(0) &&
+            total.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
+        "expected total (N, M), and a (N, K), b (K, M) of one dtype");
+  check(total.scalar_type() == ScalarType::Float && (total.stride(1) == 1 || total.size(1) == 1),
+        "total must be float32 with contiguous rows");
   add_product({total.size(0), total.size(1), a.size(1), type_of(a), matrix_of(a), matrix_of(b),
                static_cast<float*>(total.mutable_data_ptr()), total.stride(0)});
 }
