@@ -18,9 +18,10 @@ from .checks import check_head, check_low_rank, in_autocast
 from .head import Head, layer_head, whole
 from .losses import IGNORE_INDEX, check_layout, check_parameters
 from .ops import logprobs
+from .ops.frozen_pairs import synpo_frozen
 from .ops.pair_loss import SynPOOutput, synpo_pairs
 from .ops.parallel import gathered_frozen, local, partitioned
-from .ops.trained_pairs import is_trained, synpo_trained
+from .ops.trained_pairs import synpo_trained
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,7 +83,7 @@ def linear_logprobs(
         ValueError: shapes, dtypes or devices disagree; a label is outside [0, V) (checked on CPU; on a CUDA device the
             gather of the label's row fails with a device-side assertion); the backend is unknown or cannot serve.
     """
-    found, low_rank = resolved(hidden, head, Head(hidden, bias, softcap, logit_scale), low_rank)
+    found, low_rank = resolved(hidden, head, bias, softcap, logit_scale, low_rank)
     options: dict[str, Any] = {"ignore_index": ignore_index, "backend": backend, "group": group}
     return _logprobs(hidden, found, labels, low_rank, workspace=check_workspace(memory, workspace), **options)
 
@@ -129,24 +130,27 @@ def check_workspace(memory: str, workspace: int | None) -> int | None:
 
 
 def resolved(
-    hidden: Tensor, given: Head | nn.Module | Tensor, beside: Head, low_rank: tuple[Tensor, Tensor] | None
+    hidden: Tensor,
+    given: Head | nn.Module | Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    low_rank: tuple[Tensor, Tensor] | None,
 ) -> tuple[Head, tuple[Tensor, Tensor] | None]:
-    """Whatever was given for a head as a `Head` without LoRA, and what its LoRA adds, as `low_rank` of `linear_logprobs`.
-
-    Args:
-        beside: bias, softcap and logit_scale that were given beside it (its weight does not count).
+    """Whatever was given for a head, and beside it, as a `Head` without LoRA, and what its LoRA adds, as `low_rank` of
+    `linear_logprobs`.
 
     Raises:
         ValueError: something is given twice; or as `layer_head`.
     """
     if isinstance(given, Tensor):
-        return replace(beside, weight=given), low_rank
-    own = {"bias": beside.bias is not None, "low_rank": low_rank is not None}
+        return Head(given, bias, softcap, logit_scale), low_rank
+    own = {"bias": bias is not None, "low_rank": low_rank is not None}
     if isinstance(given, Head):
         found = given
-        own |= {"softcap": beside.softcap is not None, "logit_scale": beside.logit_scale != 1.0}
+        own |= {"softcap": softcap is not None, "logit_scale": logit_scale != 1.0}
     else:
-        found = replace(layer_head(given), softcap=beside.softcap, logit_scale=beside.logit_scale)
+        found = replace(layer_head(given), softcap=softcap, logit_scale=logit_scale)
     if twice := [name for name, is_given in own.items() if is_given]:
         raise ValueError(f"a head given as {type(given).__name__} brings its own {', '.join(twice)}; leave that out")
     return replace(found, lora=()), found.low_rank(hidden)
@@ -223,22 +227,28 @@ class FusedLinearSynPOLoss(nn.Module):
         sequences = hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         if sequences % 2 or sequences <= 0:
             raise ValueError(f"pairs need an even number of sequences, chosen first then rejected; got {sequences}")
-        found, low_rank = resolved(hidden, head, Head(hidden, bias, self.softcap, self.logit_scale), low_rank)
-        if low_rank is None and self.group is None and self.workspace is None and is_trained(found.weight, found.bias):
-            return self._trained(hidden, found, labels, cu_seqlens, sequences)
+        found, low_rank = resolved(hidden, head, bias, self.softcap, self.logit_scale, low_rank)
+        plain = (
+            low_rank is None and self.group is None and not partitioned(found.weight) and not partitioned(found.bias)
+        )
+        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (found.weight, found.bias))
+        if plain and not (trained and self.workspace is not None):
+            return self._at_once(hidden, found, labels, cu_seqlens, sequences, trained)
         ours: dict[str, Any] = {"ignore_index": self.ignore_index, "backend": self.backend}
         logps = _logprobs(hidden, found, labels, low_rank, workspace=self.workspace, group=self.group, **ours)
         ours |= {"alpha": self.alpha, "beta": self.beta, "reduction": self.reduction}
         return synpo_pairs(logps, labels, cu_seqlens, **ours)[0]
 
-    def _trained(
+    def _at_once(
         self,
         hidden: Tensor,
         head: Head,
         labels: Tensor,
         cu_seqlens: Tensor | None,
         sequences: int,
+        trained: bool,
     ) -> SynPOOutput:
+        """By one op, where all of the head is here (ZeRO-3 may hold it in parts) and nothing is streamed."""
         weight, bias = whole(head.weight), None if head.bias is None else whole(head.bias)
         hidden, weight, bias = in_autocast(hidden, weight, bias)
         check_head(hidden, weight, labels, bias, head.softcap, self.ignore_index, sharded=False)
@@ -246,8 +256,11 @@ class FusedLinearSynPOLoss(nn.Module):
         flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
         bias = None if bias is None else bias.contiguous()
         ours = (self.alpha, self.beta, self.reduction, head.softcap, head.logit_scale, self.ignore_index, self.backend)
-        want = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
-        loss, fields, empty, nonfinite, *_ = synpo_trained(
-            flat, weight, bias, flat_labels, cu_seqlens, sequences, *ours, want
-        )
+        given = (flat, weight, bias, flat_labels, cu_seqlens, sequences, *ours)
+        if trained:
+            want = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+            loss, fields, empty, nonfinite, *_ = synpo_trained(*given, want)
+        else:
+            direction = torch.is_grad_enabled() and hidden.requires_grad
+            loss, fields, empty, nonfinite, *_ = synpo_frozen(*given, self.workspace, direction)
         return SynPOOutput(*[loss, *fields.unbind(), empty, nonfinite])

@@ -27,12 +27,6 @@ def inside_op(x: Tensor) -> Iterator[None]:
         yield
 
 
-def may_overwrite(kept: Tensor) -> bool:
-    """Whether a backward pass may write to what its node kept: the graph is freed behind it, and nothing is traced."""
-    traced = type(kept) is not Tensor or torch._is_functional_tensor(kept) or torch.compiler.is_compiling()
-    return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 def check_low_rank(hidden: Tensor, weight: Tensor, u: Tensor, b: Tensor) -> None:
     if u.shape[:-1] != hidden.shape[:-1] or b.shape != (len(weight), u.shape[-1]):
         raise ValueError(

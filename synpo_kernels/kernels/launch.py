@@ -6,6 +6,7 @@ long as the process lives, under all that it hangs on; launches that are alike s
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -40,43 +41,48 @@ class Bound:
         return self._kernel.__name__
 
     def __call__(self, grid: tuple[int, ...], *tensors: Tensor, **numbers: int) -> None:
-        self._arguments.update(numbers)
+        arguments = self._arguments | numbers
         if self._compiled is None:
-            key = self._key(tensors)
+            key = self._key((*tensors, *arguments.values()))
             self._compiled = compiled.get(key)
             if self._compiled is None:  # in the interpreter it stays so
-                self._compiled = self._kernel[grid](*tensors, **self._arguments, **self._options)
+                self._compiled = self._kernel[grid](*tensors, **arguments, **self._options)
                 compiled[key] = self._compiled
                 return
-        found, grid, arguments = self._compiled, (*grid, 1, 1)[:3], (*tensors, *self._arguments.values())
+        found, grid = self._compiled, (*grid, 1, 1)[:3]
         if _watched():
-            found[grid](*arguments)
+            found[grid](*tensors, *arguments.values())
             return
         stream = driver.active.get_current_stream(self._device)
-        found.run(*grid, stream, found.function, found.packed_metadata, None, None, None, *arguments)
+        given = (stream, found.function, found.packed_metadata, None, None, None, *tensors, *arguments.values())
+        found.run(*grid, *given)
 
-    def _key(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
-        """All that Triton's answer hangs on; None in the interpreter."""
+    def _key(self, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """All that Triton's answer hangs on; None in the interpreter. values: of all the kernel's arguments."""
         kernel = self._kernel
         if not isinstance(kernel, JITFunction):
             return None
         self._device = driver.active.get_current_device()
-        constants = len(kernel.params) - len(kernel.constexprs)  # they come last
-        values = (*tensors, *self._arguments.values())
-        kinds = [_kind(value, parameter) for value, parameter in zip(values[:constants], kernel.params)]
-        return kernel.fn, self._device, *self._options.items(), *kinds, *values[constants:]
+        specialised, constants = _parameters(kernel)
+        key = [kernel.fn, self._device, *self._options.items(), *values[constants:]]
+        for value, special in zip(values, specialised):  # what a kernel is compiled for of each
+            if type(value) is int:  # whether it is wide, 1, or a multiple of 16
+                wide = not -(2**31) <= value < 2**31
+                key.append((wide, value == 1, value % 16 == 0) if special else wide)
+            elif isinstance(value, Tensor):
+                key += value.dtype, value.data_ptr() % 16 == 0
+            elif isinstance(value, TensorDescriptor):
+                key += value.base.dtype, *value.block_shape
+            else:
+                key.append(type(value))
+        return tuple(key)
 
 
-def _kind(value: Any, parameter: Any) -> Any:
-    """What a kernel is compiled for of an argument: of an integer whether it is wide, 1, or a multiple of 16."""
-    if type(value) is int:
-        wide = not -(2**31) <= value < 2**31
-        return wide if parameter.do_not_specialize else (wide, value == 1, value % 16 == 0)
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
-        return value.base.dtype, *value.block_shape
-    return type(value)
+@cache
+def _parameters(kernel: JITFunction) -> tuple[list[bool], int]:
+    """Whether Triton specialises on each of the arguments before the constants, which come last, and where those begin."""
+    constants = len(kernel.params) - len(kernel.constexprs)
+    return [not each.do_not_specialize for each in kernel.params[:constants]], constants
 
 
 def _watched() -> bool:

@@ -15,6 +15,8 @@ Shape legend: S = 2B sequences, chosen first, B pairs, T padded length, N tokens
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -130,7 +132,7 @@ def pair_loss_kernel(
     """Grid: (P,); program p owns sequences p, p + P, ... and, where they are chosen ones, the statistics of their pairs.
 
     Pointers beside those of `sequence_sums_kernel`: g (N,), field (8, B) in the order of `ops.pair_loss.FIELDS`, nonfinite (B,)
-    int8, empty () int64, loss (). g is 0 where nothing counts and at tokens before the first bound or past the last.
+    bool, empty () int64, loss (). g is 0 where nothing counts and at tokens before the first bound or past the last.
     """
     pairs = S // 2
     losses = tl.zeros((BLOCK_B,), dtype=tl.float64)
@@ -200,33 +202,42 @@ def launch(
     ignore_index: int | None,
     mean: bool,
 ) -> None:
-    """Both kernels; (S, T) log-probabilities, or (N,) with `bounds` (S + 1,); nonfinite is bool. See the kernels for the rest."""
+    """Both kernels; (S, T) log-probabilities, or (N,) with `bounds` (S + 1,); nonfinite is bool, the results are as torch
+    allocates them. See the kernels for the rest."""
     assert logps.is_contiguous() and (labels is None or labels.is_contiguous())
     sequences, ignored = 2 * len(nonfinite), 0 if ignore_index is None else ignore_index
     sums = torch.empty(4, sequences, dtype=torch.float64, device=logps.device)
+    settings = (float(alpha), float(beta), ignored, mean)
+    add_up, finish = bound(logps.device, _layout(logps), _layout(labels), _layout(bounds), *settings)
+    inputs = (logps, logps if labels is None else labels, logps if bounds is None else bounds, sums)
+    sizes = {"S": sequences, "T": logps.shape[-1], "N": logps.numel()}
+    add_up((sequences,), *inputs, **sizes)
+    finish((min(sequences, PROGRAMS),), *inputs, g, fields, nonfinite, empty, loss, **sizes)
+
+
+def _layout(tensor: Tensor | None) -> tuple[torch.dtype, bool] | None:
+    """What a kernel is compiled for of a tensor."""
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+
+
+@lru_cache(256)
+def bound(
+    device: torch.device,
+    logps: tuple[torch.dtype, bool],
+    labels: tuple[torch.dtype, bool] | None,
+    bounds: tuple[torch.dtype, bool] | None,
+    alpha: float,
+    beta: float,
+    ignore_index: int,
+    mean: bool,
+) -> tuple[Bound, Bound]:
+    """What does not change from batch to batch, found once."""
     shared = {
-        "logp_ptr": logps,
-        "label_ptr": logps if labels is None else labels,
-        "bound_ptr": logps if bounds is None else bounds,
-        "sums_ptr": sums,
-        "S": sequences,
-        "T": logps.shape[-1],
-        "N": logps.numel(),
-        "ignore_index": ignored,
+        **dict.fromkeys(SIZES),
+        "ignore_index": ignore_index,
         "HAS_LABELS": labels is not None,
         "HAS_BOUNDS": bounds is not None,
         "BLOCK_T": BLOCK_T,
     }
-    own = {
-        "g_ptr": g,
-        "field_ptr": fields,
-        "nonfinite_ptr": nonfinite.view(torch.int8),
-        "empty_ptr": empty,
-        "loss_ptr": loss,
-        "alpha": alpha,
-        "beta": beta,
-        "MEAN": mean,
-        "BLOCK_B": BLOCK_B,
-    }
-    Bound(sequence_sums_kernel, shared, OPTIONS)((sequences,))
-    Bound(pair_loss_kernel, shared | own, OPTIONS)((min(sequences, PROGRAMS),))
+    own = {"alpha": alpha, "beta": beta, "MEAN": mean, "BLOCK_B": BLOCK_B}
+    return Bound(sequence_sums_kernel, shared, OPTIONS), Bound(pair_loss_kernel, shared | own, OPTIONS)

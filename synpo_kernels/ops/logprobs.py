@@ -30,9 +30,11 @@ from torch.autograd.function import once_differentiable
 from ..backends import passes
 from ..backends.choice import choose
 from ..backends.passes import Forward, Gradients, widest, workspace_of
-from ..checks import inside_op, may_overwrite
+from ..checks import inside_op
 from ..head import Head, compute_dtype
 from . import parallel
+from .opaque import op
+from .scaling import scaled_rows
 
 
 def forward(
@@ -101,7 +103,7 @@ def _head(weight: Tensor, extra: Tensor | None, bias: Tensor | None, softcap: fl
     return Head(weight if extra is None else torch.cat([weight, extra], 1), bias, softcap, logit_scale)
 
 
-@torch.library.custom_op("synpo_kernels::linear_logprobs", mutates_args=())
+@op("linear_logprobs")
 def linear_logprobs(
     x: Tensor,
     weight: Tensor,
@@ -142,7 +144,7 @@ def _(x, weight, extra, bias, labels, *options):  # type: ignore[no-untyped-def]
     return logps, torch.empty_like(logps, dtype=widest(x.device)), direction, aimed
 
 
-@torch.library.custom_op("synpo_kernels::linear_logprobs_gradients", mutates_args=())
+@op("linear_logprobs_gradients")
 def linear_logprobs_gradients(
     x: Tensor,
     weight: Tensor,
@@ -207,9 +209,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
         every = linear_logprobs_gradients(*known, upstream, *ctx.options, want)
         found = [each if wanted else None for each, wanted in zip(every, want)]
     if finished:
-        # multiplied in the wider dtype and rounded once; in U itself where this backward pass is its last reader
-        out = direction if may_overwrite(direction) else torch.empty_like(direction)
-        found[0] = torch.mul(direction, upstream[:, None], out=out)
+        found[0] = scaled_rows(direction, upstream, ctx.options[3])
     return (*found, *[None] * 8)
 
 

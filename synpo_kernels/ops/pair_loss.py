@@ -20,6 +20,7 @@ from .. import losses
 from ..backends.choice import choose
 from ..head import compute_dtype
 from ..losses import IGNORE_INDEX
+from .opaque import op
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def synpo_pairs(
     return SynPOOutput(*[loss, *fields.unbind(), empty, nonfinite]), g
 
 
-@torch.library.custom_op("synpo_kernels::synpo_pairs", mutates_args=())
+@op("synpo_pairs")
 def pairs(
     logps: Tensor,
     labels: Tensor | None,

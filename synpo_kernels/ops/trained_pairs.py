@@ -30,11 +30,14 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.choice import Backend, choose
 from ..backends.passes import in_order, target_logits, vocabulary_chunks, workspace_of
-from ..checks import inside_op, may_overwrite
+from ..checks import inside_op
 from ..head import Head, compute_dtype
 from ..losses import sum_by_sequence
 from . import logprobs, pair_loss
-from .parallel import partitioned
+from .opaque import op
+from .scaling import put_rows, scaled
+
+PairLoss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what `pair_loss.pairs` gives
 
 # What P̂ of a group of pairs may take. The gradient of W in the compute dtype comes on top.
 PAIR_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -49,10 +52,19 @@ class Batch:
     cu_seqlens: Tensor | None  # (2B + 1,), None: sequences of equal length
     sequences: int  # 2B
 
-    def loss(self, logps: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`pair_loss.pairs` of logps (N,); settings: alpha, beta, ignore_index, reduction, backend."""
+    def loss(self, logps: Tensor, *settings: Any) -> PairLoss:
+        """`pair_loss.pairs` of logps (N,), g as long; settings: alpha, beta, ignore_index, reduction, backend."""
         shape = (self.sequences, -1) if self.cu_seqlens is None else (-1,)
-        return pair_loss.pairs(logps.view(shape), self.labels.view(shape), self.cu_seqlens, *settings)
+        loss, g, *rest = pair_loss.pairs.run(logps.view(shape), self.labels.view(shape), self.cu_seqlens, *settings)
+        fields, empty, nonfinite = rest
+        return loss, g.view(-1), fields, empty, nonfinite
+
+    def weight_of_a_pair(self, ignore_index: int | None) -> Tensor:
+        """() one over the pairs that count, in the compute dtype; the labels tell, on their device."""
+        dtype, (labels, bounds) = compute_dtype(self.x.dtype), (self.labels, self.cu_seqlens)
+        counted = torch.ones_like(labels, dtype=dtype) if ignore_index is None else (labels != ignore_index).to(dtype)
+        tokens = sum_by_sequence(counted.view(self.sequences, -1) if bounds is None else counted, bounds).view(2, -1)
+        return (tokens > 0).all(0).sum().clamp(min=1).to(dtype).reciprocal()
 
     def bounds(self) -> list[int]:
         """First row of every sequence, and N. Of packed rows on a CUDA device the host reads them, once a step."""
@@ -62,14 +74,8 @@ class Batch:
         return list(range(0, len(self.x) + 1, length)) if length else [0] * (self.sequences + 1)
 
     def groups(self, most_rows: int) -> Iterator[tuple[Batch, Tensor]]:
-        """(some pairs as a batch of their own, their rows (n,)): consecutive ones of `most_rows` at most; a longer one alone.
-
-        All at once where they fit, and at 0, where every row streams and a pair alone would read W for its few rows.
-        """
+        """(some pairs as a batch of their own, their rows (n,)): consecutive ones of `most_rows` at most; a longer one alone."""
         pairs, row = self.sequences // 2, torch.arange(len(self.x), device=self.x.device)
-        if len(self.x) <= most_rows or most_rows == 0:
-            yield self, row
-            return
         at = self.bounds()
         first = 0
         while first < pairs:
@@ -138,25 +144,23 @@ class Step:
     alpha: float
     beta: float
     ignore_index: int | None
-    unit: Tensor  # () weight of a pair in the loss
+    reduction: str  # of the pairs of a group
+    unit: Tensor | None  # () weight of a group in the loss, None: 1
     workspace: int
     found: Gradients
 
-    def coefficients(self, logps: Tensor, group: Batch) -> Tensor:
-        """g (n,) = ∂loss/∂logp of the rows of whole pairs."""
-        _, g, *_ = group.loss(logps, self.alpha, self.beta, self.ignore_index, "sum", self.backend.name)
-        return g.flatten() * self.unit
+    def loss(self, group: Batch, logps: Tensor) -> PairLoss:
+        """`Batch.loss`, g with the weight of the group."""
+        settings = (self.alpha, self.beta, self.ignore_index, self.reduction, self.backend.name)
+        loss, g, *rest = group.loss(logps, *settings)
+        fields, empty, nonfinite = rest
+        return loss, g if self.unit is None else g * self.unit, fields, empty, nonfinite
 
-    def run(self, group: Batch, at: Tensor, most_rows: int) -> Tensor:
-        """Add the gradients of some pairs; log-probabilities (n,). at: (n,) their rows in the batch."""
-        logps = group.x.new_zeros(len(group.x), dtype=compute_dtype(group.x.dtype))
-        if len(group.x) > most_rows:
-            self._stream(group, at, logps)
-        else:
-            self._keep(group, at, logps)
-        return logps
+    def run(self, group: Batch, at: Tensor | slice, most_rows: int) -> tuple[Tensor, PairLoss]:
+        """Add the gradients of some pairs; log-probabilities (n,) and their loss. at: (n,) their rows in the batch."""
+        return self._stream(group, at) if len(group.x) > most_rows else self._keep(group, at)
 
-    def _keep(self, group: Batch, at: Tensor, logps: Tensor) -> None:
+    def _keep(self, group: Batch, at: Tensor | slice) -> tuple[Tensor, PairLoss]:
         """Three products: P̂ of the whole group is held while g is found."""
         rows, count = self.backend.rows(group.labels, self.ignore_index)
         labels = group.labels if self.ignore_index is None else group.labels.where(group.labels != self.ignore_index, 0)
@@ -165,14 +169,21 @@ class Step:
         stride = -(-len(head.weight) // 16) * 16  # whole rows for the copy engine
         held = torch.empty(len(x), stride, dtype=tiles.slice_dtype(x.dtype), device=x.device)[:, : len(head.weight)]
         options: dict[str, Any] = {"workspace": self.workspace, "count": count}
-        logps[rows], to_probability = self.backend.whole_rows(x, head, labels, held, **options)
-        slope = target_logits(x, head, labels)[1]
-        at_label = torch.expm1(logps[rows]) / to_probability
+        in_turn, to_probability = self.backend.whole_rows(x, head, labels, held, **options)
+        logps = in_turn
+        if not isinstance(rows, slice):
+            logps = in_turn.new_zeros(len(group.x))
+            logps[rows] = in_turn
+        slope = None if head.softcap is None else target_logits(x, head, labels)[1]
+        at_label = torch.expm1(in_turn) / to_probability
         held.scatter_(1, labels[:, None], (at_label if slope is None else at_label * slope).to(held.dtype)[:, None])
-        factor = self.coefficients(logps, group)[rows] * to_probability * -head.logit_scale
+        found = self.loss(group, logps)
+        factor = found[1][rows] * to_probability * -head.logit_scale
         d_x = torch.zeros_like(x, dtype=logps.dtype) if self.found.hidden is not None else None
         operand = tiles.operand(x)
-        weighted = (x * factor[:, None]).to(operand.dtype)
+        weighted = torch.empty_like(operand)
+        if self.found.weight is not None:
+            put_rows(x, factor, weighted, slice(None), self.backend.name)
         for columns, part, _ in vocabulary_chunks(x, head, tiles, self.workspace, sliced=False):
             residual = held[:, columns].to(operand.dtype)
             if d_x is not None:
@@ -184,29 +195,24 @@ class Step:
                 of_bias = self.found.bias[columns, None]
                 tiles.add_transposed_product(of_bias, residual, factor[:, None].to(residual.dtype))
         if d_x is not None and self.found.hidden is not None:
-            self.found.hidden[at[rows]] = d_x.mul_(factor[:, None]).to(x.dtype)
+            put_rows(d_x, factor, self.found.hidden, rows if isinstance(at, slice) else at[rows], self.backend.name)
+        return logps, found
 
-    def _stream(self, group: Batch, at: Tensor, logps: Tensor) -> None:
+    def _stream(self, group: Batch, at: Tensor | slice) -> tuple[Tensor, PairLoss]:
         """Four products, a slice of the logits at a time; the head's share is rounded to its format before it is added."""
         arguments = (group.x, self.head, group.labels, self.ignore_index, self.backend.name)
         found = logprobs.forward(*arguments, want_direction=False, workspace=self.workspace)
-        logps.copy_(found.logps)
-        g = self.coefficients(logps, group)
-        passed = logprobs.gradients(*arguments, found, g, want=self.found.want, workspace=self.workspace)
+        loss = self.loss(group, found.logps)
+        passed = logprobs.gradients(*arguments, found, loss[1], want=self.found.want, workspace=self.workspace)
         if self.found.hidden is not None and passed.hidden is not None:
             self.found.hidden[at] = passed.hidden
         for total, part in ((self.found.weight, passed.weight), (self.found.bias, passed.bias)):
             if total is not None and part is not None:
                 total += part
+        return found.logps, loss
 
 
-def is_trained(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether gradients of the head are asked for, and the head is here (ZeRO-3 may hold it in parts)."""
-    asked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-    return asked and not partitioned(weight) and not partitioned(bias)
-
-
-@torch.library.custom_op("synpo_kernels::synpo_trained", mutates_args=())
+@op("synpo_trained")
 def synpo_trained(
     x: Tensor,
     weight: Tensor,
@@ -229,21 +235,23 @@ def synpo_trained(
     The loss is differentiable in x, W and b. Gradients that are not wanted are empty; a caller lets go of the others, as the
     backward pass may overwrite them.
     """
-    batch = Batch(x, labels, cu_seqlens, sequences)
-    logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
-    counted = torch.ones_like(logps) if ignore_index is None else (labels != ignore_index).to(logps.dtype)
-    tokens = sum_by_sequence(counted.view(sequences, -1) if cu_seqlens is None else counted, cu_seqlens).view(2, -1)
-    pairs = (tokens > 0).all(0).sum().clamp(min=1)
-    unit = pairs.to(logps.dtype).reciprocal() if reduction == "mean" else logps.new_ones(())
-    head = Head(weight, bias, softcap, logit_scale)
+    batch, head = Batch(x, labels, cu_seqlens, sequences), Head(weight, bias, softcap, logit_scale)
     with inside_op(x):
         chosen = choose(backend, x)
         most_rows, at_once = rows_at_once(x, head, chosen, want[1])
         found = Gradients(x, head, want, at_once)
-        step = Step(head, chosen, alpha, beta, ignore_index, unit, workspace_of(x.device, None), found)
-        for group, at in batch.groups(most_rows):
-            logps[at] = step.run(group, at, most_rows)
-    loss, _, fields, empty, nonfinite = batch.loss(logps, alpha, beta, ignore_index, reduction, backend)
+        # at 0 every row streams, and a pair alone would read W for its few rows
+        together = len(x) <= most_rows or most_rows == 0
+        unit = None if together or reduction == "sum" else batch.weight_of_a_pair(ignore_index)
+        settings = (alpha, beta, ignore_index, reduction if together else "sum", unit)
+        step = Step(head, chosen, *settings, workspace_of(x.device, None), found)
+        if together:
+            _, (loss, _, fields, empty, nonfinite) = step.run(batch, slice(None), most_rows)
+        else:
+            logps = x.new_zeros(len(x), dtype=compute_dtype(x.dtype))
+            for group, at in batch.groups(most_rows):
+                logps[at], _ = step.run(group, at, most_rows)
+            loss, _, fields, empty, nonfinite = batch.loss(logps, alpha, beta, ignore_index, reduction, chosen.name)
     return loss, fields, empty, nonfinite, *found.finished()
 
 
@@ -258,32 +266,17 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[4:])
+    ctx.backend = inputs[-2]
 
 
 @once_differentiable
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    scaled: list[Tensor | None] = [None] * 14
+    found: list[Tensor | None] = [None] * 14
     for i, gradient in enumerate(ctx.saved_tensors):
         if upstream is None or not ctx.needs_input_grad[i]:
             continue
-        if may_overwrite(gradient):
-            scale(gradient, upstream)
-            scaled[i] = gradient
-        else:
-            scaled[i] = (gradient * upstream).to(gradient.dtype)
-    return tuple(scaled)
-
-
-@torch.library.custom_op("synpo_kernels::scale", mutates_args=("values",))
-def scale(values: Tensor, factor: Tensor) -> None:
-    """values times a number on their device, in place."""
-    if values.is_cuda and choose("auto", values).name == "triton":
-        from ..kernels import rows  # imports triton
-
-        with inside_op(values):
-            rows.scale(values, factor)
-    else:
-        values.mul_(factor)
+        found[i] = scaled(gradient, upstream, ctx.backend)
+    return tuple(found)
 
 
 synpo_trained.register_autograd(_backward, setup_context=_keep_gradients)

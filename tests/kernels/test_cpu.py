@@ -14,7 +14,7 @@ from torch import Tensor
 from synpo_kernels import _ext, contrastive_sample, linear_logprobs
 from synpo_kernels.backends import cpu, passes
 from synpo_kernels.head import Head
-from synpo_kernels.ops import logprobs
+from synpo_kernels.ops import logprobs, scaling
 from synpo_kernels.reference import naive_logprobs
 
 if not _ext.available():
@@ -265,8 +265,8 @@ def test_opcheck_and_compile(monkeypatch) -> None:
     leaf = hidden.requires_grad_()
     given = (leaf, weight, None, None, labels, None, 1.0, -100, "cpu", None, "", True)
     with monkeypatch.context() as patched:  # opcheck reads again what the op returned
-        patched.setattr(logprobs, "may_overwrite", lambda kept: False)
-        torch.library.opcheck(logprobs.linear_logprobs, given)
+        patched.setattr(scaling, "may_overwrite", lambda kept: False)
+        torch.library.opcheck(logprobs.linear_logprobs.op, given)
 
     def loss(x: Tensor) -> Tensor:
         return linear_logprobs(x, weight, labels, backend="cpu").sum()

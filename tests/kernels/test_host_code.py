@@ -35,6 +35,7 @@ KERNELS = (
     (rows, "partition_kernel"),
     (rows, "begin_rows_kernel"),
     (rows, "finish_rows_kernel"),
+    (rows, "scale_rows_kernel"),
     (pair_loss_kernels, "sequence_sums_kernel"),
     (pair_loss_kernels, "pair_loss_kernel"),
     (contrast_sample, "expert_peaks_kernel"),
@@ -101,10 +102,12 @@ def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu, "_processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: 256, raising=False)
-    contrast_sample.bound.cache_clear()
+    for kept in (contrast_sample.bound, pair_loss_kernels.bound):
+        kept.cache_clear()
     with FakeTensorMode(), OnTheGPU():
         yield names
-    contrast_sample.bound.cache_clear()
+    for kept in (contrast_sample.bound, pair_loss_kernels.bound):
+        kept.cache_clear()
 
 
 @pytest.fixture(params=HEADS)
@@ -130,7 +133,7 @@ def inputs(head: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None, Tensor
 
 def body(op: Any) -> Any:
     """What a custom op runs; called by name it would answer FakeTensorMode with shapes alone."""
-    return op._init_fn
+    return op.run
 
 
 def test_frozen_head(launched, head, ignore_index) -> None:

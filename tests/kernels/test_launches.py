@@ -90,6 +90,8 @@ def test_every_launch_compiles() -> None:
         "finish_rows_kernel",
         "sequence_sums_kernel",
         "pair_loss_kernel",
+        "scale_kernel",
+        "scale_rows_kernel",
         "expert_peaks_kernel",
         "group_bests_kernel",
         "draw_kernel",

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from host_reads import HostReads
 from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs, lora_head
 from synpo_kernels.backends import passes, portable
-from synpo_kernels.ops import logprobs
+from synpo_kernels.ops import logprobs, scaling
 from synpo_kernels.reference import naive_logprobs, naive_synpo
 
 N, V, D, R, S = 19, 53, 21, 4, 0.7
@@ -160,13 +160,15 @@ def test_twice_checkpointed_and_compiled_are_the_same(device) -> None:
 
 @pytest.mark.parametrize("ignore_index", [-100, None])
 def test_opcheck(ignore_index, monkeypatch) -> None:
-    monkeypatch.setattr(logprobs, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
+    monkeypatch.setattr(scaling, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
     labels, _ = labels_and_upstream("cpu")
     given = inputs(torch.float32, "cpu", (*USUAL, "bias", "weight"))
     x = torch.cat([given["hidden"], given["hidden"][:, :R]], 1).detach().requires_grad_()
     labels = labels if ignore_index is not None else labels.clamp(min=0)
     options = (2.0, 1.0, ignore_index, "chunked", None, "", True)
-    torch.library.opcheck(logprobs.linear_logprobs, (x, given["weight"], given["b"], given["bias"], labels, *options))
+    torch.library.opcheck(
+        logprobs.linear_logprobs.op, (x, given["weight"], given["b"], given["bias"], labels, *options)
+    )
 
 
 def test_no_host_read_on_the_triton_path(device, monkeypatch) -> None:
@@ -178,7 +180,7 @@ def test_no_host_read_on_the_triton_path(device, monkeypatch) -> None:
     logps, normalizer, *_ = logprobs.linear_logprobs(x, *head, labels, *options, "", True)
     known = labels, logps, normalizer, upstream, *options
     with HostReads() as reads, torch.no_grad():
-        logprobs.linear_logprobs_gradients._init_fn(x, *head, *known, (False, True, True, True))
+        logprobs.linear_logprobs_gradients.run(x, *head, *known, (False, True, True, True))
     assert reads.found == []
 
 

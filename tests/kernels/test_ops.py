@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from synpo_kernels import FusedLinearSynPOLoss, linear_logprobs
-from synpo_kernels.ops import logprobs
+from synpo_kernels.ops import frozen_pairs, logprobs, scaling
+from synpo_kernels.ops.opaque import op
 
 N, V, D = 6, 11, 5
 
@@ -26,16 +29,65 @@ def arguments(dtype: torch.dtype, *, trained: bool, biased: bool, backend: str =
 @pytest.mark.parametrize("biased", [False, True], ids=["softcap", "bias"])
 @pytest.mark.parametrize(("ignore_index", "dtype"), [(None, torch.float32), (-100, torch.bfloat16)], ids=str)
 def test_opcheck(ignore_index, dtype, biased, monkeypatch) -> None:
-    monkeypatch.setattr(logprobs, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
+    monkeypatch.setattr(scaling, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
     given = arguments(dtype, trained=False, biased=biased, ignore_index=ignore_index)
-    torch.library.opcheck(logprobs.linear_logprobs, (*given, "", True))
+    torch.library.opcheck(logprobs.linear_logprobs.op, (*given, "", True))
     given = arguments(dtype, trained=True, biased=biased, ignore_index=ignore_index)
-    torch.library.opcheck(logprobs.linear_logprobs, (*given, "", False))
+    torch.library.opcheck(logprobs.linear_logprobs.op, (*given, "", False))
     x, weight, extra, bias, labels, *options = (a.detach() if isinstance(a, Tensor) else a for a in given)
     logps, normalizer, *_ = logprobs.linear_logprobs(x, weight, extra, bias, labels, *options, "", False)
     known = (x, weight, extra, bias, labels, logps, normalizer, torch.ones(N), *options)
     for want in [(True, False, False, False), (True, True, False, biased), (False, True, False, False)]:
-        torch.library.opcheck(logprobs.linear_logprobs_gradients, (*known, want))
+        torch.library.opcheck(logprobs.linear_logprobs_gradients.op, (*known, want))
+
+
+@pytest.mark.parametrize("want", [True, False])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_opcheck_of_the_loss(packed, want, monkeypatch) -> None:
+    monkeypatch.setattr(scaling, "may_overwrite", lambda kept: False)
+    x, weight, _, bias, labels, *_ = arguments(torch.float32, trained=False, biased=True)
+    given = (torch.tensor([0, 4, 6]) if packed else None, 2, 30.0, 0.2, "mean", None, 0.5, -100, "chunked", None, want)
+    torch.library.opcheck(frozen_pairs.synpo_frozen.op, (x.detach().requires_grad_(want), weight, bias, labels, *given))
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators run inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_ops_whole() -> None:
+    """A mode, fake and meta tensors, torch.func and classes of tensors meet the op; plain tensors pass the dispatcher by."""
+    called = []
+
+    @op("seen_by_a_test")
+    def double(x: Tensor) -> Tensor:
+        called.append(type(x))
+        return 2 * x
+
+    double.register_fake(torch.empty_like)
+    double.register_autograd(lambda ctx, g: 2 * g, setup_context=lambda ctx, inputs, output: None)
+    x = torch.ones(3, requires_grad=True)
+    with Seen() as mode:
+        double(x)
+    assert "synpo_kernels::seen_by_a_test" in mode.names and "aten::mul.Tensor" not in mode.names
+    assert called == [Tensor]
+    with FakeTensorMode() as fake:
+        assert double(torch.ones(3)).shape == (3,)
+    assert double(fake.from_tensor(x)).shape == double(torch.ones(3, device="meta")).shape == (3,)
+    assert called == [Tensor]
+    assert torch.equal(torch.func.vmap(double)(torch.ones(2, 3)), 2 * torch.ones(2, 3))
+    assert called == [Tensor] * 3, "a row at a time, as torch takes an op apart that it knows nothing of"
+    assert "seen_by_a_test" not in double(x).grad_fn.name() and "double" in double(x).grad_fn.name()
+    assert torch.equal(torch.autograd.grad(double(x).sum(), x)[0], 2 * torch.ones(3))
+    with torch.no_grad():
+        assert not double(x).requires_grad
 
 
 def compiled(function):

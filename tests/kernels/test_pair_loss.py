@@ -155,7 +155,7 @@ def test_long_rows_in_another_layout_give_the_same_bits(backend, device) -> None
 def test_opcheck(packed, backend, device) -> None:
     logps, labels, bounds = tokens(device, packed=packed)
     options = (30.0, 0.2, -100, "mean", backend)
-    torch.library.opcheck(pair_loss.pairs, (logps.requires_grad_(), labels, bounds, *options))
+    torch.library.opcheck(pair_loss.pairs.op, (logps.requires_grad_(), labels, bounds, *options))
 
 
 def test_compiles_without_a_break(backend, device) -> None:
@@ -242,7 +242,7 @@ def test_no_host_read_inside_the_ops(workspace, ignore_index, trained, no_autoca
         upstream, want = torch.zeros(96, device="meta"), (True, True, False)
         logprobs.gradients(x, head, labels, ignore_index, "auto", found, upstream, want=want, workspace=workspace)
     given = (found.logps.view(8, 12), labels.view(8, 12), None, 30.0, 0.2, ignore_index, "mean", "auto")
-    pair_loss.pairs._init_fn(*given)
+    pair_loss.pairs.run(*given)
     assert launched >= {"exp_tile_kernel", "exact_rows_kernel", "sequence_sums_kernel", "pair_loss_kernel"}
     assert ("counted_product_kernel" in launched) == ("partition_kernel" in launched) == (ignore_index is not None)
     assert trained or {"begin_rows_kernel", "finish_rows_kernel"} <= launched

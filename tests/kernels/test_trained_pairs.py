@@ -11,7 +11,7 @@ from host_reads import HostReads
 from synpo_kernels import FusedLinearSynPOLoss
 from synpo_kernels.backends import passes
 from synpo_kernels.head import Head
-from synpo_kernels.ops import logprobs, trained_pairs
+from synpo_kernels.ops import logprobs, scaling, trained_pairs
 from synpo_kernels.reference import naive_synpo
 
 B, T, D, V = 4, 6, 20, 70
@@ -106,7 +106,7 @@ def test_the_paths_are_taken(device, monkeypatch) -> None:
         monkeypatch.setitem(trained_pairs.PAIR_BYTES, device.type, allowed)
         stream = trained_pairs.Step._stream
         monkeypatch.setattr(
-            trained_pairs.Step, "_stream", lambda *a, calls=calls, stream=stream: (calls.append(1), stream(*a))
+            trained_pairs.Step, "_stream", lambda *a, calls=calls, stream=stream: (calls.append(1), stream(*a))[1]
         )
         problem = Problem(device, packed=True)
         assert [LENGTHS[i] + LENGTHS[B + i] for i in range(B)] == [8, 9, 9, 6]
@@ -242,11 +242,11 @@ def arguments(problem: Problem, dtype: torch.dtype, want: tuple[bool, bool, bool
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype, monkeypatch) -> None:
-    monkeypatch.setattr(trained_pairs, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
+    monkeypatch.setattr(scaling, "may_overwrite", lambda kept: False)  # opcheck reads again what the op returned
     cpu = torch.device("cpu")
-    torch.library.opcheck(trained_pairs.synpo_trained, arguments(Problem(cpu), dtype, (True, True, False)))
+    torch.library.opcheck(trained_pairs.synpo_trained.op, arguments(Problem(cpu), dtype, (True, True, False)))
     packed = Problem(cpu, packed=True, bias=True)
-    torch.library.opcheck(trained_pairs.synpo_trained, arguments(packed, dtype, (True, False, True)))
+    torch.library.opcheck(trained_pairs.synpo_trained.op, arguments(packed, dtype, (True, False, True)))
 
 
 def test_bf16_sums_over_groups_are_rounded_once(device, monkeypatch) -> None:
@@ -299,7 +299,7 @@ def test_products_counted(monkeypatch) -> None:
 
     def trained() -> None:  # inside the op, where the mode sees every operation
         options = (4, 30.0, 0.2, "mean", None, 1.0, -100, "chunked", (True, True, False))
-        trained_pairs.synpo_trained._init_fn(hidden, weight, None, labels, None, *options)
+        trained_pairs.synpo_trained.run(hidden, weight, None, labels, None, *options)
 
     assert counted(lambda: passed(None, direction=True)) == 2
     assert counted(lambda: passed(None)) == 1
@@ -315,5 +315,5 @@ def test_no_host_read_on_the_triton_path(device) -> None:
     problem = Problem(device)
     given = arguments(problem, torch.float32, (True, True, False))
     with HostReads() as reads, torch.no_grad():
-        trained_pairs.synpo_trained._init_fn(*given[:-2], "triton", given[-1])
+        trained_pairs.synpo_trained.run(*given[:-2], "triton", given[-1])
     assert reads.found == []

@@ -104,7 +104,7 @@ def stand_in() -> tuple[list[Any], Callable[[], None]]:
     def checked(self: Any, grid: tuple[int, ...], *tensors: Tensor, **numbers: int) -> None:
         """The kernel that was kept is the one Triton would choose for these arguments."""
         once(self, grid, *tensors, **numbers)
-        wanted = run(self._kernel, *tensors, **self._arguments, **self._options, grid=grid, warmup=True)
+        wanted = run(self._kernel, *tensors, **self._arguments | numbers, **self._options, grid=grid, warmup=True)
         assert self._compiled is wanted, (self.name, self._arguments)
 
     JITFunction._do_compile, JITFunction.run = compile_, binding
