@@ -49,7 +49,10 @@ class _LoraLinear(torch.autograd.Function):
         if base is not None:
             return torch.addmm(base, inner, b.T, alpha=scale)
         assert weight is not None
-        return F.linear(x, weight, bias).addmm_(inner, b.T, alpha=scale)
+        out = F.linear(x, weight, bias)
+        if torch.compiler.is_compiling():  # torch 2.11 loses the gradients of what a traced function changes in place
+            return torch.addmm(out, inner, b.T, alpha=scale)
+        return out.addmm_(inner, b.T, alpha=scale)
 
     @staticmethod
     @once_differentiable
