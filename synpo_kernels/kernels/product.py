@@ -2,9 +2,9 @@
 
 Two forms, one kernel: the rows that count are rows of A and of the result (∂/∂x, N of them); or they are what is summed
 over (∂/∂W = Rᵀ X). A library product has no way to stop at a number the host does not know. The grid is persistent, as that of
-`exp_tile`, tile by tile. Where more than an eighth of all waves would be waiting, the steps of the last wave and the one before are
-shared evenly among all, wherever tiles end (stream-K, Osama et al., arXiv 2301.03598). The parts of a tile are added
-to the result one after the other, in order: the same bits every run.
+`exp_tile`, tile by tile. Where more than an eighth of all waves would be waiting, the steps of the last wave and the one before
+are shared evenly among all, wherever tiles end (stream-K, Osama et al., arXiv 2301.03598). The parts of a tile are added to the
+result one after the other, in order: the same bits every run.
 
 The result is added to through pointers in halves of a tile, so that no more registers are alive than one has.
 """
