@@ -128,11 +128,7 @@ def exp_tile_kernel(
         is_label = v[None, :] == (tl.load(label_ptr + row) - first_column).to(tl.int32)[:, None]
         weights = tl.exp2(exponent)
         weights = tl.where((exponent < LEAST) | is_label | (v >= V)[None, :] | (n >= rows)[:, None], 0.0, weights)
-        sums = sum_ptr + tile_v.to(tl.int64) * stride_sv + n
         total = tl.sum(weights, 1)
-        if add != 0:
-            total += tl.load(sums, mask=n < N, other=0.0)
-        tl.store(sums, total, mask=n < N)
         if WRITE:
             if HAS_TARGET:
                 weights = tl.where(is_label, tl.load(at_target_ptr + row)[:, None], weights)
@@ -146,6 +142,10 @@ def exp_tile_kernel(
                     weights.to(out_ptr.dtype.element_ty),
                     mask=(n < N)[:, None] & (v < V)[None, :],
                 )
+        sums = sum_ptr + tile_v.to(tl.int64) * stride_sv + n
+        if add != 0:
+            total += tl.load(sums, mask=n < N, other=0.0)
+        tl.store(sums, total, mask=n < N)
 
 
 def bind(
