@@ -128,7 +128,9 @@ def exp_tile_kernel(
         is_label = v[None, :] == (tl.load(label_ptr + row) - first_column).to(tl.int32)[:, None]
         weights = tl.exp2(exponent)
         weights = tl.where((exponent < LEAST) | is_label | (v >= V)[None, :] | (n >= rows)[:, None], 0.0, weights)
-        total = tl.sum(weights, 1)
+        sums = sum_ptr + tile_v.to(tl.int64) * stride_sv + n
+        before = tl.load(sums, mask=(n < N) & (add != 0), other=0.0)
+        tl.store(sums, before + tl.sum(weights, 1), mask=n < N)
         if WRITE:
             if HAS_TARGET:
                 weights = tl.where(is_label, tl.load(at_target_ptr + row)[:, None], weights)
@@ -142,10 +144,6 @@ def exp_tile_kernel(
                     weights.to(out_ptr.dtype.element_ty),
                     mask=(n < N)[:, None] & (v < V)[None, :],
                 )
-        sums = sum_ptr + tile_v.to(tl.int64) * stride_sv + n
-        if add != 0:
-            total += tl.load(sums, mask=n < N, other=0.0)
-        tl.store(sums, total, mask=n < N)
 
 
 def bind(

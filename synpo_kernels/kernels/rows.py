@@ -297,6 +297,11 @@ def _rows_of_a_program(tensor: Tensor) -> int:
     return BLOCK_N if tensor.is_cuda else INTERPRETER_N
 
 
+def begin_block(itemsize: int) -> int:
+    """Columns that `begin` takes at a time, of x and W: as many bytes in every format, more would spill."""
+    return 2 * BLOCK_D // itemsize
+
+
 def bind_begin(x: Tensor, head: Head, rows: Rows, gathered: Tensor, near: Tensor, anchor: Tensor) -> Launch:
     """See the kernel. `gathered` is written only with an order."""
     block = _rows_of_a_program(x)
@@ -315,7 +320,7 @@ def bind_begin(x: Tensor, head: Head, rows: Rows, gathered: Tensor, near: Tensor
         **of_head(x, head),
         "stride_gn": gathered.stride(0),
         "BLOCK_N": block,
-        "BLOCK_D": BLOCK_D,
+        "BLOCK_D": begin_block(x.element_size()),
         "HAS_ORDER": rows.order is not None,
     }
     run = Bound(begin_rows_kernel, arguments, OPTIONS)

@@ -156,7 +156,13 @@ def _products(arch: int, dtype: str, precision: str) -> Iterator[Case]:
 
 def _rows(arch: int, dtype: str, hidden: int) -> Iterator[Case]:
     blocks = {"D": hidden, "BLOCK_N": rows.BLOCK_N, "BLOCK_D": rows.BLOCK_D, "HAS_SOFTCAP": True, "HAS_ORDER": True}
-    begin = {**blocks, "HAS_BIAS": True, "stride_xd": 1, "stride_wd": 1}
+    begin = {
+        **blocks,
+        "BLOCK_D": rows.begin_block(4 if dtype == "fp32" else 2),
+        "HAS_BIAS": True,
+        "stride_xd": 1,
+        "stride_wd": 1,
+    }
     yield Case(f"begin rows {dtype}", rows.begin_rows_kernel, arch, dtype, begin, rows.OPTIONS)
     finish = {**blocks, "BLOCK_T": rows.BLOCK_T, "HAS_DIVISOR": dtype == "fp16", "WRITE": True, "stride_wd": 1}
     types = {"sums_ptr": "*fp32", "divisor": "fp32", "overflow": "fp32", "pull_ptr": "*fp32"}
