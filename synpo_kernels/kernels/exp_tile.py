@@ -129,7 +129,7 @@ def exp_tile_kernel(
         weights = tl.exp2(exponent)
         weights = tl.where((exponent < LEAST) | is_label | (v >= V)[None, :] | (n >= rows)[:, None], 0.0, weights)
         sums = sum_ptr + tile_v.to(tl.int64) * stride_sv + n
-        before = tl.load(sums, mask=(n < N) & (add != 0), other=0.0)
+        before = tl.load(sums, mask=n < N * add, other=0.0)
         tl.store(sums, before + tl.sum(weights, 1), mask=n < N)
         if WRITE:
             if HAS_TARGET:
