@@ -50,9 +50,7 @@ class Row:
     reason: str = ""
     loss_error: float | None = None  # on the small problem, with the next
     gradient_error: float | None = None
-    full_loss_error: float | None = (
-        None  # on the problem that is timed, against the first of its objective, with the next
-    )
+    full_loss_error: float | None = None  # with the next: at full size, against the first of its objective
     full_gradient_error: float | None = None
     p20_ms: float | None = None
     p50_ms: float | None = None
@@ -172,10 +170,8 @@ def run(
                     torch.cuda.empty_cache()
                 continue
             expected, direction = first.setdefault(provider.objective, (loss, gradient))
-            off, turned = (
-                abs(loss - expected) / abs(expected),
-                float((gradient - direction).norm() / direction.norm()),
-            )
+            off = abs(loss - expected) / abs(expected)
+            turned = float((gradient - direction).norm() / direction.norm())
             row = replace(row, full_loss_error=off, full_gradient_error=turned)
             if off > FULL_TOLERANCE[size.dtype][0] or turned > FULL_TOLERANCE[size.dtype][1]:
                 reason = f"at full size the loss is off by {off:.1e}, gradients by {turned:.1e}"

@@ -28,11 +28,8 @@ from .tiles import cap, counted_rows
 
 Launch = Callable[[int, int], None]  # of so many rows of the order, from the one on
 
-BLOCK_N, BLOCK_D, BLOCK_T = (
-    4,
-    1024,
-    64,
-)  # few rows of a program, whose work is a pass over D: so many programs fill a GPU
+BLOCK_N = 4  # rows of a program, whose work is a pass over D: few, so that many programs fill a GPU
+BLOCK_D, BLOCK_T = 1024, 64
 INTERPRETER_N = 16  # in the interpreter, where a program costs whatever it does
 LABELS, NUMBERS = 2048, 4096  # at a time, of `partition` and of `scale`
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
